@@ -1,0 +1,46 @@
+"""Label smoothing done right for Hugging Face training.
+
+Owns: the public names, each imported on first use, so that `import hf_ls` stays light.
+Does not own: anything else.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_ls import metrics as metrics
+    from hf_ls.losses import SmoothedCrossEntropy as SmoothedCrossEntropy
+    from hf_ls.losses import smoothed_cross_entropy as smoothed_cross_entropy
+    from hf_ls.smoothing import Schedule as Schedule
+    from hf_ls.smoothing import Smoothing as Smoothing
+    from hf_ls.trainer import LabelSmoothingArguments as LabelSmoothingArguments
+    from hf_ls.trainer import LabelSmoothingMixin as LabelSmoothingMixin
+    from hf_ls.trainer import LabelSmoothingTrainer as LabelSmoothingTrainer
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Schedule": "smoothing",
+    "Smoothing": "smoothing",
+    "SmoothedCrossEntropy": "losses",
+    "smoothed_cross_entropy": "losses",
+    "LabelSmoothingArguments": "trainer",
+    "LabelSmoothingMixin": "trainer",
+    "LabelSmoothingTrainer": "trainer",
+}
+_MODULES = ("card", "metrics", "report", "temperature")
+__all__ = [*_HOME, *_MODULES, "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"hf_ls.{_HOME[name]}"), name)
+    if name in _MODULES:
+        return import_module(f"hf_ls.{name}")
+    raise AttributeError(f"module 'hf_ls' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,80 @@
+"""Which checkpoint a run may resume from.
+
+Owns: the mark of a complete checkpoint and the choice of the last one.
+Does not own: what is in a checkpoint (the Trainer's business).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+
+from hf_ls.files import write_atomically
+from hf_ls.smoothing import Smoothing
+
+MARK = "hf_ls_complete.json"
+
+
+class CheckpointMark(TrainerCallback):
+    """Write a mark into each checkpoint after every process has finished its part.
+
+    The Trainer writes many files per checkpoint, some by each process; a killed run leaves some of them missing.
+    It also deletes old checkpoints before this mark is written, so give `save_total_limit` here instead of to the Trainer.
+    """
+
+    def __init__(self, smoothing: Smoothing, save_total_limit: int | None = None) -> None:
+        self.smoothing = smoothing
+        self.save_total_limit = save_total_limit
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called on every process once its files are written."""
+        processes = PartialState()
+        processes.wait_for_everyone()
+        if not processes.is_main_process:
+            return
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        write_atomically(folder / MARK, json.dumps(_identity(self.smoothing)))
+        self._delete_old(args.output_dir, state.best_model_checkpoint)
+
+    def _delete_old(self, output_dir: str, best: str | None) -> None:
+        if not self.save_total_limit:
+            return
+        folders = sort_checkpoints(output_dir=output_dir, best_model_checkpoint=best)
+        keep = max(self.save_total_limit, 2 if best and os.path.basename(folders[-1]) != os.path.basename(best) else 1)
+        for folder in folders[:-keep]:
+            (Path(folder) / MARK).unlink(missing_ok=True)  # first: a half-deleted folder must not look complete
+            shutil.rmtree(folder)
+
+
+def _identity(smoothing: Smoothing) -> dict[str, Any]:
+    return {"num_processes": PartialState().num_processes, "epsilon": smoothing.epsilon, "convention": smoothing.convention}
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """The marked checkpoint with the highest step in `output_dir`, or None."""
+    folders = [path.parent for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{MARK}")]
+    steps = {int(folder.name.rsplit("-", 1)[1]): folder for folder in folders if folder.name.rsplit("-", 1)[1].isdigit()}
+    return str(steps[max(steps)]) if steps else None
+
+
+def check_resumable(checkpoint: str | os.PathLike, smoothing: Smoothing) -> None:
+    """Refuse a checkpoint which this run cannot continue exactly.
+
+    Raises: ValueError for an incomplete checkpoint, another number of processes (each has its own random state and share
+    of the data) or another epsilon.
+    """
+    mark = Path(checkpoint) / MARK
+    if not mark.is_file():
+        raise ValueError(f"expected a complete checkpoint, got {checkpoint} without {MARK}; resume from 'last' or an earlier one")
+    saved, now = json.loads(mark.read_text(encoding="utf-8")), _identity(smoothing)
+    different = {name: (saved.get(name), value) for name, value in now.items() if saved.get(name) != value}
+    if different:
+        shown = ", ".join(f"{name} {old} there and {new} here" for name, (old, new) in different.items())
+        raise ValueError(f"expected the settings of {checkpoint}, got {shown}; resume with the same ones or start afresh")

@@ -1,0 +1,226 @@
+"""The command line: dataclasses of settings, YAML files turned into arguments, strict checks.
+
+Owns: what can be set, its names, types and defaults, and every refusal of a setting before work starts.
+Does not own: the Trainer's settings (`trainer.LabelSmoothingArguments`) or the run itself (`finetune`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from hf_ls.data import EMBEDDED_DATASET, EMBEDDED_MODEL
+from hf_ls.trainer import LabelSmoothingArguments
+
+
+def _help(text: str) -> dict[str, Any]:
+    return {"help": text}
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and how it is changed before training."""
+
+    model_name_or_path: str = field(default=EMBEDDED_MODEL, metadata=_help("Hub id or folder; the default is in hf_ls[demo]."))
+    model_revision: str = field(default="main", metadata=_help("Branch, tag or commit on the Hub."))
+    model_config_overrides: str | None = field(
+        default=None, metadata=_help("Config fields to change, as JSON or a YAML mapping, e.g. {num_hidden_layers: 3}.")
+    )
+    peft: Literal["none", "lora"] = field(default="none", metadata=_help("Train low-rank adapters instead of all weights."))
+    lora_r: int = field(default=8, metadata=_help("Rank of the adapters."))
+    lora_alpha: int = field(default=16, metadata=_help("Scale of the adapters."))
+    lora_dropout: float = field(default=0.0, metadata=_help("Dropout before the adapters."))
+    trust_remote_code: bool = field(default=False, metadata=_help("Run code from the model's repository. Off unless you say so."))
+
+    def __post_init__(self) -> None:
+        self.overrides: dict[str, Any] = {}
+        if self.model_config_overrides:
+            try:
+                self.overrides = json.loads(self.model_config_overrides)
+            except json.JSONDecodeError as error:
+                raise ValueError(f'expected model_config_overrides as JSON, got {self.model_config_overrides!r}; write {{"a": 1}}') from error
+            if not isinstance(self.overrides, dict):
+                raise ValueError(f"expected model_config_overrides as a mapping, got {self.overrides!r}; write name: value")
+
+
+@dataclass
+class DataArguments:
+    """Which data: the embedded snippets, a dataset on the Hub, or local CSV, JSON or Parquet files."""
+
+    dataset_name: str | None = field(default=None, metadata=_help(f"Hub id, or '{EMBEDDED_DATASET}' for the embedded data."))
+    dataset_config_name: str | None = field(default=None, metadata=_help("Configuration of the dataset on the Hub."))
+    snippet_sources: list[str] = field(default_factory=list, metadata=_help("Embedded data only: keep these sources."))
+    train_file: str | None = field(default=None, metadata=_help("Local CSV, TSV, JSON, JSONL or Parquet file."))
+    validation_file: str | None = field(default=None, metadata=_help("As train_file; cut from train when missing."))
+    test_file: str | None = field(default=None, metadata=_help("As train_file; only ever reported on."))
+    text_column: str = field(default="text", metadata=_help("Column with the text."))
+    text_pair_column: str | None = field(default=None, metadata=_help("Column with a second text, for sentence pairs."))
+    label_column: str = field(default="label", metadata=_help("Column with one class per row."))
+    validation_fraction: float = field(default=0.1, metadata=_help("Share of train to cut when there is no validation split."))
+    max_length: int = field(default=128, metadata=_help("Tokens kept of each example."))
+    max_train_samples: int | None = field(default=None, metadata=_help("Use only the first so many training examples."))
+    max_eval_samples: int | None = field(default=None, metadata=_help("The same for validation."))
+    max_predict_samples: int | None = field(default=None, metadata=_help("The same for test."))
+
+    def __post_init__(self) -> None:
+        files = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
+        self.files = {split: path for split, path in files.items() if path}
+        if bool(self.dataset_name) == bool(self.files):
+            raise ValueError(
+                f"expected either dataset_name or train_file, got dataset_name={self.dataset_name} and files {self.files}; set one "
+                f"(dataset_name: {EMBEDDED_DATASET} is the embedded data)"
+            )
+        if self.files and not self.train_file:
+            raise ValueError(f"expected train_file, got only {sorted(self.files)}; add --train_file")
+        resolved = [Path(path).resolve() for path in self.files.values()]
+        if len(set(resolved)) != len(resolved):
+            raise ValueError(f"expected different files per split, got {self.files}; never select or train on the test data")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"expected 0 < validation_fraction < 1, got {self.validation_fraction}; 0.1 is a usual value")
+        if self.snippet_sources and self.dataset_name != EMBEDDED_DATASET:
+            raise ValueError(f"expected snippet_sources only with dataset_name: {EMBEDDED_DATASET}, got {self.dataset_name}; drop it")
+        for name in ("max_length", "max_train_samples", "max_eval_samples", "max_predict_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"expected {name} >= 1, got {value}; leave it out for no limit")
+
+
+@dataclass
+class RunArguments:
+    """What the run does besides training."""
+
+    task: Literal["text-classification"] = field(default="text-classification", metadata=_help("The task."))
+    with_baseline: bool = field(default=False, metadata=_help("First train the same model with epsilon = 0, for the comparison."))
+    bake_temperature: bool = field(
+        default=False, metadata=_help("Divide the saved classifier's weights by the temperature fitted on validation.")
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata=_help("Stop after so many evaluations without a better metric_for_best_model.")
+    )
+    dry_run: bool = field(default=False, metadata=_help("Check settings, data and model, then stop before training."))
+    overwrite_output_dir: bool = field(default=False, metadata=_help("Delete an earlier run in output_dir."))
+
+    def __post_init__(self) -> None:
+        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
+            raise ValueError(f"expected early_stopping_patience >= 1, got {self.early_stopping_patience}; leave it out for none")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of one run."""
+
+    run: RunArguments
+    model: ModelArguments
+    data: DataArguments
+    training: LabelSmoothingArguments
+
+
+class _Parser(HfArgumentParser):
+    """Errors are exceptions: the script prints them, and tests and other callers can catch them."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see --help")
+
+
+def parse_config(argv: Sequence[str] | None = None) -> Config:
+    """Settings from `--config file.yaml` and the command line; the command line wins.
+
+    Every YAML key is turned into its command-line argument, so both are read and typed by the same code: `2e-5` is a
+    number and `no` a word.
+
+    Raises: ValueError for an unknown key (with the nearest known one), a wrong type, a repeated key, and settings which
+    contradict each other.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser([RunArguments, ModelArguments, DataArguments, LabelSmoothingArguments], allow_abbrev=False)  # type: ignore[list-item]
+    parser.add_argument("--config", help="YAML file of settings; the command line overrides it.")
+    known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
+    path, argv = _take_config(argv)
+    from_file = yaml_arguments(Path(path), known - {"config", "help"}) if path else []
+    *parsed, _, rest = parser.parse_args_into_dataclasses([*from_file, *argv], return_remaining_strings=True, look_for_args_file=False)
+    if rest:
+        raise ValueError(f"expected known settings, got {rest[0]}{_nearest(rest[0].lstrip('-').split('=')[0], known)}; see --help")
+    config = Config(*parsed)
+    _check(config)
+    return config
+
+
+def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
+    for i, argument in enumerate(argv):
+        if argument == "--config" and i + 1 < len(argv):
+            return argv[i + 1], argv[:i] + argv[i + 2 :]
+        if argument.startswith("--config="):
+            return argument.split("=", 1)[1], argv[:i] + argv[i + 1 :]
+    return None, argv
+
+
+def yaml_arguments(path: Path, known: set[str]) -> list[str]:
+    """The settings of a YAML file as command-line arguments, scalars as they are written.
+
+    Raises: ValueError for a missing or malformed file, an unknown or repeated key, and YAML tags.
+    """
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except FileNotFoundError as error:
+        raise ValueError(f"expected a config file, got no file at {path}; check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"expected valid YAML in {path}, got: {' '.join(str(error).split())}; fix that line") from error
+    if node is None:
+        return []
+    if not isinstance(node, yaml.MappingNode):
+        raise ValueError(f"expected `name: value` lines in {path}, got a {node.id}; see configs/ for examples")
+    arguments: list[str] = []
+    seen: set[str] = set()
+    for key_node, value in node.value:
+        key = str(key_node.value)
+        if key not in known:
+            raise ValueError(f"expected known settings in {path}, got {key!r}{_nearest(key, known)}; see --help")
+        if key in seen:
+            raise ValueError(f"expected each setting once in {path}, got {key!r} twice; remove one")
+        seen.add(key)
+        arguments += _argument(path, key, value)
+    return arguments
+
+
+def _argument(path: Path, key: str, node: yaml.Node) -> list[str]:
+    if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.startswith("tag:yaml.org,2002:python"):
+        raise ValueError(f"expected plain values in {path}, got the tag {node.tag} at {key!r}; remove it")
+    if isinstance(node, yaml.ScalarNode):
+        # `key:` and `key: null` leave the default.
+        return [] if node.tag.endswith(":null") else [f"--{key}={node.value}"]
+    if isinstance(node, yaml.SequenceNode):
+        if not all(isinstance(item, yaml.ScalarNode) for item in node.value):
+            raise ValueError(f"expected a list of plain values in {path} at {key!r}, got a nested one; flatten it")
+        return [f"--{key}", *(str(item.value) for item in node.value)] if node.value else []
+    value = yaml.safe_load(yaml.serialize(node))
+    return [f"--{key}={json.dumps(value)}"]
+
+
+def _nearest(name: str, known: set[str]) -> str:
+    matches = difflib.get_close_matches(name, sorted(known), n=1)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def _check(config: Config) -> None:
+    training, run = config.training, config.run
+    if training.output_dir is None:
+        raise ValueError("expected output_dir, got none; add --output_dir outputs/my-run")
+    if str(training.resume_from_checkpoint).lower() in ("true", "false", "1", "yes"):
+        raise ValueError(
+            f"expected resume_from_checkpoint as 'last' or a checkpoint folder, got {training.resume_from_checkpoint!r}; use last"
+        )
+    metric = training.metric_for_best_model or ""
+    if "test" in metric.replace("eval_", "").split("_") or "predict" in metric:
+        raise ValueError(f"expected metric_for_best_model on validation, got {metric!r}; the test split is only ever reported on")
+    if run.early_stopping_patience is not None and not training.load_best_model_at_end:
+        raise ValueError("expected load_best_model_at_end with early_stopping_patience, got False; set it and metric_for_best_model")
+    if run.with_baseline and training.label_smoothing_factor == 0:
+        raise ValueError("expected label_smoothing_factor > 0 with with_baseline, got 0, which is the baseline itself; set one of them")

@@ -1,0 +1,23 @@
+"""Fine-tune with label smoothing and see the calibration.
+
+accelerate launch scripts/finetune.py --config configs/text-classification.yaml
+accelerate launch --num_processes 2 --cpu scripts/finetune.py --config configs/text-classification.yaml --output_dir outputs/two
+"""
+
+import sys
+
+from hf_ls.config import parse_config
+from hf_ls.finetune import finetune
+
+
+def main() -> None:
+    """Run the job; wrong settings end with one sentence instead of a traceback."""
+    try:
+        config = parse_config()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    finetune(config)
+
+
+if __name__ == "__main__":
+    main()
