@@ -70,9 +70,9 @@ def decoder_inputs(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> 
 def model_loss_gap(model: nn.Module, inputs: dict[str, Any], label_name: str) -> LossGap | None:
     """Compare the model's own loss on one batch, auxiliary losses taken off, with the NLL of its logits.
 
-    One forward in evaluation mode: no dropout, no random numbers drawn. None when every label is ignored.
+    Two forwards in evaluation mode: no dropout, no random numbers drawn. None when every label is ignored.
 
-    Raises: ValueError/TypeError as `smoothed_terms`, and when the model neither returns a loss nor logits.
+    Raises: ValueError/TypeError as `smoothed_terms`, and when the model returns no logits.
     """
     labels = inputs[label_name]
     if not bool((labels != -100).any()):
@@ -80,17 +80,20 @@ def model_loss_gap(model: nn.Module, inputs: dict[str, Any], label_name: str) ->
     training = model.training
     model.eval()
     try:
+        bare = model(**decoder_inputs(model, {name: value for name, value in inputs.items() if name != label_name}, labels))
+        # Before the model sees them: wrong labels end in an index error there, or in a crashed GPU.
+        unshifted = _mean_nll(logits_of(bare), labels)
         outputs = model(**inputs)
     finally:
         model.train(training)
     own = outputs.get("loss") if isinstance(outputs, dict) else None
-    logits = logits_of(outputs if isinstance(outputs, dict) else outputs[1] if len(outputs) > 1 else outputs)
+    logits = logits_of(bare)
     if own is not None and isinstance(outputs, dict) and outputs.get("aux_loss") is not None:
         own = own - getattr(model.config, "router_aux_loss_coef", 0.0) * outputs["aux_loss"]
     low = torch.finfo(logits.dtype).eps > 1e-6 or any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
     return LossGap(
         None if own is None else float(own),
-        _mean_nll(*shift_if(False, logits, labels)),
+        unshifted,
         _mean_nll(*shift_if(True, logits, labels)) if labels.dim() == 2 else None,
         2e-2 if low else 1e-4,
     )

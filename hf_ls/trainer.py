@@ -184,10 +184,13 @@ class LabelSmoothingMixin:
                 f"expected `{self.label_names[0]}` in the batch, got {sorted(inputs)}; name the label column so, or set "  # type: ignore[attr-defined]
                 "TrainingArguments(label_names=[...])"
             )
+        if labels.is_floating_point():
+            raise TypeError(f"expected integer labels, got {labels.dtype}; cast class ids to long, or use transformers.Trainer for regression")
         return labels
 
     def _check_against_model(self, inputs: dict[str, Any]) -> None:
         """Once: find the shift from the model's own loss and refuse a model whose loss is another quantity."""
+        self._labels(inputs)
         gap = model_loss_gap(self.model, inputs, self.label_names[0])  # type: ignore[attr-defined]
         if gap is None:  # every label ignored: nothing was learnt, ask the next batch
             return
@@ -238,6 +241,8 @@ class LabelSmoothingMixin:
             steps = max(1, self.state.global_step - self._terms_logged_at)  # type: ignore[attr-defined]
             nll, term = (self.accelerator.gather(self._step_terms[None]).mean(0) / steps).tolist()  # type: ignore[attr-defined]
             logs |= {"nll": nll, "smoothing_term": term}
+            if self.smoothing.schedule is not None:
+                logs["epsilon"] = self.smoothing.at(self.state.global_step - 1, self.state.max_steps).epsilon  # type: ignore[attr-defined]
             self._step_terms, self._terms_logged_at = None, self.state.global_step  # type: ignore[attr-defined]
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
