@@ -34,6 +34,9 @@ class ModelArguments:
     model_config_overrides: str | None = field(
         default=None, metadata=_help("Config fields to change, as JSON or a YAML mapping, e.g. {num_hidden_layers: 3}.")
     )
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata=_help("Start a new classifier head when the model's own has another number of classes.")
+    )
     peft: Literal["none", "lora"] = field(default="none", metadata=_help("Train low-rank adapters instead of all weights."))
     lora_r: int = field(default=8, metadata=_help("Rank of the adapters."))
     lora_alpha: int = field(default=16, metadata=_help("Scale of the adapters."))
@@ -211,8 +214,6 @@ def _nearest(name: str, known: set[str]) -> str:
 
 def _check(config: Config) -> None:
     training, run = config.training, config.run
-    if training.output_dir is None:
-        raise ValueError("expected output_dir, got none; add --output_dir outputs/my-run")
     if str(training.resume_from_checkpoint).lower() in ("true", "false", "1", "yes"):
         raise ValueError(
             f"expected resume_from_checkpoint as 'last' or a checkpoint folder, got {training.resume_from_checkpoint!r}; use last"

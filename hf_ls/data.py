@@ -10,12 +10,15 @@ import gzip
 import hashlib
 import importlib.util
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value, load_dataset
+
+logger = logging.getLogger(__name__)
 
 EMBEDDED_DATASET = "snippets"
 EMBEDDED_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -68,18 +71,21 @@ def load_snippets(sources: Iterable[str] = ()) -> ClassificationData:
     documents: dict[tuple[str, str], list[dict[str, Any]]] = {}
     seen: set[str] = set()
     for row in rows:
-        text, counts = " ".join(row["text"].split()), row["counts"]
+        sentence, counts = " ".join(row["text"].split()), row["counts"]
         top = max(counts)
-        if row["src"] not in wanted or counts.count(top) > 1 or text.lower() in seen:
+        if row["src"] not in wanted or counts.count(top) > 1 or sentence.lower() in seen:
             continue
-        seen.add(text.lower())
+        seen.add(sentence.lower())
         document = row["id"].split("_")[0]
         documents.setdefault((row["src"], document), []).append(
-            {"text": text, "label": counts.index(top), "rater_counts": counts, "source": row["src"], "id": row["id"]}
+            {"text": sentence, "label": counts.index(top), "rater_counts": counts, "source": row["src"], "id": row["id"]}
         )
-    splits = {split: Dataset.from_list(part) for split, part in _stratified(documents).items()}
-    data = DatasetDict({split: part.cast_column("label", ClassLabel(names=list(SNIPPET_LABELS))) for split, part in splits.items()})
-    return ClassificationData(data, SNIPPET_LABELS, "human-rated snippets (VADER ground truth)", None, "MIT, C.J. Hutto 2016")
+    text, counts = Value("string"), List(Value("int64"))
+    features = Features(
+        {"text": text, "label": ClassLabel(names=list(SNIPPET_LABELS)), "rater_counts": counts, "source": text, "id": text}
+    )
+    splits = {split: Dataset.from_list(part, features=features) for split, part in _stratified(documents).items()}
+    return ClassificationData(DatasetDict(splits), SNIPPET_LABELS, "human-rated snippets (VADER ground truth)", None, "MIT, C.J. Hutto 2016")
 
 
 def _stratified(documents: dict[tuple[str, str], list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
@@ -192,6 +198,29 @@ def _integer_labels(splits: DatasetDict) -> tuple[DatasetDict, tuple[str, ...]]:
     names = tuple(str(value) for value in classes)
     as_text = splits.map(lambda row: {"label": str(row["label"])}, features=None)
     return as_text.cast_column("label", ClassLabel(names=list(names))), names
+
+
+def check_overlap(splits: DatasetDict) -> None:
+    """Refuse to select on the test data, and warn about test examples which training has seen.
+
+    Raises: ValueError when more than half of the test examples are in validation.
+    """
+    if "test" not in splits:
+        return
+    columns = [column for column in ("text", "text_pair") if column in splits["test"].column_names]
+
+    def rows(split: str) -> list[tuple]:
+        return list(zip(*(splits[split][column] for column in columns), strict=True))
+
+    test = rows("test")
+    shared = {split: sum(row in known for row in test) for split in ("train", "validation") for known in [set(rows(split))]}
+    if shared["validation"] > len(test) / 2:
+        raise ValueError(
+            f"expected a validation split apart from test, got {shared['validation']} of {len(test)} test examples in it; "
+            "selecting on test makes the reported numbers worthless: give another validation_file or none"
+        )
+    if shared["train"]:
+        logger.warning("%d of %d test examples are also in train; the reported numbers are too good", shared["train"], len(test))
 
 
 def tokenise(splits: DatasetDict, tokenizer: Any, max_length: int) -> DatasetDict:

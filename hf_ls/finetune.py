@@ -10,7 +10,6 @@ import copy
 import importlib.metadata
 import io
 import json
-import logging
 import platform
 import shutil
 from dataclasses import asdict, replace
@@ -29,22 +28,21 @@ from transformers import (
     set_seed,
 )
 
+from hf_ls import __version__
 from hf_ls.card import write_card
 from hf_ls.checkpoint import CheckpointMark, check_resumable, last_complete_checkpoint
 from hf_ls.config import Config
-from hf_ls.data import EMBEDDED_DATASET, ClassificationData, load_classification, load_snippets, model_path, tokenise
+from hf_ls.data import EMBEDDED_DATASET, ClassificationData, check_overlap, load_classification, load_snippets, model_path, tokenise
 from hf_ls.files import write_atomically
 from hf_ls.plots import write_plots
 from hf_ls.report import CalibrationReport, CalibrationRow
 from hf_ls.smoothing import Smoothing
-from hf_ls.temperature import bake_temperature, fit_temperature
+from hf_ls.temperature import NoFiniteTemperature, bake_temperature, fit_temperature
 from hf_ls.trainer import LabelSmoothingArguments, LabelSmoothingTrainer, smoothing_of
 
-logger = logging.getLogger(__name__)
 REPORT = "calibration.json"
 _SETTINGS = "settings.json"
 _PREDICTIONS = "predictions.npz"  # written last: a run with it is complete
-_PACKAGES = ("hf_ls", "transformers", "torch", "accelerate", "datasets")
 _TRAINING_SETTINGS = (
     *("label_smoothing_factor", "label_smoothing_convention", "label_smoothing_schedule", "label_smoothing_final_factor"),
     *("label_smoothing_warmup_steps", "seed", "data_seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay"),
@@ -69,6 +67,8 @@ def finetune(config: Config) -> CalibrationReport | None:
     Raises: ValueError for settings, data or checkpoints which cannot give an honest result.
     """
     training = config.training
+    if not (training.do_train or training.do_eval or training.do_predict):
+        raise ValueError("expected do_train, do_eval or do_predict, got none of them; say what to do, e.g. --do_train --do_eval --do_predict")
     with training.main_process_first(desc="data"):
         data = load_data(config)
     tokenizer = AutoTokenizer.from_pretrained(
@@ -115,29 +115,6 @@ def load_data(config: Config) -> ClassificationData:
     return replace(data, splits=DatasetDict(cut))
 
 
-def check_overlap(splits: DatasetDict) -> None:
-    """Refuse to select on the test data, and warn about test examples which training has seen.
-
-    Raises: ValueError when more than half of the test examples are in validation.
-    """
-    if "test" not in splits:
-        return
-    columns = [column for column in ("text", "text_pair") if column in splits["test"].column_names]
-
-    def rows(split: str) -> list[tuple]:
-        return list(zip(*(splits[split][column] for column in columns), strict=True))
-
-    test = rows("test")
-    shared = {split: sum(row in known for row in test) for split in ("train", "validation") for known in [set(rows(split))]}
-    if shared["validation"] > len(test) / 2:
-        raise ValueError(
-            f"expected a validation split apart from test, got {shared['validation']} of {len(test)} test examples in it; "
-            "selecting on test makes the reported numbers worthless: give another validation_file or none"
-        )
-    if shared["train"]:
-        logger.warning("%d of %d test examples are also in train; the reported numbers are too good", shared["train"], len(test))
-
-
 def load_model(config: Config, data: ClassificationData) -> Any:
     """The classifier with label names in its config, and adapters if asked for."""
     settings = config.model
@@ -145,6 +122,7 @@ def load_model(config: Config, data: ClassificationData) -> Any:
         model_path(settings.model_name_or_path),
         revision=settings.model_revision,
         trust_remote_code=settings.trust_remote_code,
+        ignore_mismatched_sizes=settings.ignore_mismatched_sizes,
         id2label=dict(enumerate(data.label_names)),
         label2id={name: i for i, name in enumerate(data.label_names)},
         **settings.overrides,
@@ -278,7 +256,11 @@ def _report(config: Config, data: ClassificationData, runs: dict[str, Prediction
         logits, labels = run.logits[split], run.labels[split]
         rows.append(CalibrationRow.from_logits(name, epsilon, 1.0, logits, labels))
         if split == "test" and "validation" in run.logits:  # a temperature is never judged on the data it was fitted on
-            temperature = fit_temperature(run.logits["validation"], run.labels["validation"])
+            try:
+                temperature = fit_temperature(run.logits["validation"], run.labels["validation"])
+            except NoFiniteTemperature as error:
+                _announce(f"{name}: no row with temperature, {error}")
+                continue
             rows.append(CalibrationRow.from_logits(f"{name} + temperature", epsilon, temperature, logits, labels))
             if config.run.bake_temperature and run is main:
                 published = rows[-1].name
@@ -293,7 +275,7 @@ def _report(config: Config, data: ClassificationData, runs: dict[str, Prediction
         rows=rows,
         training=_training_facts(config, runs),
         history={name: run.history for name, run in runs.items()},
-        versions={name: importlib.metadata.version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+        versions=_versions(),
         published=published,
     )
     folder = Path(training.output_dir)
@@ -353,6 +335,11 @@ def _training_facts(config: Config, runs: dict[str, Predictions]) -> dict[str, A
         "num_processes": PartialState().num_processes,
         "train_runtime_s": round(sum(seconds), 1) if len(seconds) == len(runs) else None,
     }
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: importlib.metadata.version(name) for name in ("transformers", "torch", "accelerate", "datasets")}
+    return {"hf_ls": __version__, **packages, "python": platform.python_version()}
 
 
 def _sizes(tokens: DatasetDict) -> str:

@@ -42,20 +42,25 @@ def smoothed_terms(logits: Tensor, labels: Tensor, smoothing: Smoothing, *, igno
     num_classes = logits.shape[-1]
     kept = labels != ignore_index
     _check_range(labels, kept, num_classes, ignore_index)
+    # Ignored rows are dropped, not masked: whatever they hold (NaN, -inf) then reaches neither the value nor the gradient.
+    rows = kept.reshape(-1).nonzero().squeeze(1)
+    whole = rows.numel() == labels.numel()
+    y = labels.reshape(-1).long() if whole else labels.reshape(-1)[rows].long()
+    z = logits.reshape(-1, num_classes) if whole else logits.reshape(-1, num_classes)[rows]
     # Half-precision logits lose 1e-3 nats in a log-softmax and overflow in a sum: compute in float32 whatever comes in.
-    z = logits if logits.dtype == torch.float64 else logits.float()
-    y = labels.long().masked_fill(~kept, 0)
+    z = z if z.dtype == torch.float64 else z.float()
     z_y = z.gather(-1, y.unsqueeze(-1)).squeeze(-1)
-    nll = (z.logsumexp(-1) - z_y).masked_fill(~kept, 0)
+    nll = z.logsumexp(-1) - z_y
+    term = torch.zeros_like(nll)
     if smoothing.epsilon:
         prior = smoothing.prior_for(y, num_classes, z.dtype)
         # 0·(−inf) is NaN, but a class without prior mass must add exactly 0.
-        expected = (z.masked_fill(prior == 0, 0) * prior).sum(-1)
-        term = (smoothing.mixing(y, prior) * (z_y - expected)).masked_fill(~kept, 0)
-    else:
-        term = torch.zeros_like(nll)
+        expected = (z.masked_fill(prior == 0, 0) * prior).sum(-1) if smoothing.prior is not None else z.mean(-1)
+        term = smoothing.mixing(y, prior) * (z_y - expected)
     _check_finite(nll, term)
-    return SmoothedTerms(nll, term)
+    if not whole:
+        nll, term = (part.new_zeros(labels.numel()).index_copy(0, rows, part) for part in (nll, term))
+    return SmoothedTerms(nll.reshape(labels.shape), term.reshape(labels.shape))
 
 
 def smoothed_cross_entropy(

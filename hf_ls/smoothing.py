@@ -106,8 +106,8 @@ class Smoothing:
                 f"expected a prior over {num_classes} classes, got {self.prior.shape[-1]}; build it with the model's "
                 "number of labels (or its vocabulary size including padding rows)"
             )
-        prior = self.prior.to(labels.device, dtype)
-        return prior if prior.dim() == 1 else prior[labels]
+        rows = self.prior if self.prior.dim() == 1 else self.prior[labels.to(self.prior.device)]
+        return rows.to(labels.device, dtype)
 
     def mixing(self, labels: Tensor, prior: Tensor) -> Tensor:
         """The weight e of the prior per label, shape [...]: ε, or ε/(1−u_y) for `convention="wrong"`.

@@ -8,11 +8,13 @@ import sys
 
 from hf_ls.config import parse_config
 from hf_ls.finetune import finetune
+from hf_ls.launch import start_missing_processes
 
 
 def main() -> None:
     """Run the job; wrong settings end with one sentence instead of a traceback."""
     try:
+        start_missing_processes()
         config = parse_config()
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -156,6 +156,16 @@ def test_trap_9_all_ignored_is_a_differentiable_zero(epsilon):
         assert not gradient.any()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_nothing_of_an_ignored_row_reaches_the_gradient(bad):
+    logits, labels = random_case()
+    clean, clean_gradient = value_and_grad(smoothed_cross_entropy(logits, labels, 0.1), logits)
+    spoilt = logits.detach().masked_fill((labels == -100).unsqueeze(-1), bad).requires_grad_()
+    loss, gradient = value_and_grad(smoothed_cross_entropy(spoilt, labels, 0.1), spoilt)
+    assert loss == clean
+    assert torch.equal(gradient, clean_gradient)
+
+
 def test_empty_batch_is_a_differentiable_zero():
     logits = torch.zeros(0, 4, requires_grad=True)
     loss, gradient = value_and_grad(smoothed_cross_entropy(logits, torch.zeros(0, dtype=torch.long), 0.1), logits)

@@ -1,0 +1,72 @@
+"""Calibration metrics: float64 functions over NumPy arrays, and the same as offline `evaluate` modules.
+
+Owns the public names and `path`. Importing it needs NumPy only; `evaluate` is imported by the modules
+themselves.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from hf_ls.metrics.core import (
+    PredictionStatistics,
+    ReliabilityBins,
+    aurc,
+    brier,
+    e_aurc,
+    ece,
+    ece_classwise,
+    ece_equal_mass,
+    mce,
+    nll,
+    reliability_bins,
+    rmsce_debiased,
+    signed_gap,
+    smooth_ece,
+    softmax,
+)
+from hf_ls.metrics.intervals import bootstrap_interval, consistency_band, null_ece, wilson_interval
+from hf_ls.metrics.streaming import StreamingCalibration
+from hf_ls.metrics.summary import summarise
+
+__all__ = [
+    "PredictionStatistics",
+    "ReliabilityBins",
+    "StreamingCalibration",
+    "aurc",
+    "bootstrap_interval",
+    "brier",
+    "consistency_band",
+    "e_aurc",
+    "ece",
+    "ece_classwise",
+    "ece_equal_mass",
+    "mce",
+    "nll",
+    "null_ece",
+    "path",
+    "reliability_bins",
+    "rmsce_debiased",
+    "signed_gap",
+    "smooth_ece",
+    "softmax",
+    "summarise",
+    "wilson_interval",
+]
+
+_MODULES = Path(__file__).parent / "modules"
+
+
+def path(name: str) -> str:
+    """Return the folder of one metric for `evaluate.load(path("ece"))`, which needs no network.
+
+    Raises:
+        ValueError: no metric of that name.
+    """
+    names = sorted(folder.name for folder in _MODULES.iterdir() if (folder / f"{folder.name}.py").is_file())
+    if name not in names:
+        nearest = difflib.get_close_matches(str(name), names, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"choose one of {', '.join(names)}"
+        raise ValueError(f"expected the name of a metric, got {name!r}; {hint}")
+    return str(_MODULES / name)

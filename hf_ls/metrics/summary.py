@@ -1,0 +1,64 @@
+"""One table of every calibration metric, with intervals where they are sound.
+
+Owns which metrics a report shows. Does not own their definitions (`core`) or intervals (`intervals`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+from hf_ls.metrics.core import (
+    PredictionStatistics,
+    aurc,
+    ece,
+    ece_classwise,
+    ece_equal_mass,
+    mce,
+    rmsce_debiased,
+    signed_gap,
+    smooth_ece,
+    softmax,
+)
+from hf_ls.metrics.intervals import STATISTICS, bootstrap_interval, null_ece, wilson_interval
+
+
+def summarise(
+    logits: Any, labels: Any, *, n_bins: int = 15, repetitions: int = 1000, seed: int = 0
+) -> dict[str, dict[str, float]]:
+    """Return every metric of logits [n, K] and labels [n] as {name: {"value", and where sound "low",
+    "high"}}.
+
+    95 % intervals: Wilson for accuracy, `bootstrap_interval` for the others; `ece_classwise`, `mce`,
+    `rmsce_debiased` and `smooth_ece` have none. `ece` also carries "null" and "null_q95", the mean and 95 %
+    quantile for a perfectly calibrated model (`null_ece`). `smooth_ece` is absent where relplot is not
+    installed. All values are plain Python floats; nll in nats.
+
+    Raises:
+        TypeError, ValueError: as `PredictionStatistics.from_logits`.
+    """
+    stats = PredictionStatistics.from_logits(logits, labels)
+    pair = (stats.confidence, stats.correct)
+    values = {
+        "accuracy": float(stats.correct.mean()),
+        "nll": float(stats.nll.mean()),
+        "brier": float(stats.brier.mean()),
+        "ece": ece(*pair, n_bins),
+        "ece_equal_mass": ece_equal_mass(*pair, n_bins),
+        "ece_classwise": ece_classwise(softmax(logits), labels, n_bins),
+        "mce": mce(*pair, n_bins),
+        "rmsce_debiased": rmsce_debiased(*pair, n_bins),
+        "signed_gap": signed_gap(*pair),
+        "aurc": aurc(*pair),
+    }
+    if importlib.util.find_spec("relplot") is not None:
+        values["smooth_ece"] = smooth_ece(*pair)
+    table = {name: {"value": value} for name, value in values.items()}
+    for name in STATISTICS:
+        if name == "accuracy":  # keeps its width at 0 and 100 %, where a bootstrap has none
+            low, high = (float(end) for end in wilson_interval(stats.correct.sum(), len(stats)))
+        else:
+            low, high = bootstrap_interval(name, stats, n_bins=n_bins, repetitions=repetitions, seed=seed)
+        table[name] |= {"low": low, "high": high}
+    table["ece"]["null"], table["ece"]["null_q95"] = null_ece(stats.confidence, n_bins, repetitions, seed)
+    return table

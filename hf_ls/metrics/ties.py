@@ -1,0 +1,61 @@
+"""Sums over groups of equal confidence, so that no metric depends on the order in which ties arrive.
+
+Owns the tie-aware equal-mass bins and the area under the risk-coverage curve of grouped predictions; leading
+dimensions are independent resamples. Does not own the metrics built on them (`core`, `streaming`,
+`intervals`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_ls.metrics.validation import Booleans, Floats, Integers
+
+
+def tie_groups(confidence: Floats, correct: Booleans) -> tuple[Floats, Integers, Integers, Integers]:
+    """Group equal confidences, ascending: (values [G], count [G], Σ correct [G], group of each row [n])."""
+    values, group, count = np.unique(confidence, return_inverse=True, return_counts=True)
+    return values, count, np.bincount(group[correct], minlength=values.size), group
+
+
+def equal_mass_index(count: Integers, n_bins: int) -> Integers:
+    """Return the equal-mass bin [.., G] of each group of equal confidence, ascending, from count [.., G].
+
+    A group goes whole to bin floor(n_bins · midrank / n), where midrank is the centre of the ranks that it
+    takes; integer arithmetic, so that no order of the input and no rounding can move it.
+    """
+    after = np.cumsum(count, axis=-1)
+    n = after[..., -1:]
+    return np.minimum(n_bins * (2 * after - count) // (2 * n), n_bins - 1)
+
+
+def equal_mass_sums(count: Integers, confidence: Floats, correct: Integers, n_bins: int) -> tuple[Integers, Floats, Integers]:
+    """Add up (count, Σ confidence, Σ correct) of ascending groups [.., G] per equal-mass bin [.., B]."""
+    shape = (*count.shape[:-1], n_bins)
+    index = equal_mass_index(count, n_bins).reshape(-1, count.shape[-1])
+    cell = (index + n_bins * np.arange(len(index))[:, None]).ravel()
+
+    def per_bin(values: NDArray[Any]) -> Floats:
+        return np.bincount(cell, weights=values.ravel(), minlength=len(index) * n_bins).reshape(shape)
+
+    # Counts stay far below 2**53, so that float64 sums of them are exact.
+    return per_bin(count).astype(np.int64), per_bin(confidence), per_bin(correct).astype(np.int64)
+
+
+def aurc_from_groups(count: Integers, errors: Integers) -> Floats:
+    """Return the AURC of groups of equal confidence in descending order: count, errors [.., G] -> [..].
+
+    Within a group every order is equally likely, so the j-th member adds errors_g / count_g; the sum over j
+    of (E + j·r) / (C + j) has the closed form r·c + (E − r·C)·(H(C + c) − H(C)) with harmonic numbers H.
+    """
+    after = np.cumsum(count, axis=-1)
+    before = after - count
+    errors_before = np.cumsum(errors, axis=-1) - errors
+    rate = errors / np.maximum(count, 1)
+    n = after[..., -1]
+    harmonic = np.concatenate([[0.0], np.cumsum(1.0 / np.arange(1, int(np.max(n)) + 1))])
+    area = errors + (errors_before - rate * before) * (harmonic[after] - harmonic[before])
+    return area.sum(axis=-1) / n

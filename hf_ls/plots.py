@@ -1,0 +1,315 @@
+"""The pictures of a report: loss curves, reliability diagrams, confidence histograms.
+
+Owns: how they look. Each makes a matplotlib Figure of a `CalibrationReport`; `write_plots` saves them all.
+Does not own: any number drawn (`report`, `metrics`). matplotlib is imported on use, without pyplot: such
+a Figure always saves through Agg and leaves the caller's backend alone.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_ls.files import write_atomically
+from hf_ls.metrics.intervals import wilson_interval
+from hf_ls.report import HISTOGRAM_BINS, CalibrationReport, CalibrationRow, one_line
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DPI = 150
+# After Okabe and Ito 2008, safe for colour-blind readers: one colour an epsilon, lighter with temperature.
+_PALETTE = (("#0072B2", "#56B4E9"), ("#D55E00", "#E69F00"), ("#009E73", "#66C2A5"), ("#7B3F8C", "#CC79A7"))
+_INK, _GREY, _LIGHT, _BAND, _WRONG = "#222222", "#767676", "#EEEEEE", "#DDDDDD", "#B5B5B5"
+_CURVES = ("loss", "nll", "eval_nll")
+_Series = list[tuple[float, float]]
+_STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.0,
+    "axes.titlesize": 9.0,
+    "axes.edgecolor": _GREY,
+    "axes.labelcolor": _INK,
+    "axes.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": _GREY,
+    "ytick.color": _GREY,
+    "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK,
+    "text.color": _INK,
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+}
+
+
+def loss_curve(report: CalibrationReport) -> Figure:
+    """NLL and objective in training, and the evaluation NLL, by optimizer step, one colour a run.
+
+    The NLL (solid) can be compared between runs. The objective (thin, dashed) cannot: smoothing adds a term
+    to it and moves its minimum. Where the two are equal, only the NLL is drawn.
+
+    Raises: ValueError for a report without such records.
+    """
+    runs = {name: {key: _series(records, key) for key in _CURVES} for name, records in report.history.items()}
+    panels = [
+        (title, keys)
+        for title, keys in (("Training", ("nll", "loss")), ("Evaluation during training", ("eval_nll",)))
+        if any(run[key] for run in runs.values() for key in keys)
+    ]
+    if not panels:
+        raise ValueError(f"expected 'step' with one of {_CURVES} in history, got none; skip this plot")
+    epsilons = {row.name: row.epsilon for row in report.rows}
+    colours, objective = _colours(report), False
+    with _style():
+        figure = _new_figure(0.6 + 4.1 * len(panels), 3.5)
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for ax, (title, keys) in zip(axes, panels, strict=True):
+            for (name, run), key in itertools.product(runs.items(), keys):
+                if not run[key] or (key == "loss" and not _differ(run["loss"], run["nll"])):
+                    continue
+                style: dict[str, Any] = {"lw": 1.6, "marker": "o" if len(run[key]) <= 30 else "", "ms": 3.5}
+                if key == "loss":
+                    style, objective = {"lw": 0.9, "ls": (0, (4, 2))}, True
+                what = "objective" if key == "loss" else "nll"
+                label = f"{_label(name)} (ε = {epsilons[name]:g}): {what}"
+                ax.plot(*zip(*run[key], strict=True), color=colours[name], label=label, **style)
+            ax.set_title(title, loc="left", fontweight="bold")
+            ax.set_xlabel("optimizer step")
+            ax.set_xlim(left=0)
+            ax.grid(axis="y", color=_LIGHT, lw=0.8)
+            ax.legend(loc="upper right", fontsize=8)
+        axes[0].set_ylabel("nats per example")
+        if objective:
+            axes[0].set_xlabel(
+                "optimizer step\nobjective = nll + smoothing term: not comparable between runs"
+            )
+        return figure
+
+
+def reliability(report: CalibrationReport) -> Figure:
+    """Accuracy against confidence per bin, a panel a row: Wilson 95 % intervals, consistency band, counts.
+
+    Each bin of a calibrated model lies inside the band with probability 95 %: one in twenty lies outside.
+    """
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    colours = _colours(report)
+    top = max(_array(row, "count").max() for row in report.rows)
+    with _style():
+        columns, lines = _grid(len(report.rows))
+        figure = _new_figure(0.4 + 3.9 * columns, 0.5 + 4.7 * lines)
+        # The third, empty line of each group parts it from the title of the next.
+        grid = figure.add_gridspec(3 * lines, columns, height_ratios=(4.5, 1, 0.12) * lines)
+        for i, row in enumerate(report.rows):
+            main = figure.add_subplot(grid[3 * (i // columns), i % columns])
+            strip = figure.add_subplot(grid[3 * (i // columns) + 1, i % columns], sharex=main)
+            _draw_bins(main, row, colours[row.name])
+            _draw_counts(strip, row, colours[row.name], top)
+            null = row.metrics["ece"].get("null")
+            beside = "" if null is None else f" (null {null:.3f})"
+            _title(main, row, f"ECE {row.value('ece'):.3f}{beside}, n = {row.n:,}")
+            main.set_xlim(_left(report, _array(row, "edges")), 1)
+            main.tick_params(bottom=False, labelbottom=False, labelleft=i % columns == 0)
+            if i % columns == 0:
+                main.set_ylabel("accuracy")
+                strip.set_ylabel("count")
+        figure.legend(
+            handles=[
+                Line2D([], [], color=_INK, marker="o", ms=4, lw=1, label="accuracy in the bin, Wilson 95 %"),
+                Patch(facecolor=_BAND, label="95 % band of a calibrated model, per bin"),
+                Line2D([], [], color=_GREY, lw=1, ls=(0, (4, 3)), label="perfect calibration"),
+            ],
+            loc="outside lower center",
+            ncols=3 if columns > 1 else 1,
+            fontsize=8,
+        )
+        return figure
+
+
+def confidence(report: CalibrationReport) -> Figure:
+    """How many predictions have which confidence, right and wrong ones stacked, a panel a row."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    colours = _colours(report)
+    edges = np.arange(HISTOGRAM_BINS + 1) / HISTOGRAM_BINS
+    with _style():
+        columns, lines = _grid(len(report.rows))
+        figure = _new_figure(0.4 + 3.9 * columns, 0.5 + 2.7 * lines, hspace=0.05)
+        axes = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
+        for ax in axes[len(report.rows) :]:
+            ax.remove()
+        for i, (ax, row) in enumerate(zip(axes, report.rows, strict=False)):
+            wrong, right = np.array(row.histogram_incorrect), np.array(row.histogram_correct)
+            bars: dict[str, Any] = {
+                "width": 1 / HISTOGRAM_BINS,
+                "align": "edge",
+                "edgecolor": "white",
+                "lw": 0.6,
+            }
+            ax.bar(edges[:-1], wrong, color=_WRONG, **bars)
+            ax.bar(edges[:-1], right, bottom=wrong, color=colours[row.name], **bars)
+            accuracy = row.value("accuracy")
+            mean = accuracy + row.value("signed_gap")
+            ax.axvline(mean, color=_INK, lw=1.2)
+            ax.axvline(accuracy, color=_INK, lw=1.2, ls=(0, (2, 2)))
+            _title(ax, row, f"mean confidence {mean:.3f}, accuracy {accuracy:.3f}, n = {row.n:,}")
+            ax.set_xlim(_left(report, edges), 1)
+            ax.set_xlabel("confidence")
+            ax.yaxis.get_major_locator().set_params(integer=True)
+            if i % columns == 0:
+                ax.set_ylabel("predictions")
+        figure.legend(
+            handles=[
+                Patch(facecolor=colours[report.rows[0].name], label="correct (colour of the run)"),
+                Patch(facecolor=_WRONG, label="incorrect"),
+                Line2D([], [], color=_INK, lw=1.2, label="mean confidence"),
+                Line2D([], [], color=_INK, lw=1.2, ls=(0, (2, 2)), label="accuracy"),
+            ],
+            loc="outside lower center",
+            ncols=4 if columns > 1 else 2,
+            fontsize=8,
+        )
+        return figure
+
+
+def write_plots(report: CalibrationReport, folder: str | os.PathLike[str]) -> list[Path]:
+    """Save reliability.png, confidence.png and, when there is a history, loss_curve.png, at 150 dpi."""
+    plots = [plot_reliability(report, Path(folder, "reliability.png"))]
+    plots.append(plot_confidence(report, Path(folder, "confidence.png")))
+    if any(_series(records, key) for records in report.history.values() for key in _CURVES):
+        plots.append(plot_loss_curve(report, Path(folder, "loss_curve.png")))
+    return plots
+
+
+def plot_loss_curve(report: CalibrationReport, path: str | os.PathLike[str]) -> Path:
+    """Save `loss_curve` as a PNG."""
+    return _save(loss_curve(report), path)
+
+
+def plot_reliability(report: CalibrationReport, path: str | os.PathLike[str]) -> Path:
+    """Save `reliability` as a PNG."""
+    return _save(reliability(report), path)
+
+
+def plot_confidence(report: CalibrationReport, path: str | os.PathLike[str]) -> Path:
+    """Save `confidence` as a PNG."""
+    return _save(confidence(report), path)
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    buffer = io.BytesIO()
+    with _style():  # some ticks are only made now
+        figure.savefig(buffer, format="png", dpi=DPI)
+    return write_atomically(path, buffer.getvalue())
+
+
+def _draw_bins(ax: Axes, row: CalibrationRow, colour: str) -> None:
+    edges, count = _array(row, "edges"), _array(row, "count")
+    filled = count > 0
+    mean, accuracy = _array(row, "confidence")[filled], _array(row, "accuracy")[filled]
+    low, high = _array(row, "band_low")[filled], _array(row, "band_high")[filled]
+    ax.bar(edges[:-1][filled], high - low, np.diff(edges)[filled], low, align="edge", color=_BAND)
+    ax.plot([0, 1], [0, 1], color=_GREY, lw=1, ls=(0, (4, 3)))
+    ends = wilson_interval(np.rint(accuracy * count[filled]), count[filled])
+    errors = np.abs(np.stack(ends) - accuracy)
+    ax.errorbar(mean, accuracy, errors, fmt="o", ms=4.5, color=colour, elinewidth=1.2, capsize=0)
+    ax.set_ylim(-0.02, 1.02)
+    ax.set_yticks(np.arange(6) / 5)
+
+
+def _draw_counts(ax: Axes, row: CalibrationRow, colour: str, top: float) -> None:
+    edges, count = _array(row, "edges"), _array(row, "count")
+    ax.bar(edges[:-1], count, np.diff(edges), align="edge", color=colour, edgecolor="white", lw=0.6)
+    for centre, number in zip((edges[:-1] + edges[1:]) / 2, count, strict=True):
+        if number:  # linear bars keep their proportions, so the small ones need their number
+            above: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 6}
+            ax.annotate(_short(number), (centre, number), (0, 1.5), **above)
+    ax.set_ylim(0, top * 1.3)
+    ax.set_yticks([])
+    ax.spines["left"].set_visible(False)
+    ax.set_xlabel("confidence")
+
+
+def _short(count: float) -> str:
+    """A count in at most four characters: 9999, 12k, 3M."""
+    power = 0 if count < 10_000 else int(np.log10(count) // 3)
+    return f"{count / 1000**power:.0f}{('', 'k', 'M', 'G')[power]}"
+
+
+def _title(ax: Axes, row: CalibrationRow, facts: str) -> None:
+    ax.set_title(facts, loc="left", pad=5)
+    above: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "bottom"}
+    ax.annotate(_label(row.name), (0, 1), (0, 17), fontweight="bold", fontsize=9.5, **above)
+    settings = f"ε = {row.epsilon:g}" + ("" if row.temperature == 1 else f", T = {row.temperature:.3g}")
+    ax.annotate(settings, (1, 1), (0, 17), ha="right", color=_GREY, **above)
+
+
+def _left(report: CalibrationReport, edges: NDArray[np.float64]) -> float:
+    """The last bin edge at or below 1 / K: no top-label confidence can be lower."""
+    return float(edges[edges <= 1 / len(report.label_names) + 1e-9].max())
+
+
+def _grid(panels: int) -> tuple[int, int]:
+    """Columns and lines: four panels as plain and tempered side by side, one line a run."""
+    columns = {1: 1, 2: 2, 4: 2}.get(panels, 3)
+    return columns, -(-panels // columns)
+
+
+def _colours(report: CalibrationReport) -> dict[str, str]:
+    epsilons = list(dict.fromkeys(row.epsilon for row in report.rows))
+    return {
+        row.name: _PALETTE[epsilons.index(row.epsilon) % len(_PALETTE)][row.temperature != 1]
+        for row in report.rows
+    }
+
+
+def _label(name: str) -> str:
+    text = one_line(name)
+    text = text if len(text) <= 28 else text[:27] + "…"
+    # An unescaped pair of $ would be read as a formula, and a leading _ would keep it out of legends.
+    return text.replace("$", r"\$").replace("_", " _", text.startswith("_"))
+
+
+def _array(row: CalibrationRow, key: str) -> NDArray[np.float64]:
+    return np.array(row.reliability[key], dtype=np.float64)  # None becomes NaN
+
+
+def _series(records: list[dict[str, Any]], key: str) -> _Series:
+    points = [(record["step"], record[key]) for record in records if "step" in record and key in record]
+    return [(step, math.nan if value is None else value) for step, value in points]
+
+
+def _differ(loss: _Series, nll: _Series) -> bool:
+    """Whether the objective is another quantity than the NLL, beyond the Trainer's rounding of its log."""
+    known = dict(nll)
+    return any(not abs(value - known.get(step, math.inf)) < 1e-3 for step, value in loss)
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    import matplotlib.style
+
+    with matplotlib.style.context(["default", _STYLE]):  # whatever the user's matplotlibrc says
+        yield
+
+
+def _new_figure(width: float, height: float, hspace: float = 0) -> Figure:
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    rect = (0.01, 0.01, 0.98, 0.98)
+    layout = ConstrainedLayoutEngine(rect=rect, w_pad=0.07, h_pad=0.02, wspace=0, hspace=hspace)
+    return Figure(figsize=(width, height), layout=layout)

@@ -1,0 +1,235 @@
+"""Time and peak memory of the loss at a language-model head, forward and backward, against three bare matmuls.
+
+    OMP_NUM_THREADS=2 python scripts/benchmark_loss.py
+    OMP_NUM_THREADS=2 python scripts/benchmark_loss.py --shapes 2048,512,32128 --valid 1.0 0.3 --dtypes float32 --json out.json
+
+The floor is h·Wᵀ, G·W and Gᵀ·h over all N rows. Methods run in turn within each round of one process, so that a busy
+machine slows them all; the ratios compare minima and, in brackets, medians over the rounds. Time includes the allocation
+of dW. Memory is the largest sum of live allocations which torch's profiler saw on the way, less dW itself; scratch
+memory inside a BLAS library is invisible to it. `linear_cross_entropy` is the nll alone: its chunks know no smoothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.trainer_pt_utils import LabelSmoother
+
+from hf_ls.linear import linear_smoothed_cross_entropy
+
+EPSILON = 0.1
+SHAPES = ["2048,512,32128", "1024,768,128256", "512,1024,256000", "8192,512,32128"]
+MIB = 2**20
+
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One method at one setting; ratios are to the floor at the same shape and dtype."""
+
+    shape: str  # N,d,V
+    dtype: str
+    valid: float
+    method: str
+    seconds: float  # minimum over the rounds
+    ratio: float
+    ratio_of_medians: float
+    allocation_mib: float  # peak beyond dW
+
+
+def floor(hidden: Tensor, weight: Tensor, labels: Tensor) -> Run:
+    h, w = hidden.detach(), weight.detach()
+
+    def run() -> object:
+        logits = h @ w.t()
+        return logits @ w, logits.t() @ h
+
+    return run
+
+
+def backward_of(loss: Callable[[], Tensor], *leaves: Tensor) -> Run:
+    def run() -> object:
+        for leaf in leaves:
+            leaf.grad = None
+        value = loss()
+        value.backward()
+        return value
+
+    return run
+
+
+def fused(hidden: Tensor, weight: Tensor, labels: Tensor) -> Run:
+    return backward_of(lambda: linear_smoothed_cross_entropy(hidden, weight, labels, EPSILON), hidden, weight)
+
+
+def label_smoother(hidden: Tensor, weight: Tensor, labels: Tensor) -> Run:
+    smoother = LabelSmoother(EPSILON)
+    return backward_of(lambda: smoother({"logits": F.linear(hidden, weight)}, labels), hidden, weight)
+
+
+def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Run:
+    return backward_of(
+        lambda: F.cross_entropy(F.linear(hidden, weight), labels, label_smoothing=EPSILON), hidden, weight
+    )
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Run:
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=min(256, len(labels)))
+    return backward_of(lambda: F.linear_cross_entropy(hidden, weight, labels, options=options), hidden, weight)
+
+
+def liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Run:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return backward_of(
+        lambda: liger_fused_linear_cross_entropy(hidden, weight, labels, label_smoothing=EPSILON), hidden, weight
+    )
+
+
+METHODS: dict[str, Callable[[Tensor, Tensor, Tensor], Run]] = {
+    "fused": fused,
+    "label_smoother": label_smoother,
+    "cross_entropy": cross_entropy,
+    "linear_cross_entropy": linear_cross_entropy,
+    "liger": liger,
+}
+
+
+def available(names: list[str], device: str) -> list[str]:
+    """The methods which can run here; Liger's kernels need CUDA."""
+    missing = set()
+    if not hasattr(F, "linear_cross_entropy"):
+        missing.add("linear_cross_entropy")
+    if device != "cuda" or importlib.util.find_spec("liger_kernel") is None:
+        missing.add("liger")
+    for name in sorted(missing & set(names)):
+        print(f"{name}: not available here")
+    return [name for name in names if name not in missing]
+
+
+def seconds(run: Run, device: str, clock: Callable[[], float]) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = clock()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return clock() - start
+
+
+def peak_bytes(run: Run, device: str) -> int:
+    """The largest growth of live memory during `run`, from the profiler's allocation events (CUDA: torch's counter)."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e["ts"]):
+        live += event["args"]["Bytes"]
+        peak = max(peak, live)
+    return peak
+
+
+def measure(shape: str, dtype: str, valid: list[float], methods: list[str], rounds: int, device: str, clock: Callable[[], float]) -> list[Measurement]:
+    """All methods at one shape and dtype, in turn; the floor is timed in the same rounds."""
+    n, d, v = (int(part) for part in shape.split(","))
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(n, d, generator=generator).to(device, getattr(torch, dtype)).requires_grad_()
+    weight = (torch.randn(v, d, generator=generator) * d**-0.5).to(device, getattr(torch, dtype)).requires_grad_()
+    runs: dict[tuple[float, str], Run] = {(1.0, "floor"): floor(hidden, weight, torch.empty(0))}
+    for fraction in valid:
+        labels = torch.randint(v, (n,), generator=generator)
+        # Padding at the end of each of 16 rows of tokens, as a collator leaves it.
+        labels.view(16, -1)[:, round(fraction * n / 16) :] = -100
+        for name in methods:
+            runs[fraction, name] = METHODS[name](hidden, weight, labels.to(device))
+
+    def clear() -> None:
+        hidden.grad = weight.grad = None
+
+    times: dict[tuple[float, str], list[float]] = {key: [] for key in runs}
+    for round_number in range(rounds + 1):
+        for key, run in runs.items():
+            clear()
+            elapsed = seconds(run, device, clock)
+            if round_number:  # the first is the warm-up
+                times[key].append(elapsed)
+    floor_times = times.pop((1.0, "floor"))
+    found = []
+    for (fraction, name), taken in times.items():
+        clear()
+        beyond = peak_bytes(runs[fraction, name], device) - v * d * weight.element_size()
+        found.append(
+            Measurement(
+                shape,
+                dtype,
+                fraction,
+                name,
+                round(min(taken), 4),
+                round(min(taken) / min(floor_times), 3),
+                round(statistics.median(taken) / statistics.median(floor_times), 3),
+                round(beyond / MIB, 1),
+            )
+        )
+    return found
+
+
+def table(rows: list[Measurement]) -> str:
+    lines = ["| N, d, V | dtype | valid | method | seconds | × floor (medians) | MiB beyond dW |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        lines.append(
+            f"| {row.shape.replace(',', ', ')} | {row.dtype} | {row.valid:g} | {row.method} | {row.seconds:.3f} | "
+            f"{row.ratio:.2f} ({row.ratio_of_medians:.2f}) | {row.allocation_mib:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="N,d,V")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--valid", nargs="+", type=float, default=[1.0, 0.6, 0.3], help="fractions of labels not ignored")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: CPU seconds, steady beside other work")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--json", type=Path, help="also write the measurements here")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    clock = time.perf_counter if args.clock == "wall" else time.process_time
+    print(f"torch {torch.__version__}, {args.threads} threads, {args.device}, {args.clock} clock, epsilon {EPSILON}, {args.rounds} rounds\n")
+    methods = available(args.methods, args.device)
+    rows: list[Measurement] = []
+    for shape in args.shapes:
+        for dtype in args.dtypes:
+            rows += measure(shape, dtype, args.valid, methods, args.rounds, args.device, clock)
+            print(f"measured {shape} {dtype}", flush=True)
+    print("\n" + table(rows))
+    if args.json:
+        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Intervals: parity with SciPy, coverage where the truth is known, determinism, bounded memory."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from hf_ls.metrics import (
+    PredictionStatistics,
+    aurc,
+    bootstrap_interval,
+    consistency_band,
+    ece,
+    ece_equal_mass,
+    null_ece,
+    reliability_bins,
+    wilson_interval,
+)
+from hf_ls.metrics.intervals import STATISTICS
+
+
+def drawn(n, gap=0.0, seed=0):
+    """Binary statistics whose confidence exceeds the probability of being right by `gap`."""
+    rng = np.random.default_rng(seed)
+    confidence = rng.uniform(0.5 + gap, 1.0, n)
+    correct = rng.random(n) < confidence - gap
+    p_label = np.where(correct, confidence, 1 - confidence)
+    return PredictionStatistics(confidence, correct, -np.log(p_label), 2 * (1 - p_label) ** 2)
+
+
+@pytest.mark.parametrize("level", [0.8, 0.95])
+def test_wilson_equals_scipy_and_broadcasts(level):
+    successes, n = np.array([0, 1, 7, 50, 50]), np.array([5, 3, 20, 50, 100])
+    low, high = wilson_interval(successes, n, level)
+    for i in range(5):
+        theirs = scipy.stats.binomtest(int(successes[i]), int(n[i])).proportion_ci(level, method="wilson")
+        assert (low[i], high[i]) == (pytest.approx(theirs.low, abs=1e-12), pytest.approx(theirs.high, abs=1e-12))
+    assert low[0] == 0.0 and high[3] == 1.0
+
+
+def test_wilson_of_nothing_says_nothing_and_impossible_counts_are_refused():
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+    for successes, n in [(3, 2), (-1, 2)]:
+        with pytest.raises(ValueError, match="successes"):
+            wilson_interval(successes, n)
+    with pytest.raises(ValueError, match="level"):
+        wilson_interval(1, 2, level=95)
+
+
+@pytest.mark.parametrize("statistic", ["nll", "brier", "accuracy", "signed_gap"])
+def test_intervals_of_means_equal_scipy_up_to_sampling(statistic):
+    stats = drawn(400, gap=0.1)
+    values = {
+        "nll": stats.nll,
+        "brier": stats.brier,
+        "accuracy": stats.correct.astype(float),
+        "signed_gap": stats.confidence - stats.correct,
+    }[statistic]
+    theirs = scipy.stats.bootstrap(
+        (values,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(1)
+    ).confidence_interval
+    low, high = bootstrap_interval(statistic, stats, repetitions=4000)
+    width = theirs.high - theirs.low
+    assert low == pytest.approx(theirs.low, abs=0.05 * width)
+    assert high == pytest.approx(theirs.high, abs=0.05 * width)
+
+
+@pytest.mark.parametrize(("statistic", "direct"), [("ece", ece), ("ece_equal_mass", ece_equal_mass), ("aurc", aurc)])
+def test_resamples_are_the_metric_on_resampled_rows(statistic, direct):
+    stats = drawn(300, gap=0.15)
+    stats = PredictionStatistics(np.round(stats.confidence, 2), stats.correct, stats.nll, stats.brier)  # many ties
+    rng = np.random.default_rng(5)
+    rows = rng.integers(0, 300, (200, 300))
+    values = [direct(stats.confidence[row], stats.correct[row]) for row in rows]
+    low, high = np.quantile(values, [0.05, 0.95])
+    if statistic != "aurc":  # the basic interval mirrors the quantiles at the value
+        value = direct(stats.confidence, stats.correct)
+        low, high = 2 * value - high, 2 * value - low
+    ours = bootstrap_interval(statistic, stats, repetitions=200, level=0.9, seed=5)
+    assert ours == (pytest.approx(low, abs=1e-12), pytest.approx(high, abs=1e-12))
+
+
+@pytest.mark.parametrize("statistic", ["ece", "ece_equal_mass"])
+def test_ece_interval_covers_zero_for_a_calibrated_model_and_excludes_it_for_a_bad_one(statistic):
+    direct = {"ece": ece, "ece_equal_mass": ece_equal_mass}[statistic]
+    covered = 0
+    for seed in range(100):
+        stats = drawn(500, seed=seed)
+        low, high = bootstrap_interval(statistic, stats, repetitions=200, seed=seed)
+        assert 0.0 <= low <= high
+        assert direct(stats.confidence, stats.correct) > 0  # a percentile interval would cover 0 in no case
+        covered += low == 0.0
+    assert covered >= 88  # nominal 95; 88 is 3 standard deviations below
+    bad = [bootstrap_interval(statistic, drawn(500, gap=0.2, seed=seed), repetitions=200) for seed in range(20)]
+    assert all(low > 0.05 for low, _ in bad)
+    assert sum(low <= 0.2 <= high for low, high in bad) >= 15
+
+
+def test_null_ece_is_what_calibrated_outcomes_give():
+    confidence = np.random.default_rng(0).beta(5, 2, 800)
+    rng = np.random.default_rng(1)
+    simulated = [ece(confidence, rng.random(800) < confidence) for _ in range(2000)]
+    mean, q95 = null_ece(confidence, repetitions=2000)
+    assert mean == pytest.approx(np.mean(simulated), rel=0.03)
+    assert q95 == pytest.approx(np.quantile(simulated, 0.95), rel=0.05)
+
+
+def test_null_ece_of_certain_predictions_is_zero_and_falls_with_n():
+    assert null_ece(np.ones(100)) == (0.0, 0.0)
+    small, large = (null_ece(np.random.default_rng(0).uniform(0.5, 1, n))[0] for n in (500, 8000))
+    assert large == pytest.approx(small / 4, rel=0.1)
+
+
+def test_binomial_draws_per_cell_have_the_spread_of_single_draws():
+    # 50,000 rows share few cells: the grouped draw must still give Σ p (1 − p).
+    confidence = np.random.default_rng(0).uniform(0.9990, 0.9995, 50_000)
+    low, high = consistency_band(confidence, n_bins=1, repetitions=4000, level=0.6826894921)
+    sigma = np.sqrt((confidence * (1 - confidence)).sum()) / confidence.size
+    assert (high[0] - low[0]) / 2 == pytest.approx(sigma, rel=0.1)
+    assert (high[0] + low[0]) / 2 == pytest.approx(confidence.mean(), abs=0.1 * sigma)
+
+
+def test_consistency_band_holds_calibrated_accuracy_and_is_nan_where_empty():
+    inside = total = 0
+    for seed in range(20):
+        stats = drawn(1000, seed=seed)
+        low, high = consistency_band(stats.confidence, repetitions=300, seed=seed)
+        bins = reliability_bins(stats.confidence, stats.correct)
+        np.testing.assert_array_equal(np.isnan(low), bins.count == 0)
+        used = bins.count > 0
+        inside += ((low <= bins.accuracy) & (bins.accuracy <= high))[used].sum()
+        total += used.sum()
+    assert 0.92 < inside / total < 0.99
+
+
+def test_same_seed_same_interval_and_another_seed_another():
+    stats = drawn(200, gap=0.1)
+    for statistic in STATISTICS:
+        first = bootstrap_interval(statistic, stats, repetitions=100, seed=3)
+        assert first == bootstrap_interval(statistic, stats, repetitions=100, seed=3)
+        assert first != bootstrap_interval(statistic, stats, repetitions=100, seed=4)
+    assert null_ece(stats.confidence, seed=3) == null_ece(stats.confidence, seed=3)
+    assert null_ece(stats.confidence, seed=3) != null_ece(stats.confidence, seed=4)
+
+
+@pytest.mark.parametrize("statistic", ["nll", "ece", "ece_equal_mass", "aurc"])
+def test_memory_does_not_grow_with_the_number_of_repetitions(statistic):
+    stats = drawn(100_000, gap=0.1)
+    peaks = []
+    for repetitions in (30, 120):
+        tracemalloc.start()
+        try:
+            bootstrap_interval(statistic, stats, repetitions=repetitions)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0]
+
+
+def test_statistics_without_a_sound_interval_are_refused():
+    for statistic in ("mce", "smooth_ece", "ECE"):
+        with pytest.raises(ValueError, match="expected a statistic of"):
+            bootstrap_interval(statistic, drawn(10))
+    with pytest.raises(ValueError, match="level"):
+        bootstrap_interval("nll", drawn(10), level=1.0)
+    infinite = PredictionStatistics.from_probabilities([[1.0, 0.0], [0.5, 0.5]], [1, 0])
+    with pytest.raises(ValueError, match="finite nll"):
+        bootstrap_interval("nll", infinite)
