@@ -42,9 +42,7 @@ def graduated_epsilon(
     if any(low >= high for low, high in pairwise(edges)):
         raise ValueError(f"expected thresholds increasing inside (0, 1), got {tuple(thresholds)}; sort them")
     if len(values) != len(thresholds) + 1 or not all(0 <= value < 1 for value in values):
-        raise ValueError(
-            f"expected {len(thresholds) + 1} values in [0, 1), got {tuple(values)}; one epsilon per bucket"
-        )
+        raise ValueError(f"expected {len(thresholds) + 1} values in [0, 1), got {tuple(values)}; one epsilon per bucket")
     boundaries = torch.tensor(thresholds, dtype=confidence.dtype, device=confidence.device)
     epsilons = torch.tensor(values, dtype=confidence.dtype, device=confidence.device)
     return epsilons[torch.bucketize(confidence, boundaries, right=True)]
@@ -62,9 +60,7 @@ def instance_epsilon(confidence: Tensor, *, maximum: float = 0.2) -> Tensor:
     Generation".
     """
     if not 0 <= maximum <= 1:
-        raise ValueError(
-            f"expected maximum in [0, 1], got {maximum}; it is the epsilon of a fully confident prediction"
-        )
+        raise ValueError(f"expected maximum in [0, 1], got {maximum}; it is the epsilon of a fully confident prediction")
     return maximum * confidence
 
 
@@ -92,13 +88,9 @@ def adaptive_smoothed_terms(
     [0, 1].
     """
     if confidence not in get_args(Confidence):
-        raise ValueError(
-            f"expected confidence in {get_args(Confidence)}, got {confidence!r}; choose one of them"
-        )
+        raise ValueError(f"expected confidence in {get_args(Confidence)}, got {confidence!r}; choose one of them")
     # The smoothing term is linear in ε: take it at ε = 1/2 (exact to rescale) and give each item its own.
-    half = smoothed_terms(
-        logits, labels, replace(smoothing, epsilon=0.5, schedule=None), ignore_index=ignore_index
-    )
+    half = smoothed_terms(logits, labels, replace(smoothing, epsilon=0.5, schedule=None), ignore_index=ignore_index)
     with torch.no_grad():
         value = _confidence(logits, half.nll, confidence).masked_fill(labels == ignore_index, 0)
         epsilon = epsilon_of_confidence(value)
@@ -151,9 +143,7 @@ class OnlineLabelSmoothing(nn.Module):
     total: Tensor
     count: Tensor
 
-    def __init__(
-        self, num_classes: int, *, alpha: float = 0.5, prior: Tensor | None = None, ignore_index: int = -100
-    ) -> None:
+    def __init__(self, num_classes: int, *, alpha: float = 0.5, prior: Tensor | None = None, ignore_index: int = -100) -> None:
         """Start with the prior as the matrix and with empty sums."""
         super().__init__()
         if not 2 <= num_classes <= MAX_ONLINE_CLASSES:
@@ -162,9 +152,7 @@ class OnlineLabelSmoothing(nn.Module):
                 "its state has K² entries; use Smoothing(prior=unigram_prior(...)) for a vocabulary"
             )
         if not 0 <= alpha <= 1:
-            raise ValueError(
-                f"expected alpha in [0, 1], got {alpha}; it is the weight of the hard label, 0.5 in the paper"
-            )
+            raise ValueError(f"expected alpha in [0, 1], got {alpha}; it is the weight of the hard label, 0.5 in the paper")
         if prior is None:
             prior = torch.full((num_classes,), 1 / num_classes, dtype=torch.float64)
         rows = Smoothing(prior=prior).prior_for(torch.arange(num_classes), num_classes, torch.float64)
@@ -176,9 +164,7 @@ class OnlineLabelSmoothing(nn.Module):
         self.register_buffer("total", torch.zeros(num_classes, num_classes, dtype=torch.float64))
         self.register_buffer("count", torch.zeros(num_classes, dtype=torch.int64))
 
-    def forward(
-        self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | float | None = None
-    ) -> Tensor:
+    def forward(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | float | None = None) -> Tensor:
         """The mean loss over the kept labels, or their sum divided by `num_items_in_batch`.
 
         outputs as in `losses.logits_of` with logits [..., K]; labels [...]. Nothing kept: a differentiable 0.

@@ -41,7 +41,7 @@ class ModelArguments:
     lora_r: int = field(default=8, metadata=_help("Rank of the adapters."))
     lora_alpha: int = field(default=16, metadata=_help("Scale of the adapters."))
     lora_dropout: float = field(default=0.0, metadata=_help("Dropout before the adapters."))
-    trust_remote_code: bool = field(default=False, metadata=_help("Run code from the model's repository. Off unless you say so."))
+    trust_remote_code: bool = field(default=False, metadata=_help("Run code from the model's repository."))
 
     def __post_init__(self) -> None:
         self.overrides: dict[str, Any] = {}
@@ -49,7 +49,9 @@ class ModelArguments:
             try:
                 self.overrides = json.loads(self.model_config_overrides)
             except json.JSONDecodeError as error:
-                raise ValueError(f'expected model_config_overrides as JSON, got {self.model_config_overrides!r}; write {{"a": 1}}') from error
+                raise ValueError(
+                    f'expected model_config_overrides as JSON, got {self.model_config_overrides!r}; write {{"a": 1}}'
+                ) from error
             if not isinstance(self.overrides, dict):
                 raise ValueError(f"expected model_config_overrides as a mapping, got {self.overrides!r}; write name: value")
 
@@ -78,7 +80,7 @@ class DataArguments:
         self.files = {split: path for split, path in files.items() if path}
         if bool(self.dataset_name) == bool(self.files):
             raise ValueError(
-                f"expected either dataset_name or train_file, got dataset_name={self.dataset_name} and files {self.files}; set one "
+                f"expected either dataset_name or train_file, got {self.dataset_name} and {self.files}; set one "
                 f"(dataset_name: {EMBEDDED_DATASET} is the embedded data)"
             )
         if self.files and not self.train_file:
@@ -89,7 +91,9 @@ class DataArguments:
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"expected 0 < validation_fraction < 1, got {self.validation_fraction}; 0.1 is a usual value")
         if self.snippet_sources and self.dataset_name != EMBEDDED_DATASET:
-            raise ValueError(f"expected snippet_sources only with dataset_name: {EMBEDDED_DATASET}, got {self.dataset_name}; drop it")
+            raise ValueError(
+                f"expected snippet_sources only with dataset_name: {EMBEDDED_DATASET}, got {self.dataset_name}; drop it"
+            )
         for name in ("max_length", "max_train_samples", "max_eval_samples", "max_predict_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -148,9 +152,13 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
     path, argv = _take_config(argv)
     from_file = yaml_arguments(Path(path), known - {"config", "help"}) if path else []
-    *parsed, _, rest = parser.parse_args_into_dataclasses([*from_file, *argv], return_remaining_strings=True, look_for_args_file=False)
+    *parsed, _, rest = parser.parse_args_into_dataclasses(
+        [*from_file, *argv], return_remaining_strings=True, look_for_args_file=False
+    )
     if rest:
-        raise ValueError(f"expected known settings, got {rest[0]}{_nearest(rest[0].lstrip('-').split('=')[0], known)}; see --help")
+        raise ValueError(
+            f"expected known settings, got {rest[0]}{_nearest(rest[0].lstrip('-').split('=')[0], known)}; see --help"
+        )
     config = Config(*parsed)
     _check(config)
     return config
@@ -179,7 +187,7 @@ def yaml_arguments(path: Path, known: set[str]) -> list[str]:
     if node is None:
         return []
     if not isinstance(node, yaml.MappingNode):
-        raise ValueError(f"expected `name: value` lines in {path}, got a {node.id}; see configs/ for examples")
+        raise ValueError(f"expected `name: value` lines in {path}, got another kind of YAML; see configs/ for examples")
     arguments: list[str] = []
     seen: set[str] = set()
     for key_node, value in node.value:
@@ -222,6 +230,10 @@ def _check(config: Config) -> None:
     if "test" in metric.replace("eval_", "").split("_") or "predict" in metric:
         raise ValueError(f"expected metric_for_best_model on validation, got {metric!r}; the test split is only ever reported on")
     if run.early_stopping_patience is not None and not training.load_best_model_at_end:
-        raise ValueError("expected load_best_model_at_end with early_stopping_patience, got False; set it and metric_for_best_model")
+        raise ValueError(
+            "expected load_best_model_at_end with early_stopping_patience, got False; set it and metric_for_best_model"
+        )
     if run.with_baseline and training.label_smoothing_factor == 0:
-        raise ValueError("expected label_smoothing_factor > 0 with with_baseline, got 0, which is the baseline itself; set one of them")
+        raise ValueError(
+            "expected label_smoothing_factor > 0 with with_baseline, got 0, which is the baseline itself; set one of them"
+        )

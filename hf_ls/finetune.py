@@ -25,14 +25,24 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     EarlyStoppingCallback,
+    SchedulerType,
     set_seed,
 )
+from transformers.training_args import OptimizerNames
 
 from hf_ls import __version__
 from hf_ls.card import write_card
 from hf_ls.checkpoint import CheckpointMark, check_resumable, last_complete_checkpoint
 from hf_ls.config import Config
-from hf_ls.data import EMBEDDED_DATASET, ClassificationData, check_overlap, load_classification, load_snippets, model_path, tokenise
+from hf_ls.data import (
+    EMBEDDED_DATASET,
+    ClassificationData,
+    check_overlap,
+    load_classification,
+    load_snippets,
+    model_path,
+    tokenise,
+)
 from hf_ls.files import write_atomically
 from hf_ls.plots import write_plots
 from hf_ls.report import CalibrationReport, CalibrationRow
@@ -68,11 +78,15 @@ def finetune(config: Config) -> CalibrationReport | None:
     """
     training = config.training
     if not (training.do_train or training.do_eval or training.do_predict):
-        raise ValueError("expected do_train, do_eval or do_predict, got none of them; say what to do, e.g. --do_train --do_eval --do_predict")
+        raise ValueError(
+            "expected do_train, do_eval or do_predict, got none of them; say what to do, e.g. --do_train --do_eval --do_predict"
+        )
     with training.main_process_first(desc="data"):
         data = load_data(config)
     tokenizer = AutoTokenizer.from_pretrained(
-        model_path(config.model.model_name_or_path), revision=config.model.model_revision, trust_remote_code=config.model.trust_remote_code
+        model_path(config.model.model_name_or_path),
+        revision=config.model.model_revision,
+        trust_remote_code=config.model.trust_remote_code,
     )
     with training.main_process_first(desc="tokens"):
         tokens = tokenise(data.splits, tokenizer, config.data.max_length)
@@ -83,7 +97,9 @@ def finetune(config: Config) -> CalibrationReport | None:
     _prepare_output(config)
     runs = {}
     if config.run.with_baseline:
-        baseline = _with_training(config, label_smoothing_factor=0.0, output_dir=str(Path(training.output_dir) / "baseline"), push_to_hub=False)
+        baseline = _with_training(
+            config, label_smoothing_factor=0.0, output_dir=str(_folder(config) / "baseline"), push_to_hub=False
+        )
         runs["baseline"] = _run(baseline, data, tokens, tokenizer)
     name = "baseline" if training.label_smoothing_factor == 0 else "smoothed"
     runs[name] = _run(config, data, tokens, tokenizer)
@@ -147,6 +163,10 @@ def _with_training(config: Config, **changes: Any) -> Config:
 def settings_of(config: Config) -> dict[str, Any]:
     """The settings which decide the weights: a run resumes only with the same ones."""
     training = {name: getattr(config.training, name) for name in _TRAINING_SETTINGS}
+    training["lr_scheduler_type"], training["optim"] = (
+        SchedulerType(config.training.lr_scheduler_type).value,
+        OptimizerNames(config.training.optim).value,
+    )
     fields = {**asdict(config.model), **asdict(config.data), **training, "num_processes": PartialState().num_processes}
     return json.loads(json.dumps(fields, default=str))
 
@@ -156,7 +176,7 @@ def _prepare_output(config: Config) -> None:
 
     Raises: ValueError for an earlier run in the folder, or for resuming one with other settings.
     """
-    training, folder = config.training, Path(config.training.output_dir)
+    training, folder = config.training, _folder(config)
     earlier = sorted(str(path) for name in (_SETTINGS, REPORT, "checkpoint-*") for path in folder.glob(name))
     settings = settings_of(config)
     if earlier and not training.resume_from_checkpoint:
@@ -170,9 +190,13 @@ def _prepare_output(config: Config) -> None:
             shutil.rmtree(folder)
     elif (folder / _SETTINGS).is_file():
         saved = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
-        different = [f"{name}: {saved.get(name)} then, {value} now" for name, value in settings.items() if saved.get(name) != value]
+        different = [
+            f"{name}: {saved.get(name)} then, {value} now" for name, value in settings.items() if saved.get(name) != value
+        ]
         if different:
-            raise ValueError(f"expected the settings of the run in {folder}, got {'; '.join(different)}; restore them or start afresh")
+            raise ValueError(
+                f"expected the settings of the run in {folder}, got {'; '.join(different)}; restore them or start afresh"
+            )
     PartialState().wait_for_everyone()
     if training.should_save:
         write_atomically(folder / _SETTINGS, json.dumps(settings, indent=1))
@@ -180,7 +204,7 @@ def _prepare_output(config: Config) -> None:
 
 def _run(config: Config, data: ClassificationData, tokens: DatasetDict, tokenizer: Any) -> Predictions:
     """Train one model (or take up where it stopped), evaluate it, save it; its predictions on validation and test."""
-    training, patience, folder = config.training, config.run.early_stopping_patience, Path(config.training.output_dir)
+    training, patience, folder = config.training, config.run.early_stopping_patience, _folder(config)
     if training.resume_from_checkpoint and (folder / _PREDICTIONS).is_file():
         _announce(f"{folder} is complete: its predictions are used as they are")
         return _load_predictions(folder)
@@ -199,7 +223,7 @@ def _run(config: Config, data: ClassificationData, tokens: DatasetDict, tokenize
         callbacks=callbacks,
     )
     if training.do_train:
-        result = trainer.train(resume_from_checkpoint=_checkpoint(training, trainer.smoothing))
+        result = trainer.train(resume_from_checkpoint=_checkpoint(training, folder, trainer.smoothing))
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
         trainer.save_state()
@@ -217,11 +241,11 @@ def _run(config: Config, data: ClassificationData, tokens: DatasetDict, tokenize
     return predictions
 
 
-def _checkpoint(training: LabelSmoothingArguments, smoothing: Smoothing) -> str | None:
+def _checkpoint(training: LabelSmoothingArguments, folder: Path, smoothing: Smoothing) -> str | None:
     wanted = training.resume_from_checkpoint
-    checkpoint = last_complete_checkpoint(training.output_dir) if wanted == "last" else wanted
+    checkpoint = last_complete_checkpoint(folder) if wanted == "last" else wanted
     if checkpoint is None and wanted == "last":
-        _announce(f"no complete checkpoint in {training.output_dir}: training starts from the first step")
+        _announce(f"no complete checkpoint in {folder}: training starts from the first step")
     if checkpoint is not None:
         check_resumable(checkpoint, smoothing)
         _announce(f"resuming from {checkpoint}")
@@ -267,7 +291,7 @@ def _report(config: Config, data: ClassificationData, runs: dict[str, Prediction
                 _bake(config, temperature)
     report = CalibrationReport(
         task=config.run.task,
-        model_name=training.hub_model_id or Path(training.output_dir).name,
+        model_name=training.hub_model_id or _folder(config).name,
         base_model=config.model.model_name_or_path,
         dataset=_dataset_facts(data, split, main.labels[split]),
         label_names=list(data.label_names),
@@ -278,19 +302,19 @@ def _report(config: Config, data: ClassificationData, runs: dict[str, Prediction
         versions=_versions(),
         published=published,
     )
-    folder = Path(training.output_dir)
+    folder = _folder(config)
     report.save(folder / REPORT)
+    console = Console()
+    console.print(report.table(console.width))
+    console.print(report.regime(), report.verdict(), sep="\n", markup=False, highlight=False)
     write_plots(report, folder / "plots")
     write_card(report, folder)
-    console = Console()
-    console.print(report.table())
-    console.print(report.regime(), report.verdict(), sep="\n")
-    console.print(f"Report, plots and card: {folder}", soft_wrap=True)
+    console.print(f"Report, plots and card: {folder}", markup=False, highlight=False, soft_wrap=True)
     return report
 
 
 def _bake(config: Config, temperature: float) -> None:
-    folder = config.training.output_dir
+    folder = _folder(config)
     if config.model.peft != "none":
         raise ValueError("expected peft: none with bake_temperature, got adapters; merge them first, then bake")
     model = AutoModelForSequenceClassification.from_pretrained(folder)
@@ -301,7 +325,14 @@ def _bake(config: Config, temperature: float) -> None:
 def _dataset_facts(data: ClassificationData, split: str, labels: np.ndarray) -> dict[str, Any]:
     counts = np.bincount(labels, minlength=len(data.label_names)).tolist()
     sizes = {f"n_{name}": len(part) for name, part in data.splits.items() if name != "test"}
-    return {"name": data.name, "hub_id": data.hub_id, "split": split, "n": len(labels), "class_counts": counts, "licence": data.licence} | sizes
+    return {
+        "name": data.name,
+        "hub_id": data.hub_id,
+        "split": split,
+        "n": len(labels),
+        "class_counts": counts,
+        "licence": data.licence,
+    } | sizes
 
 
 def _smoothing_facts(training: LabelSmoothingArguments, num_classes: int) -> dict[str, Any]:
@@ -325,9 +356,11 @@ def _training_facts(config: Config, runs: dict[str, Predictions]) -> dict[str, A
         "seeds": [training.seed],
         "steps": last[-1].get("step") if last else None,
         "epochs": training.num_train_epochs,
-        "global_batch": training.per_device_train_batch_size * training.gradient_accumulation_steps * PartialState().num_processes,
+        "global_batch": training.per_device_train_batch_size
+        * training.gradient_accumulation_steps
+        * PartialState().num_processes,
         "learning_rate": training.learning_rate,
-        "lr_scheduler_type": str(training.lr_scheduler_type),
+        "lr_scheduler_type": SchedulerType(training.lr_scheduler_type).value,
         "weight_decay": training.weight_decay,
         "max_length": config.data.max_length,
         "model_config_overrides": config.model.overrides,
@@ -340,6 +373,10 @@ def _training_facts(config: Config, runs: dict[str, Predictions]) -> dict[str, A
 def _versions() -> dict[str, str]:
     packages = {name: importlib.metadata.version(name) for name in ("transformers", "torch", "accelerate", "datasets")}
     return {"hf_ls": __version__, **packages, "python": platform.python_version()}
+
+
+def _folder(config: Config) -> Path:
+    return Path(config.training.output_dir or "trainer_output")
 
 
 def _sizes(tokens: DatasetDict) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import yaml
@@ -45,11 +46,18 @@ def requested_processes(command: list[str]) -> int | None:
 
     Raises: ValueError for several machines.
     """
-    start = next((i for i, word in enumerate(command) if Path(word).name in ("launch", "accelerate-launch", "accelerate.commands.launch", "launch.py")), None)
+    start = next(
+        (
+            i
+            for i, word in enumerate(command)
+            if Path(word).name in ("launch", "accelerate-launch", "accelerate.commands.launch", "launch.py")
+        ),
+        None,
+    )
     if start is None:
         return None
     arguments = launch_command_parser().parse_args(command[start + 1 :])
-    settings = {}
+    settings: dict[str, Any] = {}
     if arguments.config_file:
         settings = yaml.safe_load(Path(arguments.config_file).read_text(encoding="utf-8")) or {}
     machines = arguments.num_machines or settings.get("num_machines") or 1

@@ -26,6 +26,7 @@ class SmoothedTerms(NamedTuple):
 
     @property
     def loss(self) -> Tensor:
+        """The whole per-item loss, nats."""
         return self.nll + self.smoothing_term
 
 
@@ -169,6 +170,7 @@ class SmoothedCrossEntropy(nn.Module):
             raise ValueError("expected a constant epsilon, got a schedule; only LabelSmoothingTrainer knows the training step")
 
     def forward(self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | float | None = None) -> Tensor:
+        """The mean loss (sum / num_items_in_batch if given), nats."""
         if labels is None:
             raise ValueError("expected labels, got None; the batch needs a `labels` column (check `remove_unused_columns`)")
         logits, labels = shift_if(self._shifts(logits_of(outputs)), logits_of(outputs), labels, self.ignore_index)
@@ -192,6 +194,7 @@ class SmoothedCrossEntropy(nn.Module):
         return bool(self.shift)
 
     def extra_repr(self) -> str:
+        """What `print(loss)` shows."""
         return f"{self.smoothing}, shift={self.shift}, ignore_index={self.ignore_index}"
 
 
@@ -204,11 +207,15 @@ def logits_of(outputs: Any) -> Tensor:
         return outputs
     if isinstance(outputs, Mapping):
         if not isinstance(outputs.get("logits"), Tensor):
-            raise ValueError(f"expected `logits` in the model's outputs, got {list(outputs)}; use a model with one classification head")
+            raise ValueError(
+                f"expected `logits` in the model's outputs, got {list(outputs)}; use a model with one classification head"
+            )
         return outputs["logits"]
     if isinstance(outputs, tuple | list) and outputs and isinstance(outputs[0], Tensor):
         return outputs[0]
-    raise TypeError(f"expected model outputs with logits, got {type(outputs).__name__}; pass a ModelOutput, dict, tuple or tensor")
+    raise TypeError(
+        f"expected model outputs with logits, got {type(outputs).__name__}; pass a ModelOutput, dict, tuple or tensor"
+    )
 
 
 def shift_if(shift: bool, logits: Tensor, labels: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
@@ -230,14 +237,18 @@ def _soft_target_losses(
             f"{tuple(targets.shape)}; cast class ids to long (regression has no classes to smooth)"
         )
     if class_weight is not None:
-        raise ValueError("expected no class_weight with soft targets, got one; a soft target has no single class, weight your sampler instead")
+        raise ValueError(
+            "expected no class_weight with soft targets, got one; a soft target has no single class, weight your sampler instead"
+        )
     if smoothing.epsilon and not smooth_soft_targets:
         raise ValueError(
             f"expected epsilon = 0 with soft targets, got {smoothing.epsilon}: they are smoothed already; set epsilon=0 or "
             "say smooth_soft_targets=True"
         )
-    if smoothing.convention != "all" and smoothing.epsilon or (smoothing.prior is not None and smoothing.prior.dim() == 2):
-        raise ValueError("expected convention='all' and a prior [K] over soft targets, got one that needs a single label; change it")
+    if (smoothing.convention != "all" and smoothing.epsilon) or (smoothing.prior is not None and smoothing.prior.dim() == 2):
+        raise ValueError(
+            "expected convention='all' and a prior [K] over soft targets, got one that needs a single label; change it"
+        )
     z = logits if logits.dtype == torch.float64 else logits.float()
     q = targets.to(z.dtype)
     total = q.sum(-1)

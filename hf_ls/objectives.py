@@ -96,9 +96,7 @@ def label_relaxation(logits: Tensor, labels: Tensor, smoothing: Smoothing, *, al
     return divergence.where(outside, 0)
 
 
-def margin_smoothing(
-    logits: Tensor, labels: Tensor, smoothing: Smoothing, *, margin: float = 10.0, alpha: float = 0.1
-) -> Tensor:
+def margin_smoothing(logits: Tensor, labels: Tensor, smoothing: Smoothing, *, margin: float = 10.0, alpha: float = 0.1) -> Tensor:
     """Margin-based label smoothing (MbLS): nll + α·Σ_k u_k·max(0, max_j z_j − z_k − margin).
 
     At least 0; α, margin ≥ 0 (margin in nats). The mean over classes and both defaults are those of the
@@ -152,9 +150,7 @@ def flsd(
     return _p_wrong(nll).pow(gamma) * nll
 
 
-def generalised_smoothing(
-    logits: Tensor, labels: Tensor, smoothing: Smoothing, *, floor: float = math.inf
-) -> Tensor:
+def generalised_smoothing(logits: Tensor, labels: Tensor, smoothing: Smoothing, *, floor: float = math.inf) -> Tensor:
     """Smoothing with ε of either sign, ε < 0 for noisy labels: nll + max(e·(z_y − ⟨u, z⟩), −floor).
 
     With ε < 0 the target is (1+|ε|)·e_y − |ε|·u and the loss falls without bound as z_y grows. Two guards:
@@ -220,21 +216,15 @@ class Objective:
     def __init__(self, name: str, *, z_loss: float = 0.0, **params: float) -> None:
         """Check the name, the parameters and their ranges."""
         if name not in OBJECTIVES:
-            raise ValueError(
-                f"expected an objective in {sorted(OBJECTIVES)}, got {name!r}; {_nearest(name, OBJECTIVES)}"
-            )
+            raise ValueError(f"expected an objective in {sorted(OBJECTIVES)}, got {name!r}; {_nearest(name, OBJECTIVES)}")
         signature = inspect.signature(OBJECTIVES[name]).parameters.values()
         values = {p.name: p.default for p in signature if p.kind is inspect.Parameter.KEYWORD_ONLY}
         for key, value in {**params, "z_loss": z_loss}.items():
             if key not in values and key != "z_loss":
                 known = [*values, "z_loss"]
-                raise ValueError(
-                    f"expected parameters of {name!r} in {known}, got {key!r}; {_nearest(key, known)}"
-                )
+                raise ValueError(f"expected parameters of {name!r} in {known}, got {key!r}; {_nearest(key, known)}")
             if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(
-                    f"expected {key} as a number, got {type(value).__name__}; pass e.g. {key}=0.1"
-                )
+                raise TypeError(f"expected {key} as a number, got {type(value).__name__}; pass e.g. {key}=0.1")
         _require("z_loss", z_loss, 0, math.inf)
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "params", tuple({**values, **params}.items()))
@@ -293,21 +283,15 @@ def check_smoothing(name: str, smoothing: Smoothing) -> None:
             f"pass Smoothing(0.0) and set its own strength, or use one of {sorted(COMBINES_WITH_EPSILON)}"
         )
     if name != "generalised_smoothing" and min(epsilons) < 0:
-        raise ValueError(
-            f"expected epsilon >= 0 with {name}, got {min(epsilons)}; use 'generalised_smoothing' for ε < 0"
-        )
+        raise ValueError(f"expected epsilon >= 0 with {name}, got {min(epsilons)}; use 'generalised_smoothing' for ε < 0")
 
 
 def _terms(name: str, logits: Tensor, labels: Tensor, smoothing: Smoothing) -> SmoothedTerms:
     check_smoothing(name, smoothing)
     if logits.dim() != 2:
-        raise ValueError(
-            f"expected logits [n, K], got {tuple(logits.shape)}; use masked_objective for other shapes"
-        )
+        raise ValueError(f"expected logits [n, K], got {tuple(logits.shape)}; use masked_objective for other shapes")
     if labels.numel() and int(labels.min()) < 0:
-        raise ValueError(
-            f"expected labels >= 0, got {int(labels.min())}; use masked_objective to drop ignored rows"
-        )
+        raise ValueError(f"expected labels >= 0, got {int(labels.min())}; use masked_objective to drop ignored rows")
     return smoothed_terms(logits, labels, smoothing)
 
 
@@ -333,9 +317,7 @@ def _finite(losses: Tensor) -> Tensor:
 def _require(name: str, value: float, low: float, high: float, *, inclusive: bool = False) -> None:
     if not (low <= value < high or (inclusive and value == high)):
         end = "]" if inclusive else ")"
-        raise ValueError(
-            f"expected {name} in [{low}, {high}{end}, got {value}; see the objective's docstring"
-        )
+        raise ValueError(f"expected {name} in [{low}, {high}{end}, got {value}; see the objective's docstring")
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -72,7 +72,7 @@ def loss_curve(report: CalibrationReport) -> Figure:
     epsilons = {row.name: row.epsilon for row in report.rows}
     colours, objective = _colours(report), False
     with _style():
-        figure = _new_figure(0.6 + 4.1 * len(panels), 3.5)
+        figure = _new_figure(0.6 + 4.1 * len(panels), 3.7)
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for ax, (title, keys) in zip(axes, panels, strict=True):
             for (name, run), key in itertools.product(runs.items(), keys):
@@ -88,12 +88,11 @@ def loss_curve(report: CalibrationReport) -> Figure:
             ax.set_xlabel("optimizer step")
             ax.set_xlim(left=0)
             ax.grid(axis="y", color=_LIGHT, lw=0.8)
-            ax.legend(loc="upper right", fontsize=8)
         axes[0].set_ylabel("nats per example")
         if objective:
-            axes[0].set_xlabel(
-                "optimizer step\nobjective = nll + smoothing term: not comparable between runs"
-            )
+            axes[0].set_xlabel("optimizer step\nobjective = nll + smoothing term: not comparable between runs")
+        named = {line.get_label(): line for ax in axes[::-1] for line in ax.lines}
+        figure.legend(handles=named.values(), loc="outside lower center", ncols=len(panels) + 1, fontsize=8)
         return figure
 
 
@@ -270,10 +269,7 @@ def _grid(panels: int) -> tuple[int, int]:
 
 def _colours(report: CalibrationReport) -> dict[str, str]:
     epsilons = list(dict.fromkeys(row.epsilon for row in report.rows))
-    return {
-        row.name: _PALETTE[epsilons.index(row.epsilon) % len(_PALETTE)][row.temperature != 1]
-        for row in report.rows
-    }
+    return {row.name: _PALETTE[epsilons.index(row.epsilon) % len(_PALETTE)][row.temperature != 1] for row in report.rows}
 
 
 def _label(name: str) -> str:

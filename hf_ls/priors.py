@@ -35,14 +35,10 @@ def support_prior(support: Tensor | Sequence[int] | Sequence[bool] | range, num_
     """
     tensor = torch.as_tensor(support if isinstance(support, Tensor) else list(support))
     if not tensor.numel() or (tensor.dtype == torch.bool and not bool(tensor.any())):
-        raise ValueError(
-            "expected at least one class in the support, got none; name the classes which may receive mass"
-        )
+        raise ValueError("expected at least one class in the support, got none; name the classes which may receive mass")
     if tensor.dtype == torch.bool:
         if tensor.shape != (num_classes,):
-            raise ValueError(
-                f"expected a mask of shape ({num_classes},), got {tuple(tensor.shape)}; one entry per class"
-            )
+            raise ValueError(f"expected a mask of shape ({num_classes},), got {tuple(tensor.shape)}; one entry per class")
         mask = tensor
     else:
         if tensor.is_floating_point() or tensor.is_complex():
@@ -75,17 +71,13 @@ def unigram_prior(counts: Tensor | Sequence[float], *, power: float = 1.0, addit
     """
     values = _non_negative(counts, "counts", 1) + _amount(additive, "additive")
     if not bool(values.any()):
-        raise ValueError(
-            "expected at least one counted label, got all zeros; check the label column and ignore_index"
-        )
+        raise ValueError("expected at least one counted label, got all zeros; check the label column and ignore_index")
     # Relative to the largest count no power overflows; 0^0 would be 1 and give mass to an unseen class.
     weight = (values / values.max()).pow(_amount(power, "power")).masked_fill(values == 0, 0)
     return (weight / weight.sum()).float()
 
 
-def count_labels(
-    dataset: Iterable[Any], num_classes: int, column: str = "labels", ignore_index: int = -100
-) -> Tensor:
+def count_labels(dataset: Iterable[Any], num_classes: int, column: str = "labels", ignore_index: int = -100) -> Tensor:
     """How often each class is a label in a tokenised dataset, exact int64 [K].
 
     Positions labelled `ignore_index` are not counted.
@@ -134,14 +126,10 @@ def confusion_prior(confusion: Tensor | Sequence[Sequence[float]]) -> Tensor:
     counts = _non_negative(confusion, "confusion", 2).clone()
     num_classes = counts.shape[0]
     if counts.shape != (num_classes, num_classes) or num_classes < 2:
-        raise ValueError(
-            f"expected confusion counts [K, K] with K >= 2, got {tuple(counts.shape)}; rows are true classes"
-        )
+        raise ValueError(f"expected confusion counts [K, K] with K >= 2, got {tuple(counts.shape)}; rows are true classes")
     counts.fill_diagonal_(0)
     no_errors = counts.sum(1, keepdim=True) == 0
-    counts = torch.where(
-        no_errors, 1 - torch.eye(num_classes, dtype=counts.dtype, device=counts.device), counts
-    )
+    counts = torch.where(no_errors, 1 - torch.eye(num_classes, dtype=counts.dtype, device=counts.device), counts)
     return (counts / counts.sum(1, keepdim=True)).float()
 
 
@@ -160,18 +148,14 @@ def similarity_prior(embedding: Tensor, *, temperature: float, top_k: int | None
     Raises: ValueError for another shape, K < 2, non-finite vectors, temperature ≤ 0, top_k outside [1, K−1].
     """
     if embedding.dim() != 2 or embedding.shape[0] < 2:
-        raise ValueError(
-            f"expected an embedding [K, d] with K >= 2, got {tuple(embedding.shape)}; one row per class"
-        )
+        raise ValueError(f"expected an embedding [K, d] with K >= 2, got {tuple(embedding.shape)}; one row per class")
     if not bool(torch.isfinite(embedding).all()):
         raise ValueError("expected finite embedding vectors, got NaN or inf; check the checkpoint")
     num_classes = embedding.shape[0]
     if not temperature > 0:
         raise ValueError(f"expected temperature > 0, got {temperature}; 0.1 is a usual value for cosines")
     if top_k is not None and not 1 <= top_k < num_classes:
-        raise ValueError(
-            f"expected top_k in [1, {num_classes - 1}], got {top_k}; use None for all wrong classes"
-        )
+        raise ValueError(f"expected top_k in [1, {num_classes - 1}], got {top_k}; use None for all wrong classes")
     unit = nn.functional.normalize(embedding.detach().double(), dim=-1)
     scores = (unit @ unit.T / temperature).fill_diagonal_(-torch.inf)
     if top_k is not None:
@@ -210,9 +194,7 @@ def soft_targets(counts: Tensor | Sequence[Any], *, additive: float = 0.0) -> Te
     values = _non_negative(counts, "counts", None) + _amount(additive, "additive")
     total = values.sum(-1, keepdim=True)
     if bool((total == 0).any()):
-        raise ValueError(
-            "expected at least one annotation per row, got a row of zeros; drop it or pass additive > 0"
-        )
+        raise ValueError("expected at least one annotation per row, got a row of zeros; drop it or pass additive > 0")
     return (values / total).float()
 
 
@@ -220,8 +202,7 @@ def _non_negative(values: Any, name: str, dim: int | None) -> Tensor:
     tensor = torch.as_tensor(values).double()
     if tensor.dim() == 0 or (dim is not None and tensor.dim() != dim) or not tensor.numel():
         raise ValueError(
-            f"expected {name} with {dim or 'one or more'} dimension(s), got {tuple(tensor.shape)}; "
-            "the classes come last"
+            f"expected {name} with {dim or 'one or more'} dimension(s), got {tuple(tensor.shape)}; the classes come last"
         )
     if not bool(torch.isfinite(tensor).all()) or bool((tensor < 0).any()):
         raise ValueError(f"expected finite {name} >= 0, got others; count occurrences, do not pass logits")
@@ -243,9 +224,7 @@ def _id_blocks(dataset: Iterable[Any], column: str) -> Iterator[Tensor]:
             raise TypeError(f"expected rows of label ids, got {row!r}; pass one split, e.g. dataset['train']")
         if isinstance(row, Mapping):
             if column not in row:
-                raise ValueError(
-                    f"expected a column {column!r}, got {list(row)}; pass column=... with the label ids"
-                )
+                raise ValueError(f"expected a column {column!r}, got {list(row)}; pass column=... with the label ids")
             row = row[column]
         block.append(_flat_ids(row))
         size += block[-1].numel()
@@ -265,12 +244,8 @@ def _flat_ids(value: Any) -> Tensor:
         # A copy of an array, because the arrays of a formatted dataset are read-only.
         tensor = torch.tensor(value) if isinstance(value, np.ndarray) else torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"expected integer label ids, got {type(value).__name__}; tokenise the labels first"
-        ) from error
+        raise TypeError(f"expected integer label ids, got {type(value).__name__}; tokenise the labels first") from error
     ids = tensor.reshape(-1).cpu()
     if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
-        raise TypeError(
-            f"expected integer label ids, got {ids.dtype}; soft targets and scores cannot be counted"
-        )
+        raise TypeError(f"expected integer label ids, got {ids.dtype}; soft targets and scores cannot be counted")
     return ids.long()

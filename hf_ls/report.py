@@ -308,7 +308,7 @@ class CalibrationReport:
             advice = " Smoothing lowers confidence, so it may help here." if row.epsilon == 0 else ""
             return f"{who} is over-confident: {facts}.{advice}"
         if interval[1] < 0:
-            advice = " Smoothing lowers confidence further: expect it to hurt." if row.epsilon == 0 else ""
+            advice = " Smoothing lowers confidence further: it may hurt here." if row.epsilon == 0 else ""
             return f"{who} is under-confident: {facts}.{advice}"
         sentence = f"{who} is, on average, not distinguishable from calibrated at this n: {facts}."
         null_q95 = row.metrics["ece"].get("null_q95")

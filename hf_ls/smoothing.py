@@ -188,9 +188,11 @@ class Smoothing:
 
     def _require_uniform(self, what: str, num_classes: int) -> None:
         if num_classes < 2:
-            raise ValueError(f"expected num_classes >= 2, got {num_classes}; smoothing needs another class to move mass to")
+            raise ValueError(f"expected num_classes >= 2, got {num_classes}; smoothing moves mass to another class")
         if self.prior is not None:
-            raise ValueError(f"expected the uniform prior, got a {tuple(self.prior.shape)} prior; {what} has no single value then, use target()")
+            raise ValueError(
+                f"expected a uniform prior, got {tuple(self.prior.shape)}; {what} has no single value then: use target()"
+            )
 
 
 def _check_epsilon(epsilon: float, allow_negative: bool) -> None:

@@ -7,7 +7,7 @@ Does not own: the loss (`losses`), the calibration sums (`metrics.streaming`), c
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,11 @@ from hf_ls.losses import item_weights, logits_of, shift_if, smoothed_terms
 from hf_ls.metrics.streaming import StreamingCalibration
 from hf_ls.smoothing import Schedule, Smoothing
 from hf_ls.statistics import item_statistics
+
+if TYPE_CHECKING:
+    _Trainer = Trainer  # what the mixin is mixed into
+else:
+    _Trainer = object
 
 IGNORE_INDEX = -100
 
@@ -89,7 +94,7 @@ def check_direction(args: TrainingArguments) -> None:
         )
 
 
-class LabelSmoothingMixin:
+class LabelSmoothingMixin(_Trainer):
     """Put before a Trainer class: `class MyTrainer(LabelSmoothingMixin, Trainer)`.
 
     Training minimises Σ w_i·loss_i / Σ w_i over the whole global batch, whatever the micro-batches and processes; ε = 0 and
@@ -106,7 +111,8 @@ class LabelSmoothingMixin:
     """
 
     # The loss is divided by the item count of the whole accumulated batch, so the Trainer must not divide it again.
-    loss_is_scaled_for_ga = True
+    loss_is_scaled_for_ga: bool | None = True
+    model: Any
 
     def __init__(
         self,
@@ -132,14 +138,14 @@ class LabelSmoothingMixin:
         self._statistics: StreamingCalibration | None = None
         self._pending: Tensor | None = None
         self._step_terms: Tensor | None = None
-        self._terms_logged_at = 0
+        self._steps_before_terms = 0
         # The parent builds its own smoother from the factor (and fails on models without a config): keep epsilon from it.
         training_args.label_smoothing_factor = 0.0
         try:
             super().__init__(*args, **kwargs)
         finally:
             training_args.label_smoothing_factor = self.smoothing.epsilon
-        check_supported(self.model, self.label_names)  # type: ignore[attr-defined]
+        check_supported(self.model, self.label_names)
 
     def compute_loss(
         self,
@@ -160,12 +166,12 @@ class LabelSmoothingMixin:
         if self._shift is None or not self._checked_loss:
             self._check_against_model(inputs)
         # Without labels the model does not compute a loss of its own; a copy keeps the caller's batch whole.
-        outputs = model(**decoder_inputs(self.model, {k: v for k, v in inputs.items() if k not in self.label_names}, labels))  # type: ignore[attr-defined]
+        outputs = model(**decoder_inputs(self.model, {k: v for k, v in inputs.items() if k not in self.label_names}, labels))
         logits, labels = shift_if(bool(self._shift), logits_of(outputs), labels)
         if not model.training:
             loss = self._evaluation_loss(logits, labels)
             return (loss, outputs) if return_outputs else loss
-        smoothing = self.smoothing.at(self.state.global_step, self.state.max_steps)  # type: ignore[attr-defined]
+        smoothing = self.smoothing.at(self.state.global_step, self.state.max_steps)
         terms = smoothed_terms(logits, labels, smoothing)
         weight = item_weights(labels, self.class_weight, IGNORE_INDEX, terms.nll.dtype)
         count = weight.sum() if num_items_in_batch is None else num_items_in_batch
@@ -178,23 +184,25 @@ class LabelSmoothingMixin:
         return (loss, outputs) if return_outputs else loss
 
     def _labels(self, inputs: dict[str, Any]) -> Tensor:
-        labels = inputs.get(self.label_names[0])  # type: ignore[attr-defined]
+        labels = inputs.get(self.label_names[0])
         if labels is None:
             raise ValueError(
-                f"expected `{self.label_names[0]}` in the batch, got {sorted(inputs)}; name the label column so, or set "  # type: ignore[attr-defined]
+                f"expected `{self.label_names[0]}` in the batch, got {sorted(inputs)}; name the label column so, or set "
                 "TrainingArguments(label_names=[...])"
             )
         if labels.is_floating_point():
-            raise TypeError(f"expected integer labels, got {labels.dtype}; cast class ids to long, or use transformers.Trainer for regression")
+            raise TypeError(
+                f"expected integer labels, got {labels.dtype}; cast class ids to long, or use transformers.Trainer for regression"
+            )
         return labels
 
     def _check_against_model(self, inputs: dict[str, Any]) -> None:
         """Once: find the shift from the model's own loss and refuse a model whose loss is another quantity."""
         self._labels(inputs)
-        gap = model_loss_gap(self.model, inputs, self.label_names[0])  # type: ignore[attr-defined]
+        gap = model_loss_gap(self.model, inputs, self.label_names[0])
         if gap is None:  # every label ignored: nothing was learnt, ask the next batch
             return
-        self._shift = resolve_shift(self.model, gap)  # type: ignore[attr-defined]
+        self._shift = resolve_shift(self.model, gap)
         self._checked_loss = True
 
     def _evaluation_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -207,70 +215,79 @@ class LabelSmoothingMixin:
     def _auxiliary_loss(self, outputs: Any) -> Tensor | float:
         """Router losses of mixture-of-experts models, a mean per micro-batch (stock smoothing drops them)."""
         auxiliary = outputs.get("aux_loss") if isinstance(outputs, dict) else None
-        coefficient = getattr(self.model.config, "router_aux_loss_coef", None) if auxiliary is not None else None  # type: ignore[attr-defined]
+        coefficient = getattr(self.model.config, "router_aux_loss_coef", None) if auxiliary is not None else None
         if auxiliary is None or coefficient is None:
             return 0.0
         return coefficient * auxiliary / getattr(self, "current_gradient_accumulation_steps", 1)
 
     def _loss_scale(self) -> int:
         # DDP averages gradients, but the count is global; tensor-parallel ranks see the same batch.
-        return self.accelerator.num_processes // self.get_tp_size()  # type: ignore[attr-defined]
+        return self.accelerator.num_processes // self.get_tp_size()
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """Σ w over the accumulated batches of all processes, by our own shift rule."""
         if self._statistics is not None or not batch_samples:
             return None
         if not self._checked_loss:
-            self._check_against_model(self._prepare_inputs(batch_samples[0]))  # type: ignore[attr-defined]
+            self._check_against_model(self._prepare_inputs(batch_samples[0]))
         count = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
         for batch in batch_samples:
             labels = self._labels(batch)
             labels = labels[..., 1:] if self._shift else labels
             count += item_weights(labels, self.class_weight, IGNORE_INDEX, count.dtype).sum().to(device)
-        if self.accelerator.num_processes > 1:  # type: ignore[attr-defined]
-            count = self.accelerator.gather(count).sum()  # type: ignore[attr-defined]
-        return count / self.get_tp_size()  # type: ignore[attr-defined]
+        if self.accelerator.num_processes > 1:
+            count = self.accelerator.gather(count).sum()
+        return count / self.get_tp_size()
 
     def _log_terms(self, nll: Tensor, smoothing_term: Tensor) -> None:
         terms = torch.stack([nll.detach(), smoothing_term.detach()])
-        self._step_terms = terms if self._step_terms is None else self._step_terms + terms
+        if self._step_terms is None:  # the first micro-batch since the last log, or since a resume
+            self._step_terms, self._steps_before_terms = torch.zeros_like(terms), self.state.global_step
+        self._step_terms += terms
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add `nll` and `smoothing_term` (nats, means over the steps since the last log) to each training log."""
         if "loss" in logs and self._step_terms is not None:
-            steps = max(1, self.state.global_step - self._terms_logged_at)  # type: ignore[attr-defined]
-            nll, term = (self.accelerator.gather(self._step_terms[None]).mean(0) / steps).tolist()  # type: ignore[attr-defined]
+            steps = max(1, self.state.global_step - self._steps_before_terms)
+            nll, term = (self.accelerator.gather(self._step_terms[None]).mean(0) / steps).tolist()
             logs |= {"nll": nll, "smoothing_term": term}
             if self.smoothing.schedule is not None:
-                logs["epsilon"] = self.smoothing.at(self.state.global_step - 1, self.state.max_steps).epsilon  # type: ignore[attr-defined]
-            self._step_terms, self._terms_logged_at = None, self.state.global_step  # type: ignore[attr-defined]
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+                logs["epsilon"] = self.smoothing.at(self.state.global_step - 1, self.state.max_steps).epsilon
+            self._step_terms = None
+        super().log(logs, *args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`."""
         self._step_terms = None
-        return super().train(*args, **kwargs)  # type: ignore[misc]
+        return super().train(*args, **kwargs)
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.prediction_step`, keeping four numbers per item for the exact calibration sums."""
         self._pending = None
-        result = super().prediction_step(*args, **kwargs)  # type: ignore[misc]
+        result = super().prediction_step(*args, **kwargs)
         if self._pending is not None and self._statistics is not None:
             items = self._pending
             if items.dim() > 2:  # processes pad their tokens to different lengths
-                items = self.accelerator.pad_across_processes(items, dim=1, pad_index=float("nan"))  # type: ignore[attr-defined]
+                items = self.accelerator.pad_across_processes(items, dim=1, pad_index=float("nan"))
             # gather_for_metrics drops the examples repeated to fill the last batch.
-            items = self.gather_function(items).reshape(-1, items.shape[-1]).cpu().numpy()  # type: ignore[attr-defined]
+            items = self.gather_function(items).reshape(-1, items.shape[-1]).cpu().numpy()
             confidence, correct, nll, brier = items[~(items != items).any(1)].T
             self._statistics.update(confidence, correct.astype(bool), nll, brier)
         return result
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
         """As `Trainer.evaluation_loop`, with the unsmoothed calibration metrics over all items."""
-        standalone = not self.is_in_train and self.model_wrapped is self.model  # type: ignore[attr-defined]
+        standalone = not self.is_in_train and self.model_wrapped is self.model
         self._statistics = StreamingCalibration()
         try:
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
+            output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         finally:
             statistics, self._statistics = self._statistics, None
             if standalone:
@@ -285,11 +302,11 @@ class LabelSmoothingMixin:
     def _forget_evaluation_preparation(self) -> None:
         """Let a later train() wrap the model: accelerate >= 1.14 takes a model prepared for evaluation as prepared for good
         and leaves it out of DDP, so that the processes drift apart in silence."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # type: ignore[attr-defined]
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return  # prepared by sharding, which training shares
-        self.accelerator._models = [m for m in self.accelerator._models if m is not self.model]  # type: ignore[attr-defined]
-        if getattr(self.model, "_is_accelerate_prepared", False):  # type: ignore[attr-defined]
-            self.model._is_accelerate_prepared = False  # type: ignore[attr-defined]
+        self.accelerator._models = [m for m in self.accelerator._models if m is not self.model]
+        if getattr(self.model, "_is_accelerate_prepared", False):
+            self.model._is_accelerate_prepared = False
 
 
 class LabelSmoothingTrainer(LabelSmoothingMixin, Trainer):

@@ -54,7 +54,9 @@ def evaluation(name: str, world: int, batch_size: int, dtype: torch.dtype = torc
     """Metrics of 23 examples or 7 sequences, neither of which fills the last batch."""
     make, _ = STEPS[name]
     rows = classification_rows(23) if name.endswith("bert") else token_rows(UNEVEN) if name == "llama" else seq2seq_rows(UNEVEN)
-    args = arguments(tempfile.mkdtemp(), LabelSmoothingArguments, per_device_eval_batch_size=batch_size, label_smoothing_factor=0.1)
+    args = arguments(
+        tempfile.mkdtemp(), LabelSmoothingArguments, per_device_eval_batch_size=batch_size, label_smoothing_factor=0.1
+    )
     trainer = LabelSmoothingTrainer(model=make().to(dtype), args=args, eval_dataset=rows, data_collator=collate)
     metrics = trainer.evaluate()
     return {name: metrics[f"eval_{name}"] for name in ("loss", "nll", "brier", "ece", "accuracy", "signed_gap")}
@@ -64,7 +66,9 @@ def drift(trainer_class: type, evaluate_first: bool) -> float:
     """Largest difference of weights between the processes after 3 steps."""
     model = tiny_llama()
     args = arguments(tempfile.mkdtemp(), per_device_train_batch_size=4, learning_rate=0.1, max_steps=3, num_train_epochs=3)
-    trainer = trainer_class(model=model, args=args, train_dataset=token_rows(), eval_dataset=token_rows(seed=3), data_collator=collate)
+    trainer = trainer_class(
+        model=model, args=args, train_dataset=token_rows(), eval_dataset=token_rows(seed=3), data_collator=collate
+    )
     if evaluate_first:
         trainer.evaluate()
     trainer.train()
@@ -83,7 +87,9 @@ def main(path: str) -> None:
     for name in STEPS:
         for epsilon in (0.0, 0.1):
             for accumulation in (1, 2):
-                results["step"][name, epsilon, accumulation] = first_step(name, LabelSmoothingTrainer, epsilon, accumulation, world)
+                results["step"][name, epsilon, accumulation] = first_step(
+                    name, LabelSmoothingTrainer, epsilon, accumulation, world
+                )
         for batch_size in (1, 4, 7):
             results["evaluation"][name, batch_size] = evaluation(name, world, batch_size)
     results["alone"] = first_step("llama", LabelSmoothingTrainer, 0.1, 2, world, average_tokens_across_devices=False)

@@ -26,7 +26,9 @@ class Rows(Dataset):
 
 
 def _base(**kwargs: Any) -> dict[str, Any]:
-    common = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, pad_token_id=0)
+    common = dict(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, pad_token_id=0
+    )
     return common | kwargs
 
 

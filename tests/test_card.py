@@ -156,18 +156,14 @@ def test_results_survive_huggingface_hub(tmp_path: Path) -> None:
 
 def test_results_need_to_know_which_row_is_published() -> None:
     assert eval_results(on_the_hub(published=None)) == []
-    assert eval_results(on_the_hub(published="baseline"))[0].metric_value == make_report().rows[0].value(
-        "accuracy"
-    )
+    assert eval_results(on_the_hub(published="baseline"))[0].metric_value == make_report().rows[0].value("accuracy")
     undefined = on_the_hub()
     rows = [replace(row, metrics={**row.metrics, "nll": {"value": float("inf")}}) for row in undefined.rows]
     types = [result.metric_type for result in eval_results(replace(undefined, rows=rows))]
     assert types == ["accuracy", "brier_score", "expected_calibration_error"]
 
 
-@pytest.mark.parametrize(
-    "name", [None, "/home/someone/secret/model", "./model", "a/b/c", "x--y", "x y", "out.git"]
-)
+@pytest.mark.parametrize("name", [None, "/home/someone/secret/model", "./model", "a/b/c", "x--y", "x y", "out.git"])
 def test_what_is_no_hub_id_stays_out_of_the_metadata(name: str | None) -> None:
     dataset = make_report(rows=1).dataset | {"hub_id": name}
     report = make_report(base_model=name, dataset=dataset)
@@ -218,9 +214,7 @@ def test_names_are_shown_and_not_obeyed(hostile: str, tmp_path: Path) -> None:
     assert [t.content.strip() for t in tokens if t.type == "html_block"] == [MARKER]
     assert not [t for t in tokens if t.type in ("ordered_list_open", "blockquote_open", "hr")]
     assert len([t for t in tokens if t.type == "bullet_list_open"]) == 4
-    assert not [
-        child for child in inline if child.type in ("html_inline", "strong_open", "s_open", "em_open")
-    ]
+    assert not [child for child in inline if child.type in ("html_inline", "strong_open", "s_open", "em_open")]
     assert {child.attrs["href"] for child in inline if child.type == "link_open"} == {
         "https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2",
         "https://huggingface.co/datasets/owner/snippets",
@@ -251,9 +245,7 @@ class TestUsage:
         words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "A", "text", "to", "classify", "."])}
         tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
         tokenizer.pre_tokenizer = Whitespace()
-        PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]"
-        ).save_pretrained(tmp_path)
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(tmp_path)
         return tmp_path
 
     def run(self, report: CalibrationReport) -> dict[str, Any]:
@@ -275,13 +267,9 @@ class TestUsage:
 
         base = tmp_path / "base"
         tiny_bert(3).save_pretrained(base)
-        model = get_peft_model(
-            tiny_bert(3).from_pretrained(base, num_labels=3), LoraConfig(task_type=TaskType.SEQ_CLS)
-        )
+        model = get_peft_model(tiny_bert(3).from_pretrained(base, num_labels=3), LoraConfig(task_type=TaskType.SEQ_CLS))
         model.save_pretrained(folder)
-        report = make_report(
-            model_name=str(folder), training={"peft": "lora", "seeds": [0]}, label_names=["x", "y", "z"]
-        )
+        report = make_report(model_name=str(folder), training={"peft": "lora", "seeds": [0]}, label_names=["x", "y", "z"])
         scope = self.run(report)
         expected = model.eval()(input_ids=torch.tensor([[2, 3, 4, 5, 6]])).logits.softmax(-1)
         torch.testing.assert_close(scope["probabilities"], expected)
@@ -311,20 +299,14 @@ def test_smoothing_is_stated_truthfully() -> None:
     facts = make_report(rows=1).smoothing
 
     def section(**changes: Any) -> str:
-        return (
-            body(make_report(smoothing=facts | changes))
-            .split("## Label smoothing")[1]
-            .split("## Training")[0]
-        )
+        return body(make_report(smoothing=facts | changes)).split("## Label smoothing")[1].split("## Training")[0]
 
     assert "effective epsilon: 0.1" in section() and "all 3 classes" in section()
     assert "3.332 nats" in section() and "0.933" in section() and "schedule: constant" in section()
     wrong = section(convention="wrong")
     assert "2 other classes only" in wrong and "the same as 0.15 in the convention `all`" in wrong
     assert "the same as" not in section(convention="wrong", prior="unigram")
-    assert "kind linear, final\\_epsilon" not in section() and "kind linear" in section(
-        schedule={"kind": "linear"}
-    )
+    assert "kind linear, final\\_epsilon" not in section() and "kind linear" in section(schedule={"kind": "linear"})
     assert "excluded from the loss: padding" in section(excluded="padding")
     none = section(epsilon=0.0, optimal_logit_gap=None, max_confidence=1.0)
     assert "No label smoothing was used" in none and "nats" not in none

@@ -11,14 +11,14 @@ from hf_ls import LabelSmoothingArguments, LabelSmoothingTrainer, Smoothing
 from hf_ls.checkpoint import MARK, CheckpointMark, check_resumable, last_complete_checkpoint
 
 
-def train(folder, limit=None, **kwargs):
+def train(folder, limit=None, resume=None, **kwargs):
     settings = dict(max_steps=6, save_strategy="steps", save_steps=1, per_device_train_batch_size=2, num_train_epochs=2) | kwargs
     args = arguments(folder, LabelSmoothingArguments, label_smoothing_factor=0.1, **settings)
     trainer = LabelSmoothingTrainer(
         model=tiny_bert(), args=args, train_dataset=classification_rows(), eval_dataset=classification_rows(5), data_collator=collate,
         callbacks=[CheckpointMark(Smoothing(0.1), limit)],
     )  # fmt: skip
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
@@ -62,3 +62,12 @@ def test_only_the_same_settings_are_resumed(tmp_path):
     (checkpoint / MARK).unlink()
     with pytest.raises(ValueError, match="complete checkpoint"):
         check_resumable(checkpoint, Smoothing(0.1))
+
+
+def test_terms_logged_after_a_resume_belong_to_the_steps_since(tmp_path):
+    """Logged every 3 steps, resumed after 4 of 6: the second record still adds up."""
+    train(tmp_path, max_steps=4, logging_steps=3)
+    trainer = train(tmp_path, max_steps=6, logging_steps=3, resume=str(tmp_path / "checkpoint-4"))
+    record = [r for r in trainer.state.log_history if "loss" in r][-1]
+    assert record["step"] == 6
+    assert record["nll"] + record["smoothing_term"] == pytest.approx(record["loss"], rel=1e-5)

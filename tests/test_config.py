@@ -26,8 +26,8 @@ def test_every_shipped_config_parses_and_shows_its_launch_line(path):
 
 
 def test_trap_13_yaml_scalars_are_read_as_they_are_written(tmp_path):
-    text = "learning_rate: 2e-5\nsave_strategy: no\nlabel_smoothing_factor: .1\nseed: 007\nbf16: off\nwarmup_steps: 0.1\ndata_seed: null\n"
-    training = parse(tmp_path, text.replace("bf16: off", "bf16: false")).training
+    text = "learning_rate: 2e-5\nsave_strategy: no\nlabel_smoothing_factor: .1\nseed: 007\nbf16: false\nwarmup_steps: 0.1\ndata_seed: null\n"
+    training = parse(tmp_path, text).training
     assert (training.learning_rate, training.save_strategy.value, training.label_smoothing_factor) == (2e-5, "no", 0.1)
     assert (training.seed, training.bf16, training.warmup_steps, training.data_seed) == (7, False, 0.1, None)
 
@@ -47,9 +47,13 @@ def test_trap_13_resume_is_last_or_a_path(tmp_path, value):
 
 
 def test_command_line_wins_over_the_file(tmp_path):
-    config = parse(tmp_path, "seed: 1\nsnippet_sources: [tweets, amazonReviewSnippets]\n", "--seed", "2", "--snippet_sources", "tweets")
+    config = parse(
+        tmp_path, "seed: 1\nsnippet_sources: [tweets, amazonReviewSnippets]\n", "--seed", "2", "--snippet_sources", "tweets"
+    )
     assert (config.training.seed, config.data.snippet_sources) == (2, ["tweets"])
-    assert parse(tmp_path, "with_baseline: true\nlabel_smoothing_factor: 0.1", "--with_baseline", "false").run.with_baseline is False
+    assert (
+        parse(tmp_path, "with_baseline: true\nlabel_smoothing_factor: 0.1", "--with_baseline", "false").run.with_baseline is False
+    )
 
 
 def test_mappings_become_json(tmp_path):
@@ -59,7 +63,7 @@ def test_mappings_become_json(tmp_path):
 
 
 def test_negative_numbers_are_values(tmp_path):
-    with pytest.raises(ValueError, match="0 <= epsilon < 1, got -0.1"):
+    with pytest.raises(ValueError, match=r"0 <= epsilon < 1, got -0\.1"):
         parse(tmp_path, "label_smoothing_factor: -0.1")
 
 

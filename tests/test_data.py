@@ -87,7 +87,11 @@ def test_local_files_of_each_kind(tmp_path, name):
 def test_other_column_names_and_pairs(tmp_path):
     rows = [{"premise": f"a {i}", "hypothesis": f"b {i}", "gold": i % 3 + 5} for i in range(30)]
     data = load_classification(
-        None, files={"train": write(tmp_path, "a.jsonl", rows)}, text_column="premise", text_pair_column="hypothesis", label_column="gold"
+        None,
+        files={"train": write(tmp_path, "a.jsonl", rows)},
+        text_column="premise",
+        text_pair_column="hypothesis",
+        label_column="gold",
     )
     assert data.label_names == ("5", "6", "7")
     assert sorted(data.splits["train"].column_names) == ["label", "text", "text_pair"]
@@ -95,7 +99,9 @@ def test_other_column_names_and_pairs(tmp_path):
 
 def test_numeric_labels_keep_numeric_order(tmp_path):
     rows = [{"text": str(i), "label": i % 12} for i in range(60)]
-    assert load_classification(None, files={"train": write(tmp_path, "a.jsonl", rows)}).label_names == tuple(str(k) for k in range(12))
+    assert load_classification(None, files={"train": write(tmp_path, "a.jsonl", rows)}).label_names == tuple(
+        str(k) for k in range(12)
+    )
 
 
 @pytest.mark.parametrize(

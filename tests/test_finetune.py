@@ -27,7 +27,16 @@ ROOT = Path(__file__).parent.parent
 FAST = [
     *("--dataset_name", "snippets", "--report_to", "none", "--use_cpu", "true", "--max_length", "32", "--disable_tqdm", "true"),
     *("--max_train_samples", "256", "--max_eval_samples", "150", "--max_predict_samples", "210", "--seed", "3"),
-    *("--per_device_train_batch_size", "16", "--per_device_eval_batch_size", "64", "--learning_rate", "1e-2", "--logging_steps", "1"),
+    *(
+        "--per_device_train_batch_size",
+        "16",
+        "--per_device_eval_batch_size",
+        "64",
+        "--learning_rate",
+        "1e-2",
+        "--logging_steps",
+        "1",
+    ),
 ]
 ALL = ["--do_train", "--do_eval", "--do_predict"]
 
@@ -67,7 +76,18 @@ def script(argv, processes=1, check=True, wait=True):
 @pytest.fixture(scope="module")
 def done(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "out"
-    argv = arguments(tiny, folder, *ALL, "--label_smoothing_factor", "0.1", "--with_baseline", "--num_train_epochs", "2", "--save_strategy", "no")
+    argv = arguments(
+        tiny,
+        folder,
+        *ALL,
+        "--label_smoothing_factor",
+        "0.1",
+        "--with_baseline",
+        "--num_train_epochs",
+        "2",
+        "--save_strategy",
+        "no",
+    )
     return folder, finetune(parse_config(argv))
 
 
@@ -147,7 +167,9 @@ def test_baked_temperature_is_in_the_saved_weights(tiny, tmp_path):
     argv = arguments(tiny, tmp_path, *ALL, "--max_steps", "4", "--save_strategy", "no", "--bake_temperature")
     report = finetune(parse_config(argv))
     model = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
-    trainer = tf.Trainer(model=model, args=tf.TrainingArguments(str(tmp_path / "x"), use_cpu=True, report_to=[], disable_tqdm=True))
+    trainer = tf.Trainer(
+        model=model, args=tf.TrainingArguments(str(tmp_path / "x"), use_cpu=True, report_to=[], disable_tqdm=True)
+    )
     from hf_ls.data import load_snippets, tokenise
     from hf_ls.metrics.core import PredictionStatistics
 
@@ -156,7 +178,9 @@ def test_baked_temperature_is_in_the_saved_weights(tiny, tmp_path):
     trainer.data_collator = tf.DataCollatorWithPadding(tf.AutoTokenizer.from_pretrained(tmp_path))
     logits = trainer.predict(tokens.remove_columns("labels")).predictions
     assert report.published == "baseline + temperature"
-    assert report.rows[1].value("nll") == pytest.approx(PredictionStatistics.from_logits(logits, test["label"]).nll.mean(), abs=1e-5)
+    assert report.rows[1].value("nll") == pytest.approx(
+        PredictionStatistics.from_logits(logits, test["label"]).nll.mean(), abs=1e-5
+    )
 
 
 def tf_dataset(part):
@@ -166,7 +190,9 @@ def tf_dataset(part):
 
 
 def test_lora_trains_adapters_and_the_head(tiny, tmp_path):
-    report = finetune(parse_config(arguments(tiny, tmp_path, *ALL, "--max_steps", "3", "--save_strategy", "no", "--peft", "lora")))
+    report = finetune(
+        parse_config(arguments(tiny, tmp_path, *ALL, "--max_steps", "3", "--save_strategy", "no", "--peft", "lora"))
+    )
     assert (tmp_path / "adapter_model.safetensors").is_file()
     assert report.training["peft"] == "lora"
 
@@ -181,7 +207,11 @@ def test_evaluation_only_and_nothing_asked(tiny, tmp_path):
 def test_wrong_settings_end_with_one_sentence():
     code, output = script(["--dataset_name", "snippets", "--learning_rat", "1"], check=False)
     assert code == 1
-    assert output.strip().splitlines()[-1].startswith("error: expected known settings, got --learning_rat (did you mean 'learning_rate'?)")
+    assert (
+        output.strip()
+        .splitlines()[-1]
+        .startswith("error: expected known settings, got --learning_rat (did you mean 'learning_rate'?)")
+    )
     assert "Traceback" not in output
 
 
@@ -193,7 +223,9 @@ def test_two_processes_take_the_step_of_one(tiny, tmp_path):
     script([*arguments(tiny, tmp_path / "two", *step), "--per_device_train_batch_size", "8"], processes=2)
     start = load_file(f"{tiny}/model.safetensors")
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    gradient, difference = (torch.cat([(a[k].double() - b[k].double()).flatten() for k in a]) for a, b in ((start, one), (one, two)))
+    gradient, difference = (
+        torch.cat([(a[k].double() - b[k].double()).flatten() for k in a]) for a, b in ((start, one), (one, two))
+    )
     assert float(difference.norm() / gradient.norm()) < 1e-6
     losses = [json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"][0] for name in ("one", "two")]
     assert losses[1]["loss"] == pytest.approx(losses[0]["loss"], rel=1e-6)

@@ -8,7 +8,8 @@ from hf_ls.launch import requested_processes, start_missing_processes
 
 
 @pytest.mark.parametrize(
-    "launcher", [["python", "/env/bin/accelerate", "launch"], ["accelerate-launch"], ["python", "-m", "accelerate.commands.launch"]]
+    "launcher",
+    [["python", "/env/bin/accelerate", "launch"], ["accelerate-launch"], ["python", "-m", "accelerate.commands.launch"]],
 )
 @pytest.mark.parametrize("flag", [["--num_processes", "3"], ["--num_processes=3"], ["--num-processes", "3"]])
 def test_number_of_processes_is_read_from_the_launch_command(launcher, flag):

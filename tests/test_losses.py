@@ -99,7 +99,9 @@ def test_split_batch_equals_whole_batch():
     whole = smoothed_cross_entropy(logits, labels, 0.1)
     parts = [smoothed_cross_entropy(logits[i : i + 9], labels[i : i + 9], 0.1, num_items_in_batch=count) for i in range(0, 64, 9)]
     assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-12)
-    torch.testing.assert_close(torch.autograd.grad(sum(parts), logits, retain_graph=True)[0], torch.autograd.grad(whole, logits)[0])
+    torch.testing.assert_close(
+        torch.autograd.grad(sum(parts), logits, retain_graph=True)[0], torch.autograd.grad(whole, logits)[0]
+    )
 
 
 def test_permuting_classes_and_rows_changes_nothing():
@@ -115,7 +117,9 @@ def test_permuting_classes_and_rows_changes_nothing():
 
 def test_shift_of_all_logits_changes_nothing():
     logits, labels = random_case()
-    assert smoothed_cross_entropy(logits + 5, labels, 0.1).item() == pytest.approx(smoothed_cross_entropy(logits, labels, 0.1).item())
+    assert smoothed_cross_entropy(logits + 5, labels, 0.1).item() == pytest.approx(
+        smoothed_cross_entropy(logits, labels, 0.1).item()
+    )
 
 
 @pytest.mark.parametrize("shape", [(4,), (2, 3), (2, 3, 2)])
@@ -215,7 +219,8 @@ def test_another_ignore_index():
     logits, labels = random_case()
     other = labels.masked_fill(labels == -100, 6)
     torch.testing.assert_close(
-        smoothed_cross_entropy(logits, other, 0.1, ignore_index=6), F.cross_entropy(logits, other, label_smoothing=0.1, ignore_index=6)
+        smoothed_cross_entropy(logits, other, 0.1, ignore_index=6),
+        F.cross_entropy(logits, other, label_smoothing=0.1, ignore_index=6),
     )
 
 
@@ -291,7 +296,9 @@ def test_unusable_logits_are_refused():
         smoothed_cross_entropy(torch.zeros(1, 1), y, 0.1)
 
 
-@pytest.mark.parametrize("wrap", [lambda z: z, lambda z: {"logits": z}, lambda z: (z,), lambda z: SequenceClassifierOutput(logits=z)])
+@pytest.mark.parametrize(
+    "wrap", [lambda z: z, lambda z: {"logits": z}, lambda z: (z,), lambda z: SequenceClassifierOutput(logits=z)]
+)
 def test_module_takes_every_kind_of_output(wrap):
     logits, labels = random_case()
     torch.testing.assert_close(

@@ -137,9 +137,7 @@ def test_ignored_rows_and_minus_inf_classes_never_leak(name, params, smoothing, 
     ignored = torch.rand(shape, generator=generator) < 0.4
     # Two impossible classes around the real ones, so that every label and every prior entry moves.
     wide = F.pad(logits, (1, 1), value=-torch.inf)
-    wide[ignored] = torch.tensor(
-        [torch.nan, torch.inf, -torch.inf, 1e4, torch.nan, 0.0, torch.inf], dtype=dtype
-    )
+    wide[ignored] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e4, torch.nan, 0.0, torch.inf], dtype=dtype)
     wide_labels = (labels + 1).masked_fill(ignored, -100)
     wide_smoothing = replace(smoothing, prior=_padded(smoothing.prior))
     wide.requires_grad_()

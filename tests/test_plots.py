@@ -57,9 +57,7 @@ def test_reliability_draws_bins_intervals_band_and_counts_of_every_row(report: C
         points, _, (bars,) = errorbar.lines
         np.testing.assert_allclose(points.get_xdata(), bins["confidence"][filled])
         np.testing.assert_allclose(points.get_ydata(), bins["accuracy"][filled])
-        low, high = wilson_interval(
-            np.rint((bins["accuracy"] * bins["count"])[filled]), bins["count"][filled]
-        )
+        low, high = wilson_interval(np.rint((bins["accuracy"] * bins["count"])[filled]), bins["count"][filled])
         ends = np.array([segment[:, 1] for segment in bars.get_segments()])
         np.testing.assert_allclose(ends, np.stack([low, high], 1), atol=1e-12)
         band = ax.containers[0].patches
@@ -107,10 +105,7 @@ def test_axis_starts_at_the_lowest_confidence_which_k_classes_allow(num_classes:
 
 def test_a_run_has_one_colour_in_all_plots(report: CalibrationReport) -> None:
     of_bins = [ax.containers[-1].lines[0].get_color() for ax in reliability(report).axes[::2]]
-    of_bars = [
-        matplotlib.colors.to_hex(ax.containers[1].patches[0].get_facecolor())
-        for ax in confidence(report).axes
-    ]
+    of_bars = [matplotlib.colors.to_hex(ax.containers[1].patches[0].get_facecolor()) for ax in confidence(report).axes]
     assert [c.lower() for c in of_bins] == of_bars and len(set(of_bars)) == 4
     curves = {line.get_color() for line in loss_curve(report).axes[0].lines}
     assert curves == {of_bins[0], of_bins[2]}
@@ -186,17 +181,13 @@ def test_names_are_text_and_never_formulas(hostile: str, report: CalibrationRepo
     named = replace(report, rows=rows, history={hostile: report.history["baseline"]}, published=None)
     figure = drawn(loss_curve(named))
     drawn(reliability(named))
-    shown = figure.axes[0].get_legend().get_texts()[0].get_text()
+    shown = figure.legends[0].get_texts()[0].get_text()
     assert shown.replace("\\$", "$").strip().startswith(hostile.replace("\n", " "))
 
 
-def test_files_are_png_at_150_dpi_whatever_the_users_settings(
-    report: CalibrationReport, tmp_path: Path
-) -> None:
+def test_files_are_png_at_150_dpi_whatever_the_users_settings(report: CalibrationReport, tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
-    with matplotlib.rc_context(
-        {"savefig.dpi": 20, "font.size": 40, "savefig.bbox": "tight", "axes.facecolor": "red"}
-    ):
+    with matplotlib.rc_context({"savefig.dpi": 20, "font.size": 40, "savefig.bbox": "tight", "axes.facecolor": "red"}):
         first = write_plots(report, tmp_path / "a")
     second = write_plots(report, tmp_path / "b")
     assert [p.name for p in first] == ["reliability.png", "confidence.png", "loss_curve.png"]

@@ -91,10 +91,7 @@ def test_unigram_prior_refuses(counts, options, text):
 
 def _ragged_labels(rows=50):
     generator = np.random.default_rng(0)
-    return [
-        [int(i) if i < K else -100 for i in generator.integers(0, K + 2, size=generator.integers(0, 9))]
-        for _ in range(rows)
-    ]
+    return [[int(i) if i < K else -100 for i in generator.integers(0, K + 2, size=generator.integers(0, 9))] for _ in range(rows)]
 
 
 def _counted(rows):

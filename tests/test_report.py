@@ -252,7 +252,7 @@ def test_regime_of_a_smoothed_run_alone_gives_no_advice_to_smooth() -> None:
     report = make_report()
     alone = replace(report, rows=[report.rows[2]], history={}, published=None)
     assert "under-confident" in alone.regime() and "smoothed" in alone.regime()
-    assert "expect it to hurt" not in alone.regime()
+    assert "it may hurt here" not in alone.regime()
     assert "Smoothing lowers confidence" in report.regime()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from hf_ls import Schedule, Smoothing
 
 
 @pytest.mark.parametrize(
-    ("classes", "convention", "gap"), [(2, "all", 2.944), (2, "wrong", 2.197), (10, "all", 4.511), (10, "wrong", 4.394), (32000, "all", 12.571)]
+    ("classes", "convention", "gap"),
+    [(2, "all", 2.944), (2, "wrong", 2.197), (10, "all", 4.511), (10, "wrong", 4.394), (32000, "all", 12.571)],
 )
 def test_optimal_logit_gap_is_the_published_number(classes, convention, gap):
     assert Smoothing(0.1, convention).optimal_logit_gap(classes) == pytest.approx(gap, abs=5e-4)
@@ -140,7 +142,7 @@ def test_schedule_endpoints_and_monotony():
     values = [cosine.epsilon_at(0.1, s, 100) for s in range(100)]
     assert values[:10] == [0.0] * 10
     assert (values[10], values[-1]) == pytest.approx((0.1, 0.02))
-    assert all(a >= b for a, b in zip(values[10:], values[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(values[10:]))
     assert Schedule("constant", warmup_steps=5).epsilon_at(0.1, 4, 10) == 0
     assert Schedule("constant", warmup_steps=5).epsilon_at(0.1, 5, 10) == 0.1
 

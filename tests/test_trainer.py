@@ -34,7 +34,11 @@ ALL = [(model, classification_rows) for model in CLASSIFIERS] + GENERATORS
 
 def ours(folder, model, rows=None, **kwargs):
     trainer = LabelSmoothingTrainer(
-        model=model, args=arguments(folder, LabelSmoothingArguments, **kwargs), train_dataset=rows, eval_dataset=rows, data_collator=collate
+        model=model,
+        args=arguments(folder, LabelSmoothingArguments, **kwargs),
+        train_dataset=rows,
+        eval_dataset=rows,
+        data_collator=collate,
     )
     trainer.remove_callback(tf.trainer_callback.PrinterCallback)
     return trainer
@@ -94,7 +98,9 @@ def test_epsilon_zero_and_a_tiny_epsilon_agree(tmp_path):
 def test_partial_last_accumulation_is_exact(tmp_path):
     """10 rows in micro-batches of 2 with 4 accumulation steps: the second step has one micro-batch only."""
     rows = classification_rows(10)
-    trainer = ours(tmp_path, tiny_bert(), rows, per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=2, learning_rate=0.0)
+    trainer = ours(
+        tmp_path, tiny_bert(), rows, per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=2, learning_rate=0.0
+    )
     trainer.train()
     losses = [r["loss"] for r in trainer.state.log_history if "loss" in r]
     model = tiny_bert()
@@ -109,9 +115,15 @@ def test_class_weights_are_exact_under_accumulation(tmp_path):
     w = weight[batch["labels"]]
     for size, steps in ((8, 1), (2, 4)):
         args = arguments(
-            tmp_path, LabelSmoothingArguments, per_device_train_batch_size=size, gradient_accumulation_steps=steps, label_smoothing_factor=0.1
+            tmp_path,
+            LabelSmoothingArguments,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            label_smoothing_factor=0.1,
         )
-        trainer = LabelSmoothingTrainer(model=tiny_bert(), args=args, train_dataset=rows, data_collator=collate, class_weight=weight)
+        trainer = LabelSmoothingTrainer(
+            model=tiny_bert(), args=args, train_dataset=rows, data_collator=collate, class_weight=weight
+        )
         trainer.train()
         assert trainer.state.log_history[0]["loss"] == pytest.approx(((losses * w).sum() / w.sum()).item(), rel=1e-5)
 
@@ -155,7 +167,9 @@ def test_evaluation_leaves_the_training_loss_smoothed(tmp_path):
     trainer = ours(tmp_path, tiny_bert(), classification_rows(), label_smoothing_factor=0.3)
     batch, model = collate(classification_rows().rows), trainer.model
     logits = model.train()(**batch).logits
-    assert trainer.compute_loss(model, batch).item() == pytest.approx(F.cross_entropy(logits, batch["labels"], label_smoothing=0.3).item())
+    assert trainer.compute_loss(model, batch).item() == pytest.approx(
+        F.cross_entropy(logits, batch["labels"], label_smoothing=0.3).item()
+    )
     assert trainer.compute_loss(model.eval(), batch).item() == pytest.approx(F.cross_entropy(logits, batch["labels"]).item())
     assert "labels" in batch
 
@@ -191,7 +205,15 @@ def test_unlabelled_prediction_has_no_invented_metrics(tmp_path):
 def test_trap_9_an_all_ignored_batch_trains_on_nothing(tmp_path):
     rows = token_rows((5, 6, 7, 8))
     rows.rows[0]["labels"][:] = -100
-    trainer = ours(tmp_path, tiny_llama(), rows, per_device_train_batch_size=1, max_steps=2, label_smoothing_factor=0.1, logging_nan_inf_filter=False)
+    trainer = ours(
+        tmp_path,
+        tiny_llama(),
+        rows,
+        per_device_train_batch_size=1,
+        max_steps=2,
+        label_smoothing_factor=0.1,
+        logging_nan_inf_filter=False,
+    )
     before = trainer.model.lm_head.weight.clone()
     trainer.train()
     losses = [r["loss"] for r in trainer.state.log_history if "loss" in r]
@@ -227,7 +249,11 @@ def test_trap_10_the_best_checkpoint_is_the_one_with_the_lowest_nll(tmp_path):
         learning_rate=5e-2, load_best_model_at_end=True, metric_for_best_model="nll", disable_tqdm=True, label_smoothing_factor=0.1,
     )  # fmt: skip
     trainer = LabelSmoothingTrainer(
-        model=tiny_bert(), args=args, train_dataset=classification_rows(), eval_dataset=classification_rows(16, seed=5), data_collator=collate
+        model=tiny_bert(),
+        args=args,
+        train_dataset=classification_rows(),
+        eval_dataset=classification_rows(16, seed=5),
+        data_collator=collate,
     )
     trainer.train()
     history = {r["step"]: r["eval_nll"] for r in trainer.state.log_history if "eval_nll" in r}
@@ -265,7 +291,13 @@ def test_one_epsilon_only(tmp_path):
 def test_convention_of_the_arguments_reaches_the_loss(tmp_path):
     kwargs = dict(per_device_train_batch_size=8, label_smoothing_convention="wrong")
     wrong, _ = one_step(
-        LabelSmoothingTrainer, tiny_bert(), classification_rows(), tmp_path, LabelSmoothingArguments, label_smoothing_factor=0.1, **kwargs
+        LabelSmoothingTrainer,
+        tiny_bert(),
+        classification_rows(),
+        tmp_path,
+        LabelSmoothingArguments,
+        label_smoothing_factor=0.1,
+        **kwargs,
     )
     expected, _ = full_batch(tiny_bert(), classification_rows(), 0.125)
     assert wrong["loss"] == pytest.approx(expected, rel=1e-5)
@@ -339,7 +371,9 @@ class Net(torch.nn.Module):
 
 @pytest.mark.parametrize("gives_loss", [True, False])
 def test_plain_modules_without_config_work(tmp_path, gives_loss):
-    trainer = ours(tmp_path, Net(gives_loss=gives_loss), classification_rows(), label_smoothing_factor=0.1, per_device_train_batch_size=8)
+    trainer = ours(
+        tmp_path, Net(gives_loss=gives_loss), classification_rows(), label_smoothing_factor=0.1, per_device_train_batch_size=8
+    )
     trainer.train()
     assert "smoothing_term" in trainer.state.log_history[0]
     assert "eval_ece" in trainer.evaluate()
@@ -371,11 +405,17 @@ def test_trap_6_the_shift_is_asked_of_the_model_not_of_its_name(tmp_path):
 
 def test_trap_7_router_loss_is_kept(tmp_path):
     torch.manual_seed(0)
-    sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4)
-    config = tf.MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True, router_aux_loss_coef=1.0)
+    sizes = dict(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4
+    )
+    config = tf.MixtralConfig(
+        **sizes, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True, router_aux_loss_coef=1.0
+    )
     model = tf.MixtralForCausalLM(config)
     own = model(**collate(token_rows((9, 9, 9, 9)).rows)).loss.item()
-    record, _ = one_step(LabelSmoothingTrainer, model, token_rows((9, 9, 9, 9)), tmp_path, per_device_train_batch_size=4, learning_rate=0.0)
+    record, _ = one_step(
+        LabelSmoothingTrainer, model, token_rows((9, 9, 9, 9)), tmp_path, per_device_train_batch_size=4, learning_rate=0.0
+    )
     assert record["loss"] == pytest.approx(own, rel=1e-5)
     assert record["loss"] - record["nll"] > 1
 
@@ -385,7 +425,13 @@ def test_trap_11_labels_alone_are_enough_for_encoder_decoders(tmp_path, make):
     rows = seq2seq_rows((7,) * 8)
     own = make().eval()(**collate(rows.rows)).loss.item()
     record, _ = one_step(
-        LabelSmoothingTrainer, make(), rows, tmp_path, per_device_train_batch_size=8, label_smoothing_factor=1e-9, learning_rate=0.0
+        LabelSmoothingTrainer,
+        make(),
+        rows,
+        tmp_path,
+        per_device_train_batch_size=8,
+        label_smoothing_factor=1e-9,
+        learning_rate=0.0,
     )
     assert record["loss"] == pytest.approx(own, rel=1e-5)
 
@@ -415,7 +461,9 @@ def test_the_trainer_works_without_arguments(tmp_path, monkeypatch):
 
 def test_arguments_survive_a_round_trip(tmp_path):
     args = LabelSmoothingArguments(str(tmp_path), label_smoothing_factor=0.1, label_smoothing_convention="wrong", report_to=[])
-    again = LabelSmoothingArguments(**{k: v for k, v in args.to_dict().items() if k in ("output_dir", *(n for n in args.to_dict() if "smoothing" in n))})
+    again = LabelSmoothingArguments(
+        **{k: v for k, v in args.to_dict().items() if k in ("output_dir", *(n for n in args.to_dict() if "smoothing" in n))}
+    )
     assert (again.label_smoothing_factor, again.label_smoothing_convention) == (0.1, "wrong")
     for bad in (dict(label_smoothing_factor=1.0), dict(label_smoothing_convention="half"), dict(label_smoothing_schedule="step")):
         with pytest.raises(ValueError, match="expected"):

@@ -19,7 +19,16 @@ TESTS = Path(__file__).parent
 
 def launch(world: int, path: Path, script: str = "distributed_worker.py", *arguments: str) -> None:
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world), str(TESTS / script), str(path), *arguments]
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(world),
+        str(TESTS / script),
+        str(path),
+        *arguments,
+    ]
     done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
 
