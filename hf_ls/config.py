@@ -152,6 +152,7 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
     path, argv = _take_config(argv)
     from_file = yaml_arguments(Path(path), known - {"config", "help"}) if path else []
+    from_file, argv = _without_nulls(from_file, argv)
     *parsed, _, rest = parser.parse_args_into_dataclasses(
         [*from_file, *argv], return_remaining_strings=True, look_for_args_file=False
     )
@@ -171,6 +172,15 @@ def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
         if argument.startswith("--config="):
             return argument.split("=", 1)[1], argv[:i] + argv[i + 1 :]
     return None, argv
+
+
+def _without_nulls(from_file: list[str], argv: list[str]) -> tuple[list[str], list[str]]:
+    """Let `--name null` on the command line take back what the file says."""
+    spaced = {i for i, word in enumerate(argv[:-1]) if word.startswith("--") and "=" not in word and argv[i + 1] == "null"}
+    joined = {i for i, word in enumerate(argv) if word.startswith("--") and word.endswith("=null")}
+    names = {argv[i].removesuffix("=null") for i in spaced | joined}
+    dropped = spaced | {i + 1 for i in spaced} | joined
+    return [a for a in from_file if a.split("=")[0] not in names], [a for i, a in enumerate(argv) if i not in dropped]
 
 
 def yaml_arguments(path: Path, known: set[str]) -> list[str]:

@@ -56,6 +56,14 @@ def test_command_line_wins_over_the_file(tmp_path):
     )
 
 
+def test_null_on_the_command_line_takes_back_the_file(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("dataset_name: snippets\nseed: 3\n")
+    for null in (["--dataset_name", "null"], ["--dataset_name=null"]):
+        config = parse_config(["--config", str(path), "--use_cpu", "true", "--report_to", "none", *null, "--train_file", "a.csv"])
+        assert (config.data.dataset_name, config.data.train_file, config.training.seed) == (None, "a.csv", 3)
+
+
 def test_mappings_become_json(tmp_path):
     config = parse(tmp_path, "model_config_overrides:\n  num_hidden_layers: 3\n  hidden_dropout_prob: 0.0\n")
     assert config.model.overrides == {"num_hidden_layers": 3, "hidden_dropout_prob": 0.0}
