@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -151,8 +151,8 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     parser.add_argument("--config", help="YAML file of settings; the command line overrides it.")
     known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
     path, argv = _take_config(argv)
-    from_file = yaml_arguments(Path(path), known - {"config", "help"}) if path else []
-    from_file, argv = _without_nulls(from_file, argv)
+    nulls, argv = _take_nulls(argv)
+    from_file = yaml_arguments(Path(path), known - {"config", "help"}, nulls) if path else []
     *parsed, _, rest = parser.parse_args_into_dataclasses(
         [*from_file, *argv], return_remaining_strings=True, look_for_args_file=False
     )
@@ -174,17 +174,17 @@ def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
     return None, argv
 
 
-def _without_nulls(from_file: list[str], argv: list[str]) -> tuple[list[str], list[str]]:
-    """Let `--name null` on the command line take back what the file says."""
+def _take_nulls(argv: list[str]) -> tuple[set[str], list[str]]:
+    """The names which the command line sets to null, to take back what the file says, and the rest of it."""
     spaced = {i for i, word in enumerate(argv[:-1]) if word.startswith("--") and "=" not in word and argv[i + 1] == "null"}
     joined = {i for i, word in enumerate(argv) if word.startswith("--") and word.endswith("=null")}
-    names = {argv[i].removesuffix("=null") for i in spaced | joined}
+    names = {argv[i].removesuffix("=null").lstrip("-") for i in spaced | joined}
     dropped = spaced | {i + 1 for i in spaced} | joined
-    return [a for a in from_file if a.split("=")[0] not in names], [a for i, a in enumerate(argv) if i not in dropped]
+    return names, [word for i, word in enumerate(argv) if i not in dropped]
 
 
-def yaml_arguments(path: Path, known: set[str]) -> list[str]:
-    """The settings of a YAML file as command-line arguments, scalars as they are written.
+def yaml_arguments(path: Path, known: set[str], without: Collection[str] = ()) -> list[str]:
+    """The settings of a YAML file as command-line arguments, scalars as they are written, some left out.
 
     Raises: ValueError for a missing or malformed file, an unknown or repeated key, and YAML tags.
     """
@@ -207,7 +207,7 @@ def yaml_arguments(path: Path, known: set[str]) -> list[str]:
         if key in seen:
             raise ValueError(f"expected each setting once in {path}, got {key!r} twice; remove one")
         seen.add(key)
-        arguments += _argument(path, key, value)
+        arguments += _argument(path, key, value) if key not in without else []
     return arguments
 
 
