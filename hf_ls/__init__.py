@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_ls import metrics as metrics
+    from hf_ls.arguments import LabelSmoothingArguments as LabelSmoothingArguments
     from hf_ls.losses import SmoothedCrossEntropy as SmoothedCrossEntropy
     from hf_ls.losses import smoothed_cross_entropy as smoothed_cross_entropy
     from hf_ls.smoothing import Schedule as Schedule
     from hf_ls.smoothing import Smoothing as Smoothing
-    from hf_ls.trainer import LabelSmoothingArguments as LabelSmoothingArguments
     from hf_ls.trainer import LabelSmoothingMixin as LabelSmoothingMixin
     from hf_ls.trainer import LabelSmoothingTrainer as LabelSmoothingTrainer
 
@@ -26,7 +26,7 @@ _HOME = {
     "Smoothing": "smoothing",
     "SmoothedCrossEntropy": "losses",
     "smoothed_cross_entropy": "losses",
-    "LabelSmoothingArguments": "trainer",
+    "LabelSmoothingArguments": "arguments",
     "LabelSmoothingMixin": "trainer",
     "LabelSmoothingTrainer": "trainer",
 }

@@ -169,27 +169,31 @@ class OnlineLabelSmoothing(nn.Module):
 
         outputs as in `losses.logits_of` with logits [..., K]; labels [...]. Nothing kept: a differentiable 0.
 
-        Raises: as `smoothed_cross_entropy`; ValueError for logits over another number of classes.
+        Raises: as `terms`.
         """
-        logits = logits_of(outputs)
+        losses = self.terms(logits_of(outputs), labels).loss
+        count = (labels != self.ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+        return losses.sum() / torch.as_tensor(count, device=losses.device).clamp_min(1)
+
+    def terms(self, logits: Tensor, labels: Tensor) -> SmoothedTerms:
+        """NLL and (1−α)·(soft − nll) per item, shaped as the labels; adds to the sums in training mode.
+
+        Raises: as `smoothed_terms`; ValueError for logits over another number of classes.
+        """
         if logits.shape[-1] != self.num_classes:
             raise ValueError(
                 f"expected logits over {self.num_classes} classes, got {tuple(logits.shape)}; "
                 "build OnlineLabelSmoothing with the model's number of labels"
             )
+        hard = smoothed_terms(logits, labels, Smoothing(0.0), ignore_index=self.ignore_index)
         if not self.training:
-            return smoothed_cross_entropy(
-                logits, labels, 0.0, ignore_index=self.ignore_index, num_items_in_batch=num_items_in_batch
-            )
-        # Checks shapes and label range; ε = 0 costs one log-sum-exp.
-        smoothed_terms(logits.detach(), labels, Smoothing(0.0), ignore_index=self.ignore_index)
+            return hard
         kept = labels != self.ignore_index
         rows, kept_labels = logits[kept], labels[kept].long()
-        target = (1 - self.alpha) * self.matrix[kept_labels]
-        target.scatter_add_(1, kept_labels.unsqueeze(1), target.new_full((len(kept_labels), 1), self.alpha))
-        loss = smoothed_cross_entropy(rows, target, 0.0, num_items_in_batch=num_items_in_batch)
+        soft = smoothed_cross_entropy(rows, self.matrix[kept_labels], 0.0, reduction="none")
         self._accumulate(rows.detach(), kept_labels)
-        return loss
+        term = (1 - self.alpha) * (soft - hard.nll[kept])
+        return SmoothedTerms(hard.nll, hard.smoothing_term.masked_scatter(kept, term))
 
     @torch.no_grad()
     def end_epoch(self) -> None:

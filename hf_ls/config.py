@@ -1,7 +1,7 @@
 """The command line: dataclasses of settings, YAML files turned into arguments, strict checks.
 
 Owns: what can be set, its names, types and defaults, and every refusal of a setting before work starts.
-Does not own: the Trainer's settings (`trainer.LabelSmoothingArguments`) or the run itself (`finetune`).
+Does not own: the Trainer's settings (`arguments.LabelSmoothingArguments`) or the run itself (`finetune`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any, Literal, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from hf_ls.arguments import LabelSmoothingArguments
 from hf_ls.data import EMBEDDED_DATASET, EMBEDDED_MODEL
-from hf_ls.trainer import LabelSmoothingArguments
 
 
 def _help(text: str) -> dict[str, Any]:
@@ -243,7 +243,7 @@ def _check(config: Config) -> None:
         raise ValueError(
             "expected load_best_model_at_end with early_stopping_patience, got False; set it and metric_for_best_model"
         )
-    if run.with_baseline and training.label_smoothing_factor == 0:
+    if run.with_baseline and training.label_smoothing_factor == 0 and training.label_smoothing_objective == "smoothed_ce":
         raise ValueError(
             "expected label_smoothing_factor > 0 with with_baseline, got 0, which is the baseline itself; set one of them"
         )

@@ -31,9 +31,11 @@ from transformers import (
 from transformers.training_args import OptimizerNames
 
 from hf_ls import __version__
+from hf_ls.arguments import LabelSmoothingArguments, smoothing_of
 from hf_ls.card import write_card
 from hf_ls.checkpoint import CheckpointMark, check_resumable, last_complete_checkpoint
 from hf_ls.config import Config
+from hf_ls.criterion import parse_params
 from hf_ls.data import (
     EMBEDDED_DATASET,
     ClassificationData,
@@ -48,14 +50,24 @@ from hf_ls.plots import write_plots
 from hf_ls.report import CalibrationReport, CalibrationRow
 from hf_ls.smoothing import Smoothing
 from hf_ls.temperature import NoFiniteTemperature, bake_temperature, fit_temperature
-from hf_ls.trainer import LabelSmoothingArguments, LabelSmoothingTrainer, smoothing_of
+from hf_ls.trainer import LabelSmoothingTrainer
 
 REPORT = "calibration.json"
 _SETTINGS = "settings.json"
 _PREDICTIONS = "predictions.npz"  # written last: a run with it is complete
 _TRAINING_SETTINGS = (
     *("label_smoothing_factor", "label_smoothing_convention", "label_smoothing_schedule", "label_smoothing_final_factor"),
-    *("label_smoothing_warmup_steps", "seed", "data_seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay"),
+    *(
+        "label_smoothing_objective",
+        "label_smoothing_objective_params",
+        "label_smoothing_warmup_steps",
+        "seed",
+        "data_seed",
+        "learning_rate",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "weight_decay",
+    ),
     *("optim", "max_grad_norm", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("fp16", "bf16"),
 )
@@ -81,6 +93,8 @@ def finetune(config: Config) -> CalibrationReport | None:
         raise ValueError(
             "expected do_train, do_eval or do_predict, got none of them; say what to do, e.g. --do_train --do_eval --do_predict"
         )
+    if training.device.type == "cpu":
+        training.dataloader_pin_memory = False  # there is no device to pin for, and torch warns at every loader
     with training.main_process_first(desc="data"):
         data = load_data(config)
     tokenizer = AutoTokenizer.from_pretrained(
@@ -98,11 +112,15 @@ def finetune(config: Config) -> CalibrationReport | None:
     runs = {}
     if config.run.with_baseline:
         baseline = _with_training(
-            config, label_smoothing_factor=0.0, output_dir=str(_folder(config) / "baseline"), push_to_hub=False
+            config,
+            label_smoothing_factor=0.0,
+            label_smoothing_objective="smoothed_ce",
+            label_smoothing_objective_params=None,
+            output_dir=str(_folder(config) / "baseline"),
+            push_to_hub=False,
         )
         runs["baseline"] = _run(baseline, data, tokens, tokenizer)
-    name = "baseline" if training.label_smoothing_factor == 0 else "smoothed"
-    runs[name] = _run(config, data, tokens, tokenizer)
+    runs[run_name(training)] = _run(config, data, tokens, tokenizer)
     return _report(config, data, runs) if training.should_save else None
 
 
@@ -151,6 +169,13 @@ def load_model(config: Config, data: ClassificationData) -> Any:
         task_type=TaskType.SEQ_CLS, r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout
     )
     return get_peft_model(model, lora)
+
+
+def run_name(training: LabelSmoothingArguments) -> str:
+    """The name of a run's row: what it trains on, "baseline" being the plain cross entropy."""
+    if training.label_smoothing_objective != "smoothed_ce":
+        return training.label_smoothing_objective
+    return "smoothed" if training.label_smoothing_factor else "baseline"
 
 
 def _with_training(config: Config, **changes: Any) -> Config:
@@ -362,6 +387,8 @@ def _training_facts(config: Config, runs: dict[str, Predictions]) -> dict[str, A
         "learning_rate": training.learning_rate,
         "lr_scheduler_type": SchedulerType(training.lr_scheduler_type).value,
         "weight_decay": training.weight_decay,
+        "objective": training.label_smoothing_objective,
+        "objective_params": parse_params(training.label_smoothing_objective_params),
         "max_length": config.data.max_length,
         "model_config_overrides": config.model.overrides,
         "peft": config.model.peft,

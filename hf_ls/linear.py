@@ -1,12 +1,8 @@
 """The smoothed cross entropy of a linear head from its hidden states: logits [N, K] are never built.
 
-Owns: `linear_smoothed_cross_entropy`, `linear_smoothed_terms`, dropping ignored rows, reductions, the autograd function.
-Does not own: the matmuls (`linear_chunks`), what a chunk of logits costs (`linear_objective`), GPU kernels (`linear_cuda`),
-where the hidden states of a model come from (`head`).
-
-How: ignored rows are dropped before the matmul. Per chunk of rows: logits = h·Wᵀ, softmax in place, the label's share
-scattered in, and both gradient matmuls at once. ⟨u, z⟩ = h·(Wᵀu) needs no pass over the logits; Wᵀu and the prior's
-rank-1 part of dW come from one extra row in the first chunk's two gradient matmuls.
+Owns: `linear_smoothed_cross_entropy`, `linear_smoothed_terms`, kept rows, reductions, autograd.
+Does not own: the matmuls (`linear_chunks`), what a chunk of logits costs (`linear_objective`), GPU kernels
+(`linear_cuda`), where the hidden states of a model come from (`head`).
 """
 
 from __future__ import annotations
@@ -27,11 +23,11 @@ from hf_ls.smoothing import Smoothing
 
 
 class LinearTerms(NamedTuple):
-    """The loss with its graph, and its per-item parts for logging: detached, unweighted, shaped as the labels."""
+    """The loss with its graph, and its parts per item for logging: detached, unweighted, like the labels."""
 
-    loss: Tensor  # a scalar, or shaped as the labels for reduction="none"
+    loss: Tensor  # a scalar; shaped as the labels for reduction="none"
     nll: Tensor  # lse(z) − z_y in nats, 0 where ignored
-    smoothing_term: Tensor  # e·(z_y − ⟨u, z⟩) in nats, 0 where ignored; for an objective: its loss − nll
+    smoothing_term: Tensor  # e·(z_y − ⟨u, z⟩) in nats, 0 where ignored; with an objective: its loss − nll
 
 
 def linear_smoothed_cross_entropy(
@@ -52,45 +48,58 @@ def linear_smoothed_cross_entropy(
     chunk_rows: int | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Smoothed cross entropy of logits = hidden·weightᵀ + bias, in nats, without building the logits.
+    """Smoothed cross entropy of the logits hidden·weightᵀ + bias, in nats, without building them.
 
-    loss = lse(z) − (1−e)·z_y − e·⟨u, z⟩ + λ·lse(z)²  with  z = c·tanh(x/c), x = logit_scale·(h·Wᵀ + b):
-    the bias first, then the scale (Cohere; Granite with 1/logits_scaling; FalconH1), then the soft-cap c (Gemma).
-    The same numbers and errors as `losses.smoothed_cross_entropy` of those logits.
-    Shapes: hidden [..., d], weight [K, d], bias [K], labels [...] of integers. The loss is float32, or float64 for float64.
+    loss = lse(z) − (1−e)·z_y − e·⟨u, z⟩ + λ·lse(z)²  with  z = c·tanh(x/c),  x = logit_scale·(h·Wᵀ + b):
+    bias, then scale (Cohere; Granite with 1/logits_scaling; FalconH1), then the soft-cap c (Gemma).
+    The same numbers and errors as `losses.smoothed_cross_entropy` gives for z.
+    Shapes: hidden [..., d], weight [K, d], bias [K], labels [...] of integers. Float32; float64 for float64.
 
     Args:
-        objective: another per-row loss, objective(z [n, K], labels [n]) -> [n], differentiated inside each chunk. It
-            brings its own smoothing: `smoothing` is then not used.
-        token_weight: [...] >= 0; each item counts that many times, in a mean's denominator too. A constant: for a
-            gradient to it multiply a reduction="none" loss.
-        reduction, num_items_in_batch: as in `losses.smoothed_cross_entropy`. "none" repeats the forward in the backward
-            unless the head is frozen, because any upstream gradient may come.
-        z_loss: λ of the z-loss, λ·lse².
-        chunk_rows: rows of logits in memory at a time; None chooses.
-        backend: "auto", "torch" or "liger"; on CUDA the nll of a plain request is left to Liger's or torch's fused kernel
-            (`linear_cuda.choose_engine`), which was not measured on a GPU. Without CUDA always the chunk loop here.
+        objective: another loss per row, objective(z [n, K], labels [n]) -> [n], differentiated inside each
+            chunk. It brings its own smoothing: `smoothing` is then not used.
+        token_weight: [...] >= 0; each item counts that many times, in the denominator of a mean too. A
+            constant: for a gradient to it multiply a reduction="none" loss.
+        reduction, num_items_in_batch: as in `losses.smoothed_cross_entropy`. With "none" any upstream
+            gradient may come, so the backward repeats the forward unless weight and bias are frozen.
+        z_loss: λ.
+        chunk_rows: rows of logits in memory at a time; None chooses 1 KiB per class (256 rows of float32).
+        backend: "auto", "torch" or "liger". On CUDA the nll of a plain request is left to Liger's or torch's
+            fused kernel (`linear_cuda.choose_engine`), not measured on a GPU. Else always the chunk loop.
 
-    Gradients are taken in the forward, in the parameters' dtype, none for a frozen weight; half precision does its
-    softmax in float32. Under autocast the matmuls run in the autocast dtype, as `nn.Linear` does. A second backward
-    recomputes. A batch with every label ignored gives a differentiable 0.
+    Gradients are made in the forward, in the parameters' dtype, none for a frozen weight. Half precision does
+    its softmax in float32. Under autocast the matmuls run in its dtype, as those of `nn.Linear`. A second
+    backward through a retained graph computes again. All labels ignored give a differentiable 0.
 
     >>> hidden, weight = torch.eye(2), torch.tensor([[2.0, 0.1], [0.5, 1.8], [-1.0, 0.2]])
-    >>> round(linear_smoothed_cross_entropy(hidden, weight, torch.tensor([0, 1]), 0.1).item(), 4)
-    0.4097
+    >>> round(linear_smoothed_cross_entropy(hidden, weight, torch.tensor([0, 1]), 0.1).item(), 6)
+    0.413354
 
-    Raises: ValueError/TypeError for shapes, dtypes, labels, options and non-finite losses; RuntimeError for
-    `create_graph=True` (second derivatives need `losses.smoothed_cross_entropy`).
+    Raises: ValueError/TypeError for shapes, dtypes, labels and options, and for a loss which is not finite;
+    RuntimeError under `create_graph=True`: second derivatives need `losses.smoothed_cross_entropy`.
     """
-    # Without per-row parts a delegated kernel can spare its second forward.
-    terms = _linear_terms(
-        hidden, weight, labels, smoothing, bias=bias, logit_scale=logit_scale, softcap=softcap, objective=objective,
-        ignore_index=ignore_index, token_weight=token_weight, reduction=reduction, num_items_in_batch=num_items_in_batch,
-        z_loss=z_loss, chunk_rows=chunk_rows, backend=backend, per_row=False,
-    )  # fmt: skip
-    return terms.loss
+    return linear_smoothed_terms(
+        hidden,
+        weight,
+        labels,
+        smoothing,
+        bias=bias,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        objective=objective,
+        ignore_index=ignore_index,
+        token_weight=token_weight,
+        reduction=reduction,
+        num_items_in_batch=num_items_in_batch,
+        z_loss=z_loss,
+        chunk_rows=chunk_rows,
+        backend=backend,
+        per_item=False,
+    ).loss
 
 
+# Dynamo would trace into the chunk loop and gain nothing: its work is in a few large matmuls.
+@torch.compiler.disable
 def linear_smoothed_terms(
     hidden: Tensor,
     weight: Tensor,
@@ -108,141 +117,13 @@ def linear_smoothed_terms(
     z_loss: float = 0.0,
     chunk_rows: int | None = None,
     backend: Backend = "auto",
+    per_item: bool = True,
 ) -> LinearTerms:
-    """`linear_smoothed_cross_entropy` with the hard nll and the smoothing term of each item beside it, in one pass.
+    """`linear_smoothed_cross_entropy` with the nll and the smoothing term of each item, in one pass.
 
-    Arguments and errors as there. The parts are detached, unweighted and shaped as the labels; only `loss` is reduced.
+    Arguments and errors as there; only `loss` is reduced and weighted. Without `per_item` only the sum of the
+    nll need be right, which spares a delegated GPU kernel a second forward; the chunk loop gives all anyway.
     """
-    return _linear_terms(
-        hidden, weight, labels, smoothing, bias=bias, logit_scale=logit_scale, softcap=softcap, objective=objective,
-        ignore_index=ignore_index, token_weight=token_weight, reduction=reduction, num_items_in_batch=num_items_in_batch,
-        z_loss=z_loss, chunk_rows=chunk_rows, backend=backend, per_row=True,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False)
-class _Request:
-    """All of a call but the three differentiable tensors; labels and weights are those of the kept rows."""
-
-    loss: RowLoss
-    labels: Tensor  # [n] int64
-    kept: Tensor | None  # [n] positions in the flat batch; None: all
-    shape: torch.Size  # of the labels as given
-    row_weight: Tensor | None  # [n]
-    logit_scale: float
-    reduction: Reduction
-    factor: float  # the loss is factor · Σ weight_i · loss_i
-    chunk_rows: int | None
-    engine: Engine
-    per_row: bool
-    dtype: torch.dtype  # of the matmuls
-
-    def gather(self, values: Tensor) -> Tensor:
-        """The kept rows of values [N, ...]."""
-        return values if self.kept is None else values.index_select(0, self.kept)
-
-    def scatter(self, rows: Tensor) -> Tensor:
-        """Rows [n, ...] back at their places in [N, ...], 0 at ignored ones."""
-        if self.kept is None:
-            return rows
-        values = rows.new_zeros((self.shape.numel(), *rows.shape[1:]))
-        return values.index_copy_(0, self.kept, rows)
-
-    def solve(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs) -> RowsAndGradients:
-        """Terms and gradients of the kept rows, by the engine of this request."""
-        rows = self.gather(hidden.reshape(-1, hidden.shape[-1])).to(self.dtype)
-        head, offset = weight.to(self.dtype), None if bias is None else bias.to(self.dtype)
-        # The casts above are all that autocast stands for; left on, it would round the float32 sums of the engines.
-        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            if self.engine == "chunks":
-                found = chunk_loop(
-                    self.loss, rows, head, offset, self.labels, self.row_weight, logit_scale=self.logit_scale,
-                    factor=self.factor, needs=needs, weight_dtype=weight.dtype, chunk_rows=self.chunk_rows,
-                )  # fmt: skip
-            else:
-                found = linear_cuda.delegated(
-                    linear_cuda.fused_nll(self.engine), self.loss, rows, head, offset, self.labels, logit_scale=self.logit_scale,
-                    factor=self.factor, needs=needs, weight_dtype=weight.dtype, per_row=self.per_row,
-                )  # fmt: skip
-        _check_finite(found.losses, found.nll)
-        return found
-
-    def terms(self, found: RowsAndGradients) -> LinearTerms:
-        """The reduced loss and the per-item parts."""
-        losses = found.losses if self.row_weight is None else found.losses * self.row_weight
-        per_item = (self.scatter(part).reshape(self.shape) for part in (losses, found.nll, found.smoothing_term))
-        losses, nll, smoothing_term = per_item
-        return LinearTerms(losses if self.reduction == "none" else losses.sum() * self.factor, nll, smoothing_term)
-
-
-class _LinearLoss(torch.autograd.Function):
-    """The gradients are made in the forward; the backward scales them, or repeats the work where that is not enough."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, request: _Request) -> tuple[Tensor, Tensor, Tensor]:
-        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2])
-        # Unknown weights per row would have to enter the sums over rows in dW and db, but only scale the rows of dH.
-        deferred = request.reduction == "none" and (needs[1] or needs[2])
-        found = request.solve(hidden, weight, bias, (False, False, False) if deferred else needs)
-        ctx.request, ctx.needs, ctx.found = request, needs, None if deferred else found
-        ctx.hidden_dtype, ctx.bias_dtype = hidden.dtype, None if bias is None else bias.dtype
-        ctx.save_for_backward(hidden, weight, bias)
-        ctx.set_materialize_grads(False)
-        loss, nll, smoothing_term = request.terms(found)
-        ctx.mark_non_differentiable(nll, smoothing_term)
-        return loss, nll, smoothing_term
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "expected a first derivative of the linear-head loss, got create_graph=True; use "
-                "losses.smoothed_cross_entropy on the logits for second derivatives"
-            )
-        grad_loss, request, found = upstream[0], ctx.request, ctx.found
-        if grad_loss is None:
-            return None, None, None, None
-        # Given away once; a second backward through a retained graph makes them again.
-        ctx.found = None
-        row_scale = request.gather(grad_loss.reshape(-1)) if request.reduction == "none" else None
-        if found is None:
-            if row_scale is not None:
-                weighted = row_scale if request.row_weight is None else row_scale * request.row_weight
-                request, row_scale = replace(request, row_weight=weighted), None
-            found = request.solve(*ctx.saved_tensors, ctx.needs)
-        elif row_scale is not None and found.grad_hidden is not None:
-            found.grad_hidden.mul_(row_scale.unsqueeze(1))
-        if request.reduction != "none" and not (grad_loss.is_cpu and grad_loss.item() == 1):
-            for gradient in (found.grad_hidden, found.grad_weight, found.grad_bias):
-                if gradient is not None:
-                    gradient.mul_(grad_loss)
-        grad_hidden, grad_bias = found.grad_hidden, found.grad_bias
-        if grad_hidden is not None:
-            grad_hidden = request.scatter(grad_hidden.to(ctx.hidden_dtype)).reshape(*request.shape, -1)
-        return grad_hidden, found.grad_weight, None if grad_bias is None else grad_bias.to(ctx.bias_dtype), None
-
-
-# Dynamo would trace into the chunk loop and gain nothing: its work is in a few large matmuls.
-@torch.compiler.disable
-def _linear_terms(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    smoothing: Smoothing | float,
-    *,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    objective: Objective | None,
-    ignore_index: int,
-    token_weight: Tensor | None,
-    reduction: Reduction,
-    num_items_in_batch: Tensor | float | None,
-    z_loss: float,
-    chunk_rows: int | None,
-    backend: Backend,
-    per_row: bool,
-) -> LinearTerms:
     if not isinstance(smoothing, Smoothing):
         smoothing = Smoothing(smoothing)
     _check_tensors(hidden, weight, bias, labels, token_weight)
@@ -254,48 +135,167 @@ def _linear_terms(
     _check_range(labels, is_kept, weight.shape[0], ignore_index)
     kept = None if bool(is_kept.all()) else is_kept.flatten().nonzero().squeeze(1)
     dtype = _matmul_dtype(hidden, weight)
-    request = _Request(
-        RowLoss(smoothing, objective, softcap, float(z_loss)),
-        labels.reshape(-1).long(), kept, labels.shape, token_weight, float(logit_scale), reduction, 1.0, chunk_rows, "chunks", per_row, dtype,
-    )  # fmt: skip
+    row_weight = None
     if token_weight is not None:
-        request = replace(request, row_weight=request.gather(token_weight.reshape(-1)).to(exact_dtype(dtype)))
-    request = replace(request, labels=request.gather(request.labels))
-    request = replace(request, factor=_factor(request, num_items_in_batch), engine=_engine(request, backend, hidden.device.type))
+        row_weight = _gather(token_weight.reshape(-1), kept).to(exact_dtype(dtype))
+    call = _Call(
+        loss=RowLoss(smoothing, objective, softcap, float(z_loss)),
+        labels=_gather(labels.reshape(-1), kept).long(),
+        kept=kept,
+        shape=labels.shape,
+        row_weight=row_weight,
+        logit_scale=float(logit_scale),
+        reduction=reduction,
+        factor=1.0,
+        chunk_rows=chunk_rows,
+        engine="chunks",
+        per_item=per_item,
+        dtype=dtype,
+    )
+    call = replace(call, factor=_factor(call, num_items_in_batch), engine=_engine(call, backend, hidden.device.type))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
-        return LinearTerms(*_LinearLoss.apply(hidden, weight, bias, request))
-    return request.terms(request.solve(hidden, weight, bias, (False, False, False)))
+        return LinearTerms(*_LinearLoss.apply(hidden, weight, bias, call))
+    return call.terms(call.solve(hidden, weight, bias, (False, False, False)))
 
 
-def _factor(request: _Request, num_items_in_batch: Tensor | float | None) -> float:
-    """1 / what a mean divides by; 0 for a mean over nothing, whose sum is 0."""
-    if request.reduction != "mean":
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """All of a call but the three differentiable tensors; labels and weights are those of the kept rows."""
+
+    loss: RowLoss
+    labels: Tensor  # [n] int64
+    kept: Tensor | None  # [n] positions in the flat batch of N; None: all
+    shape: torch.Size  # of the labels as given
+    row_weight: Tensor | None  # [n]
+    logit_scale: float
+    reduction: Reduction
+    factor: float  # a reduced loss is factor · Σ weight_i · loss_i
+    chunk_rows: int | None
+    engine: Engine
+    per_item: bool
+    dtype: torch.dtype  # of the matmuls
+
+    def solve(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs) -> RowsAndGradients:
+        """Terms and gradients of the kept rows, by the engine of this call."""
+        rows = _gather(hidden.reshape(-1, hidden.shape[-1]), self.kept).to(self.dtype)
+        head, offset = weight.to(self.dtype), None if bias is None else bias.to(self.dtype)
+        # These casts are all that autocast stands for; left on, it would round the engines' float32 sums.
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            common: dict[str, Any] = {
+                "logit_scale": self.logit_scale,
+                "factor": self.factor,
+                "needs": needs,
+                "weight_dtype": weight.dtype,
+            }
+            if self.engine == "chunks":
+                common |= {"row_weight": self.row_weight, "chunk_rows": self.chunk_rows}
+                found = chunk_loop(self.loss, rows, head, offset, self.labels, **common)
+            else:
+                kernel = linear_cuda.fused_nll(self.engine)
+                common["per_row"] = self.per_item
+                found = linear_cuda.delegated(kernel, self.loss, rows, head, offset, self.labels, **common)
+        _check_finite(found.losses, found.nll)
+        return found
+
+    def terms(self, found: RowsAndGradients) -> LinearTerms:
+        """The reduced loss and the parts per item, 0 at ignored ones."""
+        losses = found.losses if self.row_weight is None else found.losses * self.row_weight
+        nll, smoothing_term = (self.scatter(part).reshape(self.shape) for part in (found.nll, found.smoothing_term))
+        if self.reduction == "none":
+            return LinearTerms(self.scatter(losses).reshape(self.shape), nll, smoothing_term)
+        return LinearTerms(losses.sum() * self.factor, nll, smoothing_term)
+
+    def scatter(self, rows: Tensor) -> Tensor:
+        """Rows [n, ...] at their places in [N, ...], 0 at ignored ones."""
+        if self.kept is None:
+            return rows
+        return rows.new_zeros((self.shape.numel(), *rows.shape[1:])).index_copy_(0, self.kept, rows)
+
+
+class _LinearLoss(torch.autograd.Function):
+    """Gradients are made in the forward; the backward scales them, or computes again where that fails."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> tuple[Tensor, ...]:
+        needs = ctx.needs_input_grad[:3]
+        # Row weights, unknown before the backward, scale the rows of dH but sit inside the sums of dW and db.
+        deferred = call.reduction == "none" and (needs[1] or needs[2])
+        found = call.solve(hidden, weight, bias, (False, False, False) if deferred else needs)
+        ctx.call, ctx.needs, ctx.found = call, needs, None if deferred else found
+        ctx.dtypes = hidden.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.set_materialize_grads(False)
+        terms = call.terms(found)
+        ctx.mark_non_differentiable(terms.nll, terms.smoothing_term)
+        return tuple(terms)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "expected a first derivative of the linear-head loss, got create_graph=True; use "
+                "losses.smoothed_cross_entropy on the logits for second derivatives"
+            )
+        grad_loss, call, found = upstream[0], ctx.call, ctx.found
+        if grad_loss is None:
+            return None, None, None, None
+        # Given away once; a second backward through a retained graph makes them again.
+        ctx.found = None
+        if call.reduction == "none":
+            row_scale = _gather(grad_loss.reshape(-1), call.kept)
+            if found is None:
+                row_weight = row_scale if call.row_weight is None else row_scale * call.row_weight
+                found = replace(call, row_weight=row_weight).solve(*ctx.saved_tensors, ctx.needs)
+            elif found.grad_hidden is not None:
+                found.grad_hidden.mul_(row_scale.unsqueeze(1))
+        else:
+            if found is None:
+                found = call.solve(*ctx.saved_tensors, ctx.needs)
+            if not (grad_loss.is_cpu and grad_loss.item() == 1):
+                for gradient in (found.grad_hidden, found.grad_weight, found.grad_bias):
+                    if gradient is not None:
+                        gradient.mul_(grad_loss)
+        grad_hidden, grad_bias = found.grad_hidden, found.grad_bias
+        if grad_hidden is not None:
+            grad_hidden = call.scatter(grad_hidden.to(ctx.dtypes[0])).reshape(*call.shape, grad_hidden.shape[1])
+        if grad_bias is not None:
+            grad_bias = grad_bias.to(ctx.dtypes[1])
+        return grad_hidden, found.grad_weight, grad_bias, None
+
+
+def _gather(values: Tensor, kept: Tensor | None) -> Tensor:
+    """The kept rows of values [N, ...]."""
+    return values if kept is None else values.index_select(0, kept)
+
+
+def _factor(call: _Call, num_items_in_batch: Tensor | float | None) -> float:
+    """1 over what a mean divides by; 0 for a mean over nothing, whose sum is 0."""
+    if call.reduction != "mean":
         return 1.0
     if num_items_in_batch is not None:
         return 1 / float(num_items_in_batch) if num_items_in_batch else 1.0
-    total = request.labels.numel() if request.row_weight is None else float(request.row_weight.sum())
+    total = call.labels.numel() if call.row_weight is None else float(call.row_weight.sum())
     return 1 / total if total else 0.0
 
 
-def _engine(request: _Request, backend: Backend, device_type: str) -> Engine:
-    prior = request.loss.smoothing.prior
-    has = {
-        "an objective": request.loss.objective is not None,
-        "a soft-cap": request.loss.softcap is not None,
-        "a z-loss": bool(request.loss.z_loss),
+def _engine(call: _Call, backend: Backend, device_type: str) -> Engine:
+    prior = call.loss.smoothing.prior
+    requested = {
+        "an objective": call.loss.objective is not None,
+        "a soft-cap": call.loss.softcap is not None,
+        "a z-loss": bool(call.loss.z_loss),
         "a prior per label": prior is not None and prior.dim() == 2,
-        "token weights": request.row_weight is not None,
-        "reduction='none'": request.reduction == "none",
+        "token weights": call.row_weight is not None,
+        "reduction='none'": call.reduction == "none",
     }
-    unsupported = next((what for what, present in has.items() if present), None)
     engine = linear_cuda.choose_engine(
         backend,
         device_type,
-        unsupported=unsupported,
-        has_liger=linear_cuda.has_liger(),
+        unsupported=next((what for what, present in requested.items() if present), None),
+        has_liger=device_type == "cuda" and linear_cuda.has_liger(),
         has_torch_operator=linear_cuda.has_torch_operator(),
     )
-    return engine if request.labels.numel() else "chunks"
+    return engine if call.labels.numel() else "chunks"
 
 
 def _matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -304,32 +304,38 @@ def _matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device_type) and torch.float64 not in (hidden.dtype, weight.dtype):
         return torch.get_autocast_dtype(device_type)
     if hidden.dtype != weight.dtype:
-        raise TypeError(f"expected hidden and weight of one dtype, got {hidden.dtype} and {weight.dtype}; cast one or use autocast")
+        raise TypeError(
+            f"expected hidden and weight of one dtype, got {hidden.dtype} and {weight.dtype}; cast one or use autocast"
+        )
     return hidden.dtype
 
 
 def _check_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, token_weight: Tensor | None) -> None:
+    given = tuple(hidden.shape), tuple(weight.shape)
     if not (hidden.is_floating_point() and weight.is_floating_point()):
-        raise TypeError(f"expected floating-point hidden and weight, got {hidden.dtype} and {weight.dtype}; pass the layer's tensors")
+        raise TypeError(
+            f"expected floating-point hidden and weight, got {hidden.dtype} and {weight.dtype}; "
+            "a quantised head needs the dense path"
+        )
     if labels.is_floating_point() or labels.dtype == torch.bool or labels.is_complex():
         raise TypeError(f"expected integer labels, got {labels.dtype}; cast class ids to long")
     if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"expected hidden [..., d] and weight [K, d], got {tuple(hidden.shape)} and {tuple(weight.shape)}; pass the input "
-            "and the weight of the head's nn.Linear"
+            f"expected hidden [..., d] and weight [K, d], got {given[0]} and {given[1]}; "
+            "pass the input and the weight of the head"
         )
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(
-            f"expected labels {tuple(hidden.shape[:-1])} for hidden {tuple(hidden.shape)}, got {tuple(labels.shape)}; one label "
-            "per hidden state (use the causal-LM shift for language models)"
+            f"expected labels {given[0][:-1]} for hidden {given[0]}, got {tuple(labels.shape)}; "
+            "one label per hidden state (use the causal-LM shift for language models)"
         )
     if weight.shape[0] < 2:
-        raise ValueError(f"expected a head over at least 2 classes, got {weight.shape[0]}; a single output is a regression head")
+        raise ValueError(f"expected a head over at least 2 classes, got {given[1][0]}; one output is a regression head")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"expected bias [{weight.shape[0]}], got {tuple(bias.shape)}; pass the head's bias, flattened")
+        raise ValueError(f"expected bias [{given[1][0]}], got {tuple(bias.shape)}; flatten it")
     if token_weight is not None:
         if token_weight.requires_grad:
-            raise ValueError("expected token_weight without a gradient, got one; multiply a reduction='none' loss by it instead")
+            raise ValueError("expected token_weight without a gradient, got one; multiply a reduction='none' loss by it")
         if token_weight.shape != labels.shape or not bool((token_weight >= 0).all()):
             raise ValueError(
                 f"expected token_weight {tuple(labels.shape)} >= 0, got {tuple(token_weight.shape)}; one weight per label"

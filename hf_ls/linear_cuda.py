@@ -1,6 +1,6 @@
-"""Which engine computes the linear-head loss on a GPU, and how another library's kernel is completed by the prior part.
+"""Which engine computes the linear-head loss on a GPU, and the prior part outside another library's kernel.
 
-Owns: the choice of engine as a pure function, and the delegation of the nll to Liger or to torch's own fused operator.
+Owns: the choice of engine as a pure function; the delegation of the nll to Liger or torch's fused operator.
 Does not own: the chunk loop (`linear_chunks`), which is the only engine on a CPU and serves every request.
 
 Not measured on a GPU: the delegation is tested on a CPU with torch's operator and with stand-ins for Liger.
@@ -21,20 +21,20 @@ from hf_ls.linear_objective import RowLoss, exact_dtype, prior_dot
 
 Backend = Literal["auto", "torch", "liger"]
 Engine = Literal["chunks", "torch", "liger"]
-# (hidden [n, d], weight [K, d], labels [n], bias [K] or None, reduction "sum" or "none") -> nll, a scalar or [n]
+# (hidden [n, d], weight [K, d], labels [n], bias [K] or None, "sum" or "none") -> nll, a scalar or [n]
 FusedNll = Callable[[Tensor, Tensor, Tensor, Tensor | None, str], Tensor]
 
 
 def choose_engine(
     backend: Backend, device_type: str, *, unsupported: str | None, has_liger: bool, has_torch_operator: bool
 ) -> Engine:
-    """The engine for a request: on CUDA Liger, else torch's operator, else the chunk loop; elsewhere the chunk loop.
+    """The engine for a request: on CUDA Liger, torch's operator or the chunk loop; elsewhere the chunk loop.
 
     Args:
-        backend: "auto" takes the first that serves the request; "torch" leaves Liger out; "liger" insists on it.
-        unsupported: what in the request a kernel for the plain nll cannot serve (a word for the message), or None.
+        backend: "auto" takes the first which can serve; "torch" leaves Liger out; "liger" insists on it.
+        unsupported: what in the request a kernel for the plain nll cannot serve, in words, or None.
 
-    Raises: ValueError for an unknown backend, or for "liger" without CUDA, without the package, or with `unsupported`.
+    Raises: ValueError for an unknown backend; for "liger" without CUDA, uninstalled, or with `unsupported`.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"expected backend in {get_args(Backend)}, got {backend!r}; choose one of them")
@@ -42,9 +42,11 @@ def choose_engine(
         if device_type != "cuda":
             raise ValueError(f"expected CUDA tensors with backend='liger', got {device_type}; use backend='auto'")
         if not has_liger:
-            raise ValueError("expected liger-kernel to be installed, got backend='liger' without it; pip install liger-kernel")
+            raise ValueError("expected liger-kernel installed, got backend='liger' without it; pip install liger-kernel")
         if unsupported:
-            raise ValueError(f"expected a plain smoothed cross entropy with backend='liger', got {unsupported}; use backend='auto'")
+            raise ValueError(
+                f"expected a plain smoothed cross entropy with backend='liger', got {unsupported}; use backend='auto'"
+            )
     if device_type != "cuda" or unsupported:
         return "chunks"
     if has_liger and backend != "torch":
@@ -92,10 +94,12 @@ def delegated(
     weight_dtype: torch.dtype,
     per_row: bool,
 ) -> RowsAndGradients:
-    """The nll of rows [n, d] by a library's kernel, and e_i·(z_y − ⟨u, z⟩) = e_i·h_i·(W_y − Wᵀu) added outside it.
+    """The nll of rows [n, d] by a library's kernel, and e_i·(z_y − ⟨u, z⟩) = e_i·h_i·(W_y − Wᵀu) added
+    outside it.
 
-    The gradient of the second part, rank 1 plus one row per label, goes into the kernel's own gradients in place. Without
-    `per_row` the kernel spares its second forward; each row's nll is then the mean over the rows.
+    The gradient of the second part, rank 1 plus one row per label, goes into the kernel's own gradients in
+    place. Without `per_row` the kernel spares its second forward; each row's nll is then the mean over the
+    rows.
     """
     exact = exact_dtype(hidden.dtype)
     scaled = hidden if logit_scale == 1 else hidden * logit_scale

@@ -1,8 +1,8 @@
 """What a chunk of logits costs and its gradient, computed in place, tile by tile.
 
-Owns: `RowLoss`, which turns logits [m, K] into per-row terms and into the gradient of Σ w_i·loss_i with respect to the
-logits before the soft-cap: smoothed cross entropy where ⟨u, z⟩ is known without the logits, the same where it is not
-(soft-cap, prior per label), and any objective by autograd.
+Owns: `RowLoss`, which turns logits [m, K] into per-row terms and into the gradient of Σ w_i·loss_i with
+respect to the logits before the soft-cap: smoothed cross entropy where ⟨u, z⟩ is known without the logits,
+the same where it is not (soft-cap, prior per label), and any objective by autograd.
 Does not own: the matmuls around it (`linear_chunks`), reductions, which rows are kept (`linear`).
 """
 
@@ -19,7 +19,7 @@ from hf_ls.smoothing import Smoothing
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 
-# 1 MiB of float32 per thread, half a core's second-level cache: the passes of a softmax do not wait for memory.
+# 1 MiB of float32 per thread, half of a second-level cache: the passes of a softmax do not wait for memory.
 TILE_ELEMENTS = 1 << 18
 # Below this probability float32 loses digits (and then all of them), so lse cannot be read off log p_y.
 SMALLEST_PROBABILITY = 1e-30
@@ -35,7 +35,10 @@ class ChunkTerms(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RowLoss:
-    """What a row costs: loss = lse(z) − (1−e)·z_y − e·⟨u, z⟩ + λ·lse(z)² with z = c·tanh(x/c), or an objective + λ·lse²."""
+    """What a row costs: lse(z) − (1−e)·z_y − e·⟨u, z⟩ + λ·lse(z)² with z = c·tanh(x/c).
+
+    With an objective: objective(z, y) + λ·lse(z)².
+    """
 
     smoothing: Smoothing
     objective: Objective | None = None
@@ -44,7 +47,7 @@ class RowLoss:
 
     @property
     def rides_along(self) -> bool:
-        """Whether ⟨u, z⟩ is needed and linear in the hidden state: h·(Wᵀu) + ⟨u, b⟩, one prior and no soft-cap."""
+        """Whether ⟨u, z⟩ is needed and is h·(Wᵀu) + ⟨u, b⟩: one prior for all rows and no soft-cap."""
         one_prior = self.smoothing.prior is None or self.smoothing.prior.dim() == 1
         return bool(self.smoothing.epsilon) and one_prior and self.softcap is None and self.objective is None
 
@@ -61,7 +64,7 @@ class RowLoss:
         """The terms of logits [m, K] for labels [m], which become the gradient in place.
 
         Args:
-            label_share: [m], 1 − e_i where `rides_along`: the caller then subtracts w_i·e_i·u from the gradient (rank 1).
+            label_share: [m], 1 − e_i where `rides_along`; the caller then subtracts the rank-1 w_i·e_i·u.
             grad_bias: [K] or None; the column sums of the gradient are added to it.
             needs_gradient: False leaves the content of the logits undefined.
             logits_of_rows: computes the logits of a few row numbers afresh, for rows whose p_y underflows.
@@ -85,14 +88,14 @@ def prior_dot(prior: Tensor, values: Tensor) -> Tensor:
 
 
 def tile_rows(logits: Tensor) -> int:
-    """Rows of logits [m, K] in one tile; a GPU takes the whole chunk, a launch costs more than a cache miss there."""
+    """Rows of logits [m, K] in one tile; all on a GPU, where a launch costs more than a cache miss."""
     if not logits.is_cpu:
         return max(1, logits.shape[0])
     return max(1, TILE_ELEMENTS // logits.shape[1]) * torch.get_num_threads()
 
 
 def tiles(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Row ranges of a chunk with their values in `exact_dtype`; what is left in a tile becomes the chunk's content."""
+    """Row ranges of a chunk and their values in `exact_dtype`; what is left in a tile goes back."""
     exact, step = exact_dtype(logits.dtype), tile_rows(logits)
     scratch = None
     if exact != logits.dtype:
@@ -152,7 +155,9 @@ def _plain_chunk_(
     return terms
 
 
-def _capped_chunk_(loss: RowLoss, logits: Tensor, labels: Tensor, row_weight: Tensor | None, grad_bias: Tensor | None) -> ChunkTerms:
+def _capped_chunk_(
+    loss: RowLoss, logits: Tensor, labels: Tensor, row_weight: Tensor | None, grad_bias: Tensor | None
+) -> ChunkTerms:
     """With real ⟨u, z⟩ passes: leaves w·((1 + 2λ·lse)·p − (1−e)·e_y − e·u)·(1 − tanh²(x/c))."""
     terms = _new_terms(logits)
     for rows, tile in tiles(logits):
@@ -205,10 +210,11 @@ def _objective_chunk_(
             raw = tile.detach().requires_grad_(needs_gradient)
             z = raw if loss.softcap is None else loss.softcap * torch.tanh(raw / loss.softcap)
             losses = objective(z, y)
-            if losses.shape != y.shape or losses.requires_grad != needs_gradient:
+            if losses.shape != y.shape or (needs_gradient and not losses.requires_grad):
+                got = f"{tuple(losses.shape)}{'' if losses.requires_grad else ' without a gradient'}"
                 raise ValueError(
-                    f"expected differentiable losses {tuple(y.shape)} from the objective, got {tuple(losses.shape)}"
-                    f"{'' if losses.requires_grad else ' without a gradient'}; return one loss per row, computed from the logits"
+                    f"expected differentiable losses {tuple(y.shape)} from the objective, got {got}; "
+                    "return one loss per row, computed from the logits"
                 )
             if needs_gradient:
                 total = losses + loss.z_loss * z.logsumexp(1).square() if loss.z_loss else losses

@@ -1,23 +1,28 @@
 """Trainer integration: one loss path for every epsilon, exact counting, honest evaluation.
 
-Owns: `LabelSmoothingArguments`, `LabelSmoothingMixin`, `LabelSmoothingTrainer`.
+Owns: `LabelSmoothingMixin`, `LabelSmoothingTrainer`.
 Does not own: the loss (`losses`), the calibration sums (`metrics.streaming`), checkpoint choice (`checkpoint`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
+from hf_ls.adaptive import OnlineLabelSmoothing
 from hf_ls.alignment import check_supported, decoder_inputs, model_loss_gap, resolve_shift
-from hf_ls.losses import item_weights, logits_of, shift_if, smoothed_terms
+from hf_ls.arguments import LabelSmoothingArguments, check_direction, smoothing_of
+from hf_ls.criterion import Criterion, OnlineState, parse_params
+from hf_ls.head import LogitsFreeHead, output_embedding, probe_inputs, virtual_tokens
+from hf_ls.losses import item_weights, logits_of, shift_if
 from hf_ls.metrics.streaming import StreamingCalibration
-from hf_ls.smoothing import Schedule, Smoothing
+from hf_ls.objectives import Objective
+from hf_ls.smoothing import Smoothing
 from hf_ls.statistics import item_statistics
 
 if TYPE_CHECKING:
@@ -25,73 +30,9 @@ if TYPE_CHECKING:
 else:
     _Trainer = object
 
+logger = logging.getLogger(__name__)
+
 IGNORE_INDEX = -100
-
-# Stock Transformers takes every name which does not end in "loss" as greater-is-better and so keeps the worst checkpoint.
-LOWER_IS_BETTER = ("loss", "nll", "perplexity", "brier", "ece", "mce", "aurc")
-
-
-@dataclass
-class LabelSmoothingArguments(TrainingArguments):
-    """`TrainingArguments` in which `label_smoothing_factor` is ε, with its convention and schedule beside it.
-
-    Raises: ValueError for ε outside [0, 1), an unknown convention or schedule, or a lower-is-better
-    `metric_for_best_model` with `greater_is_better=True`.
-    """
-
-    label_smoothing_convention: str = field(
-        default="all",
-        metadata={"help": "Where epsilon goes: 'all' K classes (PyTorch, Hugging Face) or the K-1 'wrong' ones (Megatron, T5X)."},
-    )
-    label_smoothing_schedule: str = field(
-        default="constant", metadata={"help": "How epsilon moves with the step: constant, linear or cosine."}
-    )
-    label_smoothing_final_factor: float = field(
-        default=0.0, metadata={"help": "Epsilon at the last step of a linear or cosine schedule."}
-    )
-    label_smoothing_warmup_steps: int = field(
-        default=0, metadata={"help": "Optimizer steps with epsilon = 0 before smoothing starts."}
-    )
-
-    def __post_init__(self) -> None:
-        smoothing_of(self)
-        if self.greater_is_better is None and is_lower_better(self.metric_for_best_model):
-            self.greater_is_better = False
-        super().__post_init__()
-        check_direction(self)
-
-
-def smoothing_of(args: TrainingArguments) -> Smoothing:
-    """The `Smoothing` which the arguments describe; plain `TrainingArguments` give the "all" convention and a constant ε.
-
-    Raises: as `Smoothing`.
-    """
-    epsilon = args.label_smoothing_factor
-    if not isinstance(args, LabelSmoothingArguments):
-        return Smoothing(epsilon)
-    kind, warmup = args.label_smoothing_schedule, args.label_smoothing_warmup_steps
-    constant = kind == "constant" and not warmup
-    schedule = None if constant else Schedule(kind, args.label_smoothing_final_factor, warmup)  # type: ignore[arg-type]
-    return Smoothing(epsilon, args.label_smoothing_convention, schedule=schedule)  # type: ignore[arg-type]
-
-
-def is_lower_better(metric: str | None) -> bool:
-    """Whether the last word of a metric name is a loss or a calibration error, as in `eval_test_ece`."""
-    if metric is None:
-        return False
-    return any(metric == name or metric.endswith(f"_{name}") for name in LOWER_IS_BETTER)
-
-
-def check_direction(args: TrainingArguments) -> None:
-    """Refuse to keep the checkpoint with the greatest error.
-
-    Raises: ValueError when `metric_for_best_model` is lower-is-better and `greater_is_better` is True.
-    """
-    if args.greater_is_better and is_lower_better(args.metric_for_best_model):
-        raise ValueError(
-            f"expected greater_is_better=False for metric_for_best_model={args.metric_for_best_model!r}, got True (plain "
-            "TrainingArguments guess it from the name); use LabelSmoothingArguments or set greater_is_better=False"
-        )
 
 
 class LabelSmoothingMixin(_Trainer):
@@ -104,6 +45,7 @@ class LabelSmoothingMixin(_Trainer):
     Args (keyword, beside the Trainer's own):
         smoothing: a `Smoothing` in place of the one in the arguments (a prior needs this).
         class_weight: [K]; each example counts w_y times.
+        objective: an `Objective` or `OnlineLabelSmoothing` in place of the one named in the arguments.
         shift_labels: whether position t predicts label t+1; None asks the model's own loss on the first batch.
 
     Raises: ValueError for `compute_loss_func`, two different epsilons, tasks without one label per prediction
@@ -120,6 +62,7 @@ class LabelSmoothingMixin(_Trainer):
         smoothing: Smoothing | None = None,
         class_weight: Tensor | None = None,
         shift_labels: bool | None = None,
+        objective: Objective | OnlineLabelSmoothing | None = None,
         **kwargs: Any,
     ) -> None:
         training_args = next((a for a in (*args, *kwargs.values()) if isinstance(a, TrainingArguments)), None)
@@ -132,9 +75,15 @@ class LabelSmoothingMixin(_Trainer):
             )
         check_direction(training_args)
         self.smoothing = _one_smoothing(smoothing, training_args)
+        name = getattr(training_args, "label_smoothing_objective", "smoothed_ce")
+        params = parse_params(getattr(training_args, "label_smoothing_objective_params", None))
+        self.criterion = Criterion(self.smoothing, objective or name, params)
         self.class_weight = class_weight
         self._shift = shift_labels
         self._checked_loss = shift_labels is not None
+        self._logits_free = getattr(training_args, "label_smoothing_logits_free", "auto")
+        self._head: LogitsFreeHead | None = None
+        self._head_sought = False
         self._statistics: StreamingCalibration | None = None
         self._pending: Tensor | None = None
         self._step_terms: Tensor | None = None
@@ -146,6 +95,9 @@ class LabelSmoothingMixin(_Trainer):
         finally:
             training_args.label_smoothing_factor = self.smoothing.epsilon
         check_supported(self.model, self.label_names)
+        self._online_state = OnlineState(self.criterion)
+        if self.criterion.name == "online":  # first: its file must be there before a checkpoint is marked complete
+            self.callback_handler.callbacks.insert(0, self._online_state)
 
     def compute_loss(
         self,
@@ -166,22 +118,69 @@ class LabelSmoothingMixin(_Trainer):
         if self._shift is None or not self._checked_loss:
             self._check_against_model(inputs)
         # Without labels the model does not compute a loss of its own; a copy keeps the caller's batch whole.
-        outputs = model(**decoder_inputs(self.model, {k: v for k, v in inputs.items() if k not in self.label_names}, labels))
+        batch = decoder_inputs(self.model, {k: v for k, v in inputs.items() if k not in self.label_names}, labels)
+        if model.training and not return_outputs and (head := self._find_head(model, inputs)) is not None:
+            return self._logits_free_loss(head, model, batch, labels, num_items_in_batch)
+        outputs = model(**batch)
         logits, labels = shift_if(bool(self._shift), logits_of(outputs), labels)
         if not model.training:
             loss = self._evaluation_loss(logits, labels)
             return (loss, outputs) if return_outputs else loss
         smoothing = self.smoothing.at(self.state.global_step, self.state.max_steps)
-        terms = smoothed_terms(logits, labels, smoothing)
-        weight = item_weights(labels, self.class_weight, IGNORE_INDEX, terms.nll.dtype)
-        count = weight.sum() if num_items_in_batch is None else num_items_in_batch
-        scale = 1.0 if num_items_in_batch is None else self._loss_scale()
-        # A batch in which every label is ignored has count 0 and sum 0.
-        per_count = scale / torch.as_tensor(count, dtype=terms.nll.dtype, device=terms.nll.device).clamp_min(1e-30)
+        terms = self.criterion.terms(logits, labels, smoothing)
+        weight, per_count = self._weighting(labels, num_items_in_batch, terms.nll.dtype)
         nll, smoothing_term = (terms.nll * weight).sum() * per_count, (terms.smoothing_term * weight).sum() * per_count
         self._log_terms(nll, smoothing_term)
         loss = nll + smoothing_term + self._auxiliary_loss(outputs)
         return (loss, outputs) if return_outputs else loss
+
+    def _logits_free_loss(
+        self, head: LogitsFreeHead, model: nn.Module, batch: dict[str, Any], labels: Tensor, num_items_in_batch: Any
+    ) -> Tensor:
+        """The training loss of `compute_loss` with its terms logged, from a forward without logits."""
+        _, labels = shift_if(bool(self._shift), labels, labels)
+        smoothing = self.smoothing.at(self.state.global_step, self.state.max_steps)
+        exact = torch.float64 if labels.device.type != "mps" else torch.float32
+        weight, per_count = self._weighting(labels, num_items_in_batch, exact)
+        token_weight = None if self.class_weight is None else weight
+        objective = self.criterion.for_rows(smoothing)
+        found = head(
+            model, batch, labels, smoothing, objective=objective, token_weight=token_weight, num_items_in_batch=1 / per_count
+        )
+        self._log_terms(*((part * weight).sum() * per_count for part in (found.nll, found.smoothing_term)))
+        return found.loss + self._auxiliary_loss(found.outputs)
+
+    def _find_head(self, model: nn.Module, inputs: dict[str, Any]) -> LogitsFreeHead | None:
+        """Once per training: the head which gives losses instead of logits, or None and the reason in the log.
+
+        Raises: ValueError with the reason under `label_smoothing_logits_free="on"`.
+        """
+        if self._head_sought or self._logits_free == "off" or self.criterion.objective is None:
+            return self._head
+        small = probe_inputs(inputs, self.label_names[0])
+        labels = self._labels(small)
+        if not bool((labels != IGNORE_INDEX).any()):
+            return None  # nothing to compare: ask the next batch
+        self._head_sought = True
+        try:
+            head = LogitsFreeHead(model)
+            batch = decoder_inputs(self.model, {k: v for k, v in small.items() if k not in self.label_names}, labels)
+            head.probe(self.model, batch, shift_if(bool(self._shift), labels, labels)[1])
+            self._head = head
+        except ValueError as reason:
+            if self._logits_free == "on":
+                raise ValueError(f"{reason}; set label_smoothing_logits_free='auto'") from reason
+            if labels.dim() == 2 and output_embedding(model) is not None:  # others have no large logits to avoid
+                logger.warning("The loss is taken from the logits of %s: %s", type(self.model).__name__, reason)
+        return self._head
+
+    def _weighting(self, labels: Tensor, num_items_in_batch: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The weight of each item, and what their sum is multiplied by."""
+        weight = item_weights(labels, self.class_weight, IGNORE_INDEX, dtype)
+        count = weight.sum() if num_items_in_batch is None else num_items_in_batch
+        scale = 1.0 if num_items_in_batch is None else self._loss_scale()
+        # A batch in which every label is ignored has count 0 and sum 0.
+        return weight, scale / torch.as_tensor(count, dtype=dtype, device=weight.device).clamp_min(1e-30)
 
     def _labels(self, inputs: dict[str, Any]) -> Tensor:
         labels = inputs.get(self.label_names[0])
@@ -194,12 +193,16 @@ class LabelSmoothingMixin(_Trainer):
             raise TypeError(
                 f"expected integer labels, got {labels.dtype}; cast class ids to long, or use transformers.Trainer for regression"
             )
-        return labels
+        prompt = virtual_tokens(self.model)
+        return nn.functional.pad(labels, (prompt, 0), value=IGNORE_INDEX) if prompt else labels
 
     def _check_against_model(self, inputs: dict[str, Any]) -> None:
         """Once: find the shift from the model's own loss and refuse a model whose loss is another quantity."""
         self._labels(inputs)
-        gap = model_loss_gap(self.model, inputs, self.label_names[0])
+        inputs = probe_inputs(inputs, self.label_names[0])
+        # Virtual tokens have no labels in the batch: the model below the prompt has the same shift and loss.
+        model = self.model.get_base_model() if virtual_tokens(self.model) else self.model
+        gap = model_loss_gap(model, inputs, self.label_names[0])
         if gap is None:  # every label ignored: nothing was learnt, ask the next batch
             return
         self._shift = resolve_shift(self.model, gap)
@@ -256,10 +259,13 @@ class LabelSmoothingMixin(_Trainer):
             self._step_terms = None
         super().log(logs, *args, **kwargs)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`."""
         self._step_terms = None
-        return super().train(*args, **kwargs)
+        self._head, self._head_sought = None, False
+        last = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        self._online_state.resume_from = last or None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.prediction_step`, keeping four numbers per item for the exact calibration sums."""

@@ -1,12 +1,15 @@
-"""Time and peak memory of the loss at a language-model head, forward and backward, against three bare matmuls.
+"""Time and peak memory of the loss at a language-model head, forward and backward, against three bare
+matmuls.
 
     OMP_NUM_THREADS=2 python scripts/benchmark_loss.py
-    OMP_NUM_THREADS=2 python scripts/benchmark_loss.py --shapes 2048,512,32128 --valid 1.0 0.3 --dtypes float32 --json out.json
+    OMP_NUM_THREADS=2 python scripts/benchmark_loss.py --shapes 2048,512,32128 --valid 1.0 0.3 --dtypes
+    float32 --json out.json
 
-The floor is h·Wᵀ, G·W and Gᵀ·h over all N rows. Methods run in turn within each round of one process, so that a busy
-machine slows them all; the ratios compare minima and, in brackets, medians over the rounds. Time includes the allocation
-of dW. Memory is the largest sum of live allocations which torch's profiler saw on the way, less dW itself; scratch
-memory inside a BLAS library is invisible to it. `linear_cross_entropy` is the nll alone: its chunks know no smoothing.
+The floor is h·Wᵀ, G·W and Gᵀ·h over all N rows. Methods run in turn within each round of one process, so that
+a busy machine slows them all; the ratios compare minima and, in brackets, medians over the rounds. Time
+includes the allocation of dW. Memory is the largest sum of live allocations which torch's profiler saw on the
+way, less dW itself; scratch memory inside a BLAS library is invisible to it. `linear_cross_entropy` is the
+nll alone: its chunks know no smoothing.
 """
 
 from __future__ import annotations
@@ -81,9 +84,7 @@ def label_smoother(hidden: Tensor, weight: Tensor, labels: Tensor) -> Run:
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Run:
-    return backward_of(
-        lambda: F.cross_entropy(F.linear(hidden, weight), labels, label_smoothing=EPSILON), hidden, weight
-    )
+    return backward_of(lambda: F.cross_entropy(F.linear(hidden, weight), labels, label_smoothing=EPSILON), hidden, weight)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Run:
@@ -95,7 +96,9 @@ def liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Run:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     return backward_of(
-        lambda: liger_fused_linear_cross_entropy(hidden, weight, labels, label_smoothing=EPSILON), hidden, weight
+        lambda: liger_fused_linear_cross_entropy(hidden, weight, labels, label_smoothing=EPSILON),
+        hidden,
+        weight,
     )
 
 
@@ -131,7 +134,8 @@ def seconds(run: Run, device: str, clock: Callable[[], float]) -> float:
 
 
 def peak_bytes(run: Run, device: str) -> int:
-    """The largest growth of live memory during `run`, from the profiler's allocation events (CUDA: torch's counter)."""
+    """The largest growth of live memory during `run`, from the profiler's allocation events (CUDA: torch's
+    counter)."""
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -151,7 +155,15 @@ def peak_bytes(run: Run, device: str) -> int:
     return peak
 
 
-def measure(shape: str, dtype: str, valid: list[float], methods: list[str], rounds: int, device: str, clock: Callable[[], float]) -> list[Measurement]:
+def measure(
+    shape: str,
+    dtype: str,
+    valid: list[float],
+    methods: list[str],
+    rounds: int,
+    device: str,
+    clock: Callable[[], float],
+) -> list[Measurement]:
     """All methods at one shape and dtype, in turn; the floor is timed in the same rounds."""
     n, d, v = (int(part) for part in shape.split(","))
     generator = torch.Generator().manual_seed(0)
@@ -196,7 +208,10 @@ def measure(shape: str, dtype: str, valid: list[float], methods: list[str], roun
 
 
 def table(rows: list[Measurement]) -> str:
-    lines = ["| N, d, V | dtype | valid | method | seconds | × floor (medians) | MiB beyond dW |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| N, d, V | dtype | valid | method | seconds | × floor (medians) | MiB beyond dW |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         lines.append(
             f"| {row.shape.replace(',', ', ')} | {row.dtype} | {row.valid:g} | {row.method} | {row.seconds:.3f} | "
@@ -206,7 +221,9 @@ def table(rows: list[Measurement]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="N,d,V")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--valid", nargs="+", type=float, default=[1.0, 0.6, 0.3], help="fractions of labels not ignored")
@@ -219,7 +236,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     clock = time.perf_counter if args.clock == "wall" else time.process_time
-    print(f"torch {torch.__version__}, {args.threads} threads, {args.device}, {args.clock} clock, epsilon {EPSILON}, {args.rounds} rounds\n")
+    print(
+        f"torch {torch.__version__}, {args.threads} threads, {args.device}, {args.clock} clock, epsilon {EPSILON}, {args.rounds} rounds\n"
+    )
     methods = available(args.methods, args.device)
     rows: list[Measurement] = []
     for shape in args.shapes:

@@ -18,7 +18,11 @@ def target(labels: Tensor, classes: int, epsilon: float, convention: str, prior:
 
 
 def head_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, logit_scale: float = 1.0, softcap: float | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
 ) -> Tensor:
     logits = hidden @ weight.t()
     if bias is not None:
