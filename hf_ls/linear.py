@@ -63,7 +63,7 @@ def linear_smoothed_cross_entropy(
         reduction, num_items_in_batch: as in `losses.smoothed_cross_entropy`. With "none" any upstream
             gradient may come, so the backward repeats the forward unless weight and bias are frozen.
         z_loss: λ.
-        chunk_rows: rows of logits in memory at a time; None chooses 1 KiB per class (256 rows of float32).
+        chunk_rows: rows of logits in memory at a time; None chooses (384 in float32).
         backend: "auto", "torch" or "liger". On CUDA the nll of a plain request is left to Liger's or torch's
             fused kernel (`linear_cuda.choose_engine`), not measured on a GPU. Else always the chunk loop.
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from hf_ls.linear_objective import RowLoss, exact_dtype, prior_dot
 
-# 256 rows of float32, 512 of half precision. Fewer starve the matmuls (each chunk reads W), more cost memory.
-CHUNK_BYTES_PER_CLASS = 1024
+# Rows per chunk by bytes per element: fewer starve the matmuls (each chunk reads W), more cost memory.
+CHUNK_ROWS = {2: 512, 4: 384, 8: 192}
 # A half-precision dW is rounded at each chunk, so long batches take longer chunks instead of more roundings.
 MAX_HALF_CHUNKS = 16
 # Half-precision products for a float32 dW pass through a buffer of this many classes.
@@ -163,7 +163,7 @@ def default_chunk_rows(n: int, width: int, dtype: torch.dtype, rounds_each_chunk
 
     Beyond the usual size a chunk stays no larger than dW itself: at most `width` rows.
     """
-    rows = CHUNK_BYTES_PER_CLASS // dtype.itemsize
+    rows = CHUNK_ROWS[dtype.itemsize]
     if rounds_each_chunk:
         rows = max(rows, min(-(-n // MAX_HALF_CHUNKS), width))
     balanced = -(-n // max(1, -(-n // rows)))

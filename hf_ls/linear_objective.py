@@ -94,12 +94,17 @@ def tile_rows(logits: Tensor) -> int:
     return max(1, TILE_ELEMENTS // logits.shape[1]) * torch.get_num_threads()
 
 
-def tiles(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Row ranges of a chunk and their values in `exact_dtype`; what is left in a tile goes back."""
+def tiles(logits: Tensor, *, in_place: bool = False) -> Iterator[tuple[slice, Tensor]]:
+    """Row ranges of a chunk and their values in `exact_dtype`; what is left in a tile goes back.
+
+    With `in_place` the caller makes no temporaries, so that a chunk which needs no cast is one tile.
+    """
     exact, step = exact_dtype(logits.dtype), tile_rows(logits)
     scratch = None
     if exact != logits.dtype:
         scratch = logits.new_empty((min(step, logits.shape[0]), logits.shape[1]), dtype=exact)
+    elif in_place:
+        step = logits.shape[0]
     for start in range(0, logits.shape[0], step):
         rows = slice(start, start + step)
         part = logits[rows]
@@ -128,7 +133,7 @@ def _plain_chunk_(
     scale = row_weight
     if loss.z_loss:
         scale = torch.ones_like(terms.nll) if row_weight is None else row_weight.clone()
-    for rows, tile in tiles(logits):
+    for rows, tile in tiles(logits, in_place=not loss.z_loss):
         if loss.z_loss and scale is not None:
             scale[rows] *= 1 + 2 * loss.z_loss * tile.logsumexp(1)
         torch.softmax(tile, 1, out=tile)

@@ -553,10 +553,10 @@ def test_never_builds_the_logits(options: dict, dtype: torch.dtype) -> None:
     assert fused.largest <= 101 * k
 
 
-def test_default_chunk_is_one_kibibyte_per_class_and_balanced() -> None:
-    assert default_chunk_rows(100_000, 512, torch.float32, False) == 256
+def test_default_chunks_are_balanced() -> None:
+    assert default_chunk_rows(100_000, 512, torch.float32, False) == 384
     assert default_chunk_rows(2048, 512, torch.bfloat16, False) == 512
-    assert default_chunk_rows(520, 512, torch.float32, False) == 192  # three of 192, not two of 256 and one of 8
+    assert default_chunk_rows(400, 512, torch.float32, False) == 224  # two alike, not one of 384 and one of 16
     # Half precision rounds dW at each chunk: 16 longer chunks, as long as one is no larger than dW.
     assert default_chunk_rows(16_000, 4096, torch.bfloat16, True) == 1024
     assert default_chunk_rows(16_000, 256, torch.bfloat16, True) == 512
