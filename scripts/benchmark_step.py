@@ -1,0 +1,318 @@
+"""Throughput and peak memory of whole training steps: forward, backward and AdamW, as the Trainers run them.
+
+    OMP_NUM_THREADS=2 python scripts/benchmark_step.py
+    OMP_NUM_THREADS=2 python scripts/benchmark_step.py --settings seq2seq-32k --rounds 5 --json out.json
+    python scripts/benchmark_step.py --settings sft-32k --scale 0.1 --rounds 1      # a small trial
+
+Each run is a process of its own, and the methods take turns, so that a busy machine slows all of them. `stock` is
+transformers.Trainer with label_smoothing_factor, `trl` is SFTTrainer with it, `hf_ls` is LabelSmoothingTrainer, or
+LabelSmoothingMixin before SFTTrainer. A step lasts from on_step_begin to on_step_end of the Trainer; throughput compares
+the fastest steps and, in brackets, the medians. Memory is the largest resident set of the process (ru_maxrss)
+ - over the libraries: less what it was before the model was made;
+ - over the training state: less weights, gradients and optimizer states too, which all methods need.
+The first step, with the checks of hf_ls on the first batch, counts for the memory and not for the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+MIB = 2**20
+EPSILON = 0.1
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model shape and a batch; `scale` on the command line shortens the sequences."""
+
+    task: str  # seq2seq or sft
+    vocabulary: int
+    batch: int
+    source: int  # tokens of a source, 0 for sft
+    target: int
+    padding: float  # share of the target positions without a label
+    methods: tuple[str, ...]
+
+
+SETTINGS = {
+    "seq2seq-32k": Setting("seq2seq", 32128, 32, 32, 64, 0.4, ("stock", "hf_ls")),
+    "seq2seq-128k": Setting("seq2seq", 128256, 16, 32, 64, 0.4, ("stock", "hf_ls")),
+    "sft-32k": Setting("sft", 32000, 4, 0, 512, 0.0, ("stock", "trl", "hf_ls")),
+    "sft-128k": Setting("sft", 128256, 2, 0, 512, 0.0, ("stock", "trl", "hf_ls")),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process."""
+
+    setting: str
+    method: str
+    seconds: list[float]  # of each measured step
+    over_libraries: float  # MiB
+    over_state: float  # MiB
+    loss: float  # of the first step
+
+
+def resident() -> float:
+    """Resident memory of this process now, MiB."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / MIB
+
+
+def model_of(setting: Setting) -> Any:
+    """T5-small with another vocabulary, or a Llama of width 512 with 4 layers; random weights, no dropout."""
+    import torch
+    import transformers as tf
+
+    torch.manual_seed(0)
+    if setting.task == "seq2seq":
+        config = tf.T5Config(
+            vocab_size=setting.vocabulary, d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_heads=8, dropout_rate=0.0,
+            pad_token_id=0,
+        )  # fmt: skip
+        return tf.T5ForConditionalGeneration(config)
+    llama = tf.LlamaConfig(
+        vocab_size=setting.vocabulary, hidden_size=512, intermediate_size=1376, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=8, max_position_embeddings=2048, pad_token_id=0, bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    return tf.LlamaForCausalLM(llama)
+
+
+def rows_of(setting: Setting, steps: int) -> list[dict[str, list[int]]]:
+    """Token ids for all steps; labels are padded at their end, each row to another length around the wanted share."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(n: int) -> list[int]:
+        return torch.randint(2, setting.vocabulary, (n,), generator=generator).tolist()
+
+    rows = []
+    for i in range(steps * setting.batch):
+        if setting.task == "sft":
+            rows.append({"input_ids": ids(setting.target)})
+            continue
+        # One row of each batch is full, as a collator which pads to the longest leaves it.
+        spread = 0.0 if i % setting.batch == 0 else setting.padding * setting.batch / (setting.batch - 1)
+        labels = ids(setting.target)
+        kept = round(setting.target * (1 - spread))
+        labels[kept:] = [-100] * (setting.target - kept)
+        decoder = [0, *(max(label, 0) for label in labels[:-1])]
+        rows.append(
+            {
+                "input_ids": ids(setting.source),
+                "attention_mask": [1] * setting.source,
+                "labels": labels,
+                "decoder_input_ids": decoder,
+            }
+        )
+    return rows
+
+
+def trainer_of(setting: Setting, method: str, model: Any, steps: int, dtype: str, folder: str) -> Any:
+    """The Trainer of a method over the same rows in the same order."""
+    import transformers as tf
+    from datasets import Dataset
+
+    from hf_ls import LabelSmoothingArguments, LabelSmoothingMixin, LabelSmoothingTrainer
+
+    settings: dict[str, Any] = {
+        "output_dir": folder, "use_cpu": True, "report_to": [], "save_strategy": "no", "logging_strategy": "no",
+        "disable_tqdm": True, "max_steps": steps, "per_device_train_batch_size": setting.batch, "learning_rate": 1e-4,
+        "label_smoothing_factor": EPSILON, "bf16": dtype == "bfloat16", "optim": "adamw_torch", "dataloader_pin_memory": False,
+    }  # fmt: skip
+    rows = Dataset.from_list(rows_of(setting, steps))
+    if setting.task == "seq2seq" or method == "stock":
+        if setting.task == "sft":
+            rows = rows.map(lambda row: {"labels": row["input_ids"]})
+        arguments = (LabelSmoothingArguments if method == "hf_ls" else tf.TrainingArguments)(**settings)
+        trainer_class: Any = LabelSmoothingTrainer if method == "hf_ls" else tf.Trainer
+        return trainer_class(model=model, args=arguments, train_dataset=rows, data_collator=tf.default_data_collator)
+
+    from tokenizers import Tokenizer, models
+    from trl import SFTConfig, SFTTrainer
+
+    class SmoothedSFTTrainer(LabelSmoothingMixin, SFTTrainer):  # type: ignore[misc]
+        """TRL's trainer with our loss."""
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>"))
+    tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
+    sft_arguments = SFTConfig(**settings, max_length=setting.target, gradient_checkpointing=False)
+    sft_class: Any = SmoothedSFTTrainer if method == "hf_ls" else SFTTrainer
+    return sft_class(model=model, args=sft_arguments, train_dataset=rows, processing_class=tokenizer)
+
+
+def measure(
+    name: str,
+    setting: Setting,
+    method: str,
+    steps: int,
+    dtype: str,
+    threads: int,
+    clock: Callable[[], float],
+    checkpointing: bool,
+) -> Run:
+    """Train for a warm-up step and `steps` more in this process."""
+    import torch
+    import transformers as tf
+
+    warnings.simplefilter("ignore")
+    tf.logging.set_verbosity_error()
+    torch.set_num_threads(threads)
+    # By all methods and before the first reading, so that libraries are no difference between them.
+    import datasets  # noqa: F401
+
+    import hf_ls.trainer  # noqa: F401
+
+    if setting.task == "sft":
+        import trl.trainer.sft_trainer  # noqa: F401
+
+    class Clock(tf.TrainerCallback):
+        """Times each step and keeps the terms of the first."""
+
+        def __init__(self) -> None:
+            self.taken: list[float] = []
+            self.started = 0.0
+
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.started = clock()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.taken.append(clock() - self.started)
+
+    # What the first backward and the first optimizer load and start, at a size which leaves no trace.
+    warm = torch.nn.Linear(8, 8)
+    warm(torch.ones(2, 8)).sum().backward()
+    torch.optim.AdamW(warm.parameters()).step()
+    libraries = resident()
+    model = model_of(setting)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    timer = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_of(setting, method, model, steps + 1, dtype, folder)
+        trainer.add_callback(timer)
+        result = trainer.train()
+    if method == "hf_ls" and trainer._head is None:
+        raise RuntimeError(f"expected the logits-free path for {name}, got the dense one; see the reason in the log")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - libraries
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    states = sum(
+        t.numel() * t.element_size() for s in trainer.optimizer.state.values() for t in s.values() if hasattr(t, "numel")
+    )
+    return Run(name, method, timer.taken[1:], peak, peak - (2 * weights + states) / MIB, result.training_loss)
+
+
+def in_own_process(name: str, method: str, args: argparse.Namespace) -> Run:
+    """`measure` in a new interpreter."""
+    command = [sys.executable, __file__, "--child", name, method, "--steps", str(args.steps), "--dtype", args.dtype]
+    command += ["--threads", str(args.threads), "--scale", str(args.scale), "--clock", args.clock]
+    command += ["--gradient-checkpointing"] if args.gradient_checkpointing else []
+    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{name} {method} failed:\n{done.stderr[-3000:]}")
+    return Run(**json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def table(runs: list[Run], sizes: dict[str, Setting]) -> str:
+    """One row per setting and method; × are hf_ls's throughput over, and its memory as a share of, that method's."""
+    lines = [
+        "| setting | method | s/step | hf_ls × | MiB over libraries | hf_ls × | MiB over training state | hf_ls × |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+
+    def summary(name: str, method: str) -> tuple[float, float, float, float]:
+        mine = [run for run in runs if (run.setting, run.method) == (name, method)]
+        taken = [t for run in mine for t in run.seconds]
+        libraries, state = (
+            statistics.median(values) for values in zip(*((r.over_libraries, r.over_state) for r in mine), strict=True)
+        )
+        return min(taken), statistics.median(taken), libraries, state
+
+    for name in dict.fromkeys(run.setting for run in runs):
+        ours = summary(name, "hf_ls")
+        for method in sizes[name].methods:
+            fastest, median, libraries, state = summary(name, method)
+            cells = ["", "", ""]
+            if method != "hf_ls":
+                cells = [
+                    f"{fastest / ours[0]:.2f} ({median / ours[1]:.2f})",
+                    f"{ours[2] / libraries:.2f}",
+                    f"{ours[3] / state:.2f}",
+                ]
+            time_cell = f"{fastest:.2f} ({median:.2f}) | {cells[0]}"
+            lines.append(f"| {name} | {method} | {time_cell} | {libraries:.0f} | {cells[1]} | {state:.0f} | {cells[2]} |")
+    return "\n".join(lines)
+
+
+def scaled(setting: Setting, scale: float) -> Setting:
+    """The setting with shorter sequences."""
+    lengths = {
+        "source": max(4, round(setting.source * scale)) if setting.source else 0,
+        "target": max(8, round(setting.target * scale)),
+    }
+    return Setting(**{**asdict(setting), **lengths})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--rounds", type=int, default=2, help="processes per method, in turn")
+    parser.add_argument("--steps", type=int, default=2, help="measured steps in each process, after one to warm up")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16 is autocast")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: CPU seconds, steady beside other work")
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the sequence lengths; 0.1 for a small trial")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="activations are made again in the backward")
+    parser.add_argument("--json", type=Path, help="also write the runs here")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    sizes = {name: scaled(setting, args.scale) for name, setting in SETTINGS.items()}
+    if args.child:
+        name, method = args.child
+        clock = time.perf_counter if args.clock == "wall" else time.process_time
+        print(
+            json.dumps(
+                asdict(
+                    measure(name, sizes[name], method, args.steps, args.dtype, args.threads, clock, args.gradient_checkpointing)
+                )
+            )
+        )
+        return
+    runs: list[Run] = []
+    for name in args.settings:
+        for round_number in range(args.rounds):
+            for method in sizes[name].methods:
+                run = in_own_process(name, method, args)
+                runs.append(run)
+                print(f"{name} {method} round {round_number + 1}: {min(run.seconds):.2f} s/step, loss {run.loss:.4f}", flush=True)
+    for name in args.settings:
+        size = sizes[name]
+        tokens = size.batch * size.target
+        batch = f"{size.batch} × {size.target} target tokens ({size.padding:.0%} padding), V = {size.vocabulary}"
+        print(f"\n{name}: {batch}, logits {tokens * size.vocabulary * 4 / MIB:.0f} MiB")
+    print("\n" + table(runs, sizes))
+    if args.json:
+        args.json.write_text(json.dumps([asdict(run) for run in runs], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
