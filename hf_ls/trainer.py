@@ -231,8 +231,9 @@ class LabelSmoothingMixin(_Trainer):
         """Σ w over the accumulated batches of all processes, by our own shift rule."""
         if self._statistics is not None or not batch_samples:
             return None
-        if not self._checked_loss:
-            self._check_against_model(self._prepare_inputs(batch_samples[0]))
+        for batch in batch_samples:  # until one has a label: the shift decides what counts
+            if not self._checked_loss:
+                self._check_against_model(self._prepare_inputs(batch))
         count = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
         for batch in batch_samples:
             labels = self._labels(batch)

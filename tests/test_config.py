@@ -136,7 +136,9 @@ def test_an_empty_file_leaves_the_defaults(tmp_path):
 
 
 def test_a_baseline_beside_an_objective_needs_no_epsilon(tmp_path):
-    config = parse(tmp_path, "with_baseline: true\nlabel_smoothing_objective: focal\nlabel_smoothing_objective_params: {gamma: 3}\n")
+    config = parse(
+        tmp_path, "with_baseline: true\nlabel_smoothing_objective: focal\nlabel_smoothing_objective_params: {gamma: 3}\n"
+    )
     assert config.training.label_smoothing_objective_params == '{"gamma": 3}'
     with pytest.raises(ValueError, match="gamm"):
         parse(tmp_path, "label_smoothing_objective: focal\nlabel_smoothing_objective_params: {gamm: 3}\n")

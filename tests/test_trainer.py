@@ -224,6 +224,23 @@ def test_trap_9_an_all_ignored_batch_trains_on_nothing(tmp_path):
     assert math.isfinite(trainer.evaluate()["eval_loss"])
 
 
+def test_tokens_are_counted_right_when_the_first_micro_batch_has_no_label(tmp_path):
+    rows = token_rows((5, 6, 7, 8))
+    rows.rows[0]["labels"][:] = -100
+    kwargs = dict(label_smoothing_factor=0.1, learning_rate=0.0)
+    whole, _ = one_step(LabelSmoothingTrainer, tiny_llama(), rows, tmp_path, per_device_train_batch_size=4, **kwargs)
+    parts, _ = one_step(
+        LabelSmoothingTrainer,
+        tiny_llama(),
+        rows,
+        tmp_path,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+        **kwargs,
+    )
+    assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+
+
 @pytest.mark.parametrize("name", ["ece", "eval_nll", "brier", "loss", "eval_test_ece", "eval_loss"])
 def test_trap_10_lower_is_better_for_losses_and_calibration_errors(tmp_path, name):
     assert LabelSmoothingArguments(str(tmp_path), metric_for_best_model=name).greater_is_better is False
