@@ -146,13 +146,12 @@ def trainer_of(setting: Setting, method: str, model: Any, steps: int, dtype: str
     from tokenizers import Tokenizer, models
     from trl import SFTConfig, SFTTrainer
 
-    class SmoothedSFTTrainer(LabelSmoothingMixin, SFTTrainer):  # type: ignore[misc]
-        """TRL's trainer with our loss."""
+    smoothed_sft_trainer = type("SmoothedSFTTrainer", (LabelSmoothingMixin, SFTTrainer), {})
 
     words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>"))
     tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
     sft_arguments = SFTConfig(**settings, max_length=setting.target, gradient_checkpointing=False)
-    sft_class: Any = SmoothedSFTTrainer if method == "hf_ls" else SFTTrainer
+    sft_class: Any = smoothed_sft_trainer if method == "hf_ls" else SFTTrainer
     return sft_class(model=model, args=sft_arguments, train_dataset=rows, processing_class=tokenizer)
 
 
