@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from accelerate import PartialState
+from huggingface_hub import HfApi
 from rich.console import Console
 from transformers import AutoModelForSequenceClassification, SchedulerType
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_ls import __version__
 from hf_ls.arguments import LabelSmoothingArguments, smoothing_of
@@ -117,7 +119,23 @@ def publish(config: Config, data: ClassificationData, runs: dict[str, Prediction
     write_plots(report, folder / "plots")
     write_card(report, folder)
     console.print(f"Report, plots and card: {folder}", markup=False, highlight=False, soft_wrap=True)
+    if training.push_to_hub:
+        _push(training, folder)
     return report
+
+
+def _push(training: LabelSmoothingArguments, folder: Path) -> None:
+    """Upload the folder once more: the Trainer's own pushes came before the report and carry its stock card."""
+    api = HfApi(token=training.hub_token)
+    name = training.hub_model_id or folder.absolute().name
+    repo = api.create_repo(name, private=training.hub_private_repo, exist_ok=True)
+    api.upload_folder(
+        repo_id=repo.repo_id,
+        folder_path=folder,
+        revision=training.hub_revision,
+        commit_message="Calibration report and model card",
+        ignore_patterns=[f"{PREFIX_CHECKPOINT_DIR}-*", "baseline/*", "_*", ".*", PREDICTIONS, "training_args.bin"],
+    )
 
 
 def _bake(config: Config, temperature: float) -> None:

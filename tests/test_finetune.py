@@ -14,8 +14,11 @@ import psutil
 import pytest
 import torch
 import transformers as tf
+from huggingface_hub import HfApi, RepoUrl
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 
+from hf_ls.card import model_card
 from hf_ls.checkpoint import last_complete_checkpoint
 from hf_ls.config import parse_config
 from hf_ls.data import EMBEDDED_MODEL, model_path
@@ -195,6 +198,26 @@ def test_lora_trains_adapters_and_the_head(tiny, tmp_path):
     )
     assert (tmp_path / "adapter_model.safetensors").is_file()
     assert report.training["peft"] == "lora"
+
+
+def test_the_last_push_carries_our_card_and_no_baseline(tiny, tmp_path, monkeypatch):
+    pushes = []
+
+    def upload(self, *, repo_id, folder_path, ignore_patterns, **kwargs):
+        kept = filter_repo_objects(
+            [str(p.relative_to(folder_path)) for p in Path(folder_path).rglob("*")], ignore_patterns=ignore_patterns
+        )
+        pushes.append((repo_id, Path(folder_path, "README.md").read_text(), set(kept)))
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **kwargs: RepoUrl(f"https://huggingface.co/{name}"))
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    push = ["--push_to_hub", "--hub_model_id", "me/tiny", "--label_smoothing_factor", "0.1", "--with_baseline"]
+    report = finetune(parse_config(arguments(tiny, tmp_path, *ALL, "--max_steps", "2", "--save_strategy", "no", *push)))
+    repo_id, card, files = pushes[-1]
+    assert repo_id == report.model_name == "me/tiny"
+    assert card == model_card(report)
+    assert {"README.md", "calibration.json", "model.safetensors", "plots/reliability.png"} <= files
+    assert not {name for name in files if name.startswith(("baseline/", "checkpoint", "predictions", "training_args"))}
 
 
 def test_evaluation_only_and_nothing_asked(tiny, tmp_path):
