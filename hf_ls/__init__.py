@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_ls import metrics as metrics
+    from hf_ls.adaptive import OnlineLabelSmoothing as OnlineLabelSmoothing
     from hf_ls.arguments import LabelSmoothingArguments as LabelSmoothingArguments
+    from hf_ls.linear import linear_smoothed_cross_entropy as linear_smoothed_cross_entropy
     from hf_ls.losses import SmoothedCrossEntropy as SmoothedCrossEntropy
     from hf_ls.losses import smoothed_cross_entropy as smoothed_cross_entropy
+    from hf_ls.objectives import Objective as Objective
     from hf_ls.smoothing import Schedule as Schedule
     from hf_ls.smoothing import Smoothing as Smoothing
     from hf_ls.trainer import LabelSmoothingMixin as LabelSmoothingMixin
@@ -24,13 +27,16 @@ __version__ = "0.1.0"
 _HOME = {
     "Schedule": "smoothing",
     "Smoothing": "smoothing",
+    "Objective": "objectives",
+    "OnlineLabelSmoothing": "adaptive",
+    "linear_smoothed_cross_entropy": "linear",
     "SmoothedCrossEntropy": "losses",
     "smoothed_cross_entropy": "losses",
     "LabelSmoothingArguments": "arguments",
     "LabelSmoothingMixin": "trainer",
     "LabelSmoothingTrainer": "trainer",
 }
-_MODULES = ("card", "metrics", "report", "temperature")
+_MODULES = ("card", "metrics", "objectives", "priors", "report", "temperature")
 __all__ = [*_HOME, *_MODULES, "__version__"]
 
 
