@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 logger = logging.getLogger(__name__)
 
@@ -128,8 +129,15 @@ def load_classification(
         missing = [path for path in files.values() if not Path(path).is_file()]
         if missing:
             raise ValueError(f"expected existing files, got {missing}; check the paths")
+        empty = [path for path in files.values() if not Path(path).stat().st_size]
+        if empty:
+            raise ValueError(f"expected rows in {empty}, got: empty files; check the files")
         extra = {"sep": "\t"} if any(path.endswith(".tsv") for path in files.values()) else {}
-        loaded = load_dataset(next(iter(types)), data_files=files, **extra)
+        try:
+            loaded = load_dataset(next(iter(types)), data_files=files, **extra)
+        except (ValueError, DatasetGenerationError) as error:
+            cause = " ".join(str(error.__cause__ or error).split())
+            raise ValueError(f"expected rows in {sorted(files.values())}, got: {cause}; check the files") from error
         name, hub_id = ", ".join(Path(path).name for path in files.values()), None
     elif dataset_name:
         loaded = load_dataset(dataset_name, dataset_config)
@@ -189,12 +197,13 @@ def _integer_labels(splits: DatasetDict) -> tuple[DatasetDict, tuple[str, ...]]:
     if len(classes) < 2:
         raise ValueError(f"expected at least 2 classes in train, got {classes}; check label_column")
     for split, part in splits.items():
-        unknown = sorted({str(value) for value in part.unique("label")} - {str(value) for value in classes})
+        unknown = sorted(str(value) for value in set(part.unique("label")) - set(classes))
         if unknown:
             raise ValueError(f"expected only labels seen in train, got {unknown} in {split}; fix or drop those rows")
-    names = tuple(str(value) for value in classes)
-    as_text = splits.map(lambda row: {"label": str(row["label"])}, features=None)
-    return as_text.cast_column("label", ClassLabel(names=list(names))), names
+    ids, names = {value: i for i, value in enumerate(classes)}, tuple(str(value) for value in classes)
+    # With the features said: map would otherwise keep the old type, and class 1 of {1, 2} would stay 1.
+    features = Features({**splits["train"].features, "label": ClassLabel(names=list(names))})
+    return splits.map(lambda row: {"label": ids[row["label"]]}, features=features, desc="labels"), names
 
 
 def check_overlap(splits: DatasetDict) -> None:

@@ -145,3 +145,22 @@ def test_tokens_are_truncated_and_carry_labels():
     assert [len(ids) for ids in tokens["input_ids"]] == [16, 3]
     assert list(tokens["labels"]) == [1, 0]
     assert "text" not in tokens.column_names
+
+
+@pytest.mark.parametrize("classes", [(1, 2), ("1", "2"), (5, 3, 8), (True, False), ("b", "a")])
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_every_row_keeps_its_label(tmp_path, classes, name):
+    rows = [{"text": f"row {i} of class {classes[i % len(classes)]}", "label": classes[i % len(classes)]} for i in range(30)]
+    data = load_classification(None, files={"train": write(tmp_path, name, rows)})
+    for part in data.splits.values():
+        for text, label in zip(part["text"], part["label"], strict=True):
+            assert text.endswith(f"of class {data.label_names[label]}")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.csv", "text,label\n"), ("a.jsonl", ""), ("a.jsonl", '{"text": "a", '), ("a.parquet", "PAR1 no")]
+)
+def test_empty_and_broken_files_are_refused(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match="expected rows in"):
+        load_classification(None, files={"train": str(tmp_path / name)})
