@@ -220,6 +220,18 @@ def test_the_last_push_carries_our_card_and_no_baseline(tiny, tmp_path, monkeypa
     assert not {name for name in files if name.startswith(("baseline/", "checkpoint", "predictions", "training_args"))}
 
 
+def test_early_stopping_ends_the_run_and_keeps_the_best_weights(tiny, tmp_path):
+    stop = ["--early_stopping_patience", "2", "--load_best_model_at_end", "--metric_for_best_model", "nll", "--learning_rate", "0.3",
+            "--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy", "steps", "--save_steps", "2", "--save_total_limit", "1"]  # fmt: skip
+    finetune(parse_config(arguments(tiny, tmp_path, *ALL, "--max_steps", "60", *stop)))
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    evaluated = {r["step"]: r["eval_nll"] for r in state["log_history"] if "eval_nll" in r}
+    assert state["best_global_step"] == min(evaluated, key=evaluated.get)
+    assert state["global_step"] == state["best_global_step"] + 4 < 60
+    results = json.loads((tmp_path / "eval_results.json").read_text())
+    assert results["eval_nll"] == pytest.approx(min(evaluated.values()), rel=1e-6)
+
+
 def test_evaluation_only_and_nothing_asked(tiny, tmp_path):
     report = finetune(parse_config(arguments(tiny, tmp_path / "eval", "--do_eval")))
     assert (report.dataset["split"], len(report.rows)) == ("validation", 1)
