@@ -236,6 +236,11 @@ def _check(config: Config) -> None:
         raise ValueError(
             f"expected resume_from_checkpoint as 'last' or a checkpoint folder, got {training.resume_from_checkpoint!r}; use last"
         )
+    if run.with_baseline and training.resume_from_checkpoint not in (None, "last"):
+        raise ValueError(
+            f"expected resume_from_checkpoint=last with with_baseline, got {training.resume_from_checkpoint!r}, which is of one run "
+            "only; use last"
+        )
     metric = training.metric_for_best_model or ""
     if "test" in metric.replace("eval_", "").split("_") or "predict" in metric:
         raise ValueError(f"expected metric_for_best_model on validation, got {metric!r}; the test split is only ever reported on")

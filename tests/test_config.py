@@ -99,6 +99,7 @@ def test_negative_numbers_are_values(tmp_path):
         ("early_stopping_patience: 2", "load_best_model_at_end"),
         ("early_stopping_patience: 0", "early_stopping_patience >= 1"),
         ("with_baseline: true", "label_smoothing_factor > 0"),
+        ("with_baseline: true\nlabel_smoothing_factor: 0.1\nresume_from_checkpoint: out/checkpoint-5", "use last"),
         ("metric_for_best_model: test_accuracy", "only ever reported on"),
         ("metric_for_best_model: eval_test_ece", "only ever reported on"),
         ("metric_for_best_model: ece\ngreater_is_better: true", "greater_is_better=False"),
