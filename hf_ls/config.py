@@ -238,8 +238,8 @@ def _check(config: Config) -> None:
         )
     if run.with_baseline and training.resume_from_checkpoint not in (None, "last"):
         raise ValueError(
-            f"expected resume_from_checkpoint=last with with_baseline, got {training.resume_from_checkpoint!r}, a checkpoint of one "
-            "run only; use last"
+            f"expected resume_from_checkpoint=last with with_baseline, got {training.resume_from_checkpoint!r}, which is "
+            "of one run; use last"
         )
     metric = training.metric_for_best_model or ""
     if "test" in metric.replace("eval_", "").split("_") or "predict" in metric:
