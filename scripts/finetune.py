@@ -8,7 +8,7 @@ import sys
 
 from hf_ls.config import parse_config
 from hf_ls.finetune import finetune
-from hf_ls.launch import start_missing_processes
+from hf_ls.launch import end_processes, start_missing_processes
 
 
 def main() -> None:
@@ -19,6 +19,7 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     finetune(config)
+    end_processes()
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def script(argv, processes=1, check=True, wait=True):
     if not wait:
         return process
     output, _ = process.communicate(timeout=280)
-    assert not check or process.returncode == 0, output[-3000:]
+    assert not check or process.returncode == 0, output
     return process.returncode, output
 
 
