@@ -13,10 +13,14 @@ if TYPE_CHECKING:
     from hf_ls import metrics as metrics
     from hf_ls.adaptive import OnlineLabelSmoothing as OnlineLabelSmoothing
     from hf_ls.arguments import LabelSmoothingArguments as LabelSmoothingArguments
+    from hf_ls.arguments import LabelSmoothingSeq2SeqArguments as LabelSmoothingSeq2SeqArguments
     from hf_ls.linear import linear_smoothed_cross_entropy as linear_smoothed_cross_entropy
     from hf_ls.losses import SmoothedCrossEntropy as SmoothedCrossEntropy
     from hf_ls.losses import smoothed_cross_entropy as smoothed_cross_entropy
     from hf_ls.objectives import Objective as Objective
+    from hf_ls.seq2seq import LabelSmoothingSeq2SeqTrainer as LabelSmoothingSeq2SeqTrainer
+    from hf_ls.sft import LabelSmoothingSFTConfig as LabelSmoothingSFTConfig
+    from hf_ls.sft import LabelSmoothingSFTTrainer as LabelSmoothingSFTTrainer
     from hf_ls.smoothing import Schedule as Schedule
     from hf_ls.smoothing import Smoothing as Smoothing
     from hf_ls.trainer import LabelSmoothingMixin as LabelSmoothingMixin
@@ -33,8 +37,12 @@ _HOME = {
     "SmoothedCrossEntropy": "losses",
     "smoothed_cross_entropy": "losses",
     "LabelSmoothingArguments": "arguments",
+    "LabelSmoothingSeq2SeqArguments": "arguments",
     "LabelSmoothingMixin": "trainer",
     "LabelSmoothingTrainer": "trainer",
+    "LabelSmoothingSeq2SeqTrainer": "seq2seq",
+    "LabelSmoothingSFTConfig": "sft",
+    "LabelSmoothingSFTTrainer": "sft",
 }
 _MODULES = ("card", "metrics", "objectives", "priors", "report", "temperature")
 __all__ = [*_HOME, *_MODULES, "__version__"]

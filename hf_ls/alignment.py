@@ -1,11 +1,17 @@
 """Which label a logit predicts, and whether a model's loss is a cross entropy at all.
 
 Owns: the refusal of unsuitable tasks, decoder inputs, and the first-batch check against the model's own loss.
-Does not own: the loss (`losses`) or when the check runs (`trainer`).
+Does not own: the loss (`losses`), when the check runs and what other processes see (`trainer`).
+
+The rule is explicit. A batch with `shift_labels` is aligned already. Else labels are shifted if the model's own loss is
+the cross entropy with a shift, and not if it is the one without; a model whose loss is neither is refused.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +21,10 @@ from transformers.modeling_utils import unwrap_model
 from hf_ls.losses import logits_of, shift_if, smoothed_terms
 from hf_ls.smoothing import Smoothing
 
+# What context parallelism and padding-free collators call labels which are aligned with the logits already.
+SHIFTED = "shift_labels"
+IGNORE_INDEX = -100
+
 
 class LossGap(NamedTuple):
     """The model's own loss beside the plain NLL without and with the causal shift, nats; None where it cannot be had."""
@@ -23,6 +33,34 @@ class LossGap(NamedTuple):
     unshifted: float
     shifted: float | None
     tolerance: float
+
+    def agrees(self, nll: float | None) -> bool:
+        """Whether the model's own loss is this NLL, up to rounding."""
+        if self.own is None or nll is None:
+            return False
+        return abs(self.own - nll) <= self.tolerance * max(1.0, abs(self.own))
+
+    @property
+    def ambiguous(self) -> bool:
+        """Whether both alignments give the model's own loss, as with a head of zeros, all of whose logits are alike."""
+        return self.agrees(self.unshifted) and self.agrees(self.shifted)
+
+
+def labels_in(inputs: dict[str, Any], label_name: str) -> Tensor | None:
+    """The labels of a batch, or its `shift_labels` where it has no others."""
+    labels = inputs.get(label_name)
+    return inputs.get(SHIFTED) if labels is None else labels
+
+
+def has_label(inputs: dict[str, Any], label_name: str) -> bool:
+    """Whether any label of a batch is not ignored."""
+    labels = labels_in(inputs, label_name)
+    return labels is not None and bool((labels != IGNORE_INDEX).any())
+
+
+def with_some_label(inputs: dict[str, Any], label_name: str) -> dict[str, Any]:
+    """A batch with class 0 as every label, for a process without any label which must take part in collective forwards."""
+    return inputs | {name: torch.zeros_like(inputs[name]) for name in (label_name, SHIFTED) if inputs.get(name) is not None}
 
 
 def check_supported(model: nn.Module, label_names: list[str]) -> None:
@@ -67,55 +105,64 @@ def decoder_inputs(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> 
 
 
 @torch.no_grad()
-def model_loss_gap(model: nn.Module, inputs: dict[str, Any], label_name: str) -> LossGap | None:
-    """Compare the model's own loss on one batch, auxiliary losses taken off, with the NLL of its logits.
+def model_loss_gap(model: nn.Module, inputs: dict[str, Any], label_name: str) -> LossGap:
+    """Compare the model's own loss on one batch with some label, auxiliary losses taken off, with the NLL of its logits.
 
-    Two forwards in evaluation mode: no dropout, no random numbers drawn. None when every label is ignored.
+    Two forwards in evaluation mode: no dropout, no random numbers drawn. A batch which has only `shift_labels` is compared
+    with the NLL without a further shift.
 
     Raises: ValueError/TypeError as `smoothed_terms`, and when the model returns no logits.
     """
-    labels = inputs[label_name]
-    if not bool((labels != -100).any()):
-        return None
-    training = model.training
-    model.eval()
-    try:
-        bare = model(**decoder_inputs(model, {name: value for name, value in inputs.items() if name != label_name}, labels))
-        # Before the model sees them: wrong labels end in an index error there, or in a crashed GPU.
-        unshifted = _mean_nll(logits_of(bare), labels)
-        outputs = model(**inputs)
-    finally:
-        model.train(training)
-    own = outputs.get("loss") if isinstance(outputs, dict) else None
-    logits = logits_of(bare)
-    if own is not None and isinstance(outputs, dict) and outputs.get("aux_loss") is not None:
-        own = own - getattr(model.config, "router_aux_loss_coef", 0.0) * outputs["aux_loss"]
+    given = inputs.get(label_name)
+    aligned = given is None
+    labels = inputs[SHIFTED] if given is None else given
+    targets = {label_name: labels, SHIFTED: labels} if aligned else {label_name: labels}
+    bare = decoder_inputs(model, {name: value for name, value in inputs.items() if name not in (label_name, SHIFTED)}, labels)
+    with evaluating(model):
+        outputs = model(**bare)
+        logits = logits_of(outputs)
+        # Before the model sees the labels: wrong ones end in an index error there, or in a crashed GPU.
+        unshifted = _mean_nll(logits, labels)
+        shifted = _mean_nll(*shift_if(True, logits, labels)) if labels.dim() == 2 and not aligned else None
+        own = _own_loss(model, {**bare, **targets})
     low = torch.finfo(logits.dtype).eps > 1e-6 or any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
-    return LossGap(
-        None if own is None else float(own),
-        unshifted,
-        _mean_nll(*shift_if(True, logits, labels)) if labels.dim() == 2 else None,
-        2e-2 if low else 1e-4,
-    )
+    return LossGap(own, unshifted, shifted, 2e-2 if low else 1e-4)
 
 
-def resolve_shift(model: nn.Module, gap: LossGap) -> bool:
-    """Whether the labels are shifted, by which NLL agrees with the model's own loss.
+@torch.no_grad()
+def counts_first_label(model: nn.Module, inputs: dict[str, Any], label_name: str) -> bool:
+    """Whether the model's own loss counts labels at the first position, which no logit predicts where labels are shifted.
+
+    One forward in evaluation mode. It tells the alignments apart when their losses are the same.
+    """
+    labels = inputs[label_name]
+    bare = decoder_inputs(model, {name: value for name, value in inputs.items() if name not in (label_name, SHIFTED)}, labels)
+    first = torch.full_like(labels, IGNORE_INDEX)
+    first[:, 0] = labels[labels != IGNORE_INDEX][0]
+    with evaluating(model):
+        own = _own_loss(model, {**bare, label_name: first})
+    return own is not None and math.isfinite(own) and own > 1e-3  # else NaN or 0: a mean over nothing
+
+
+def resolve_shift(model: nn.Module, gap: LossGap, first_counts: bool = False) -> bool:
+    """Whether the labels are shifted, by which NLL agrees with the model's own loss; where both do, by `first_counts`.
 
     Raises: ValueError when neither agrees, or when there is no own loss to ask and the labels are sequences.
     """
-    name = type(model).__name__
+    name = type(unwrap_model(model)).__name__
     if gap.own is None:
         if gap.shifted is None:
             return False
         raise ValueError(
             f"expected {name} to return a loss to find its label shift, got none; pass shift_labels=True (decoder-only) or False"
         )
+    if gap.ambiguous:
+        return not first_counts
     distances = {False: abs(gap.own - gap.unshifted)}
     if gap.shifted is not None:
         distances[True] = abs(gap.own - gap.shifted)
     shift = min(distances, key=lambda key: distances[key])
-    if not distances[shift] <= gap.tolerance * max(1.0, abs(gap.own)):
+    if not gap.agrees(gap.shifted if shift else gap.unshifted):
         shifted = "" if gap.shifted is None else f" ({gap.shifted:.6g} with labels shifted)"
         raise ValueError(
             f"expected the loss of {name} to be the cross entropy of its logits, got {gap.own:.6g} against {gap.unshifted:.6g}"
@@ -124,6 +171,25 @@ def resolve_shift(model: nn.Module, gap: LossGap) -> bool:
     return shift
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode for a while."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _own_loss(model: nn.Module, inputs: dict[str, Any]) -> float | None:
+    outputs = model(**inputs)
+    own = outputs.get("loss") if isinstance(outputs, dict) else None
+    if own is not None and isinstance(outputs, dict) and outputs.get("aux_loss") is not None:
+        own = own - getattr(model.config, "router_aux_loss_coef", 0.0) * outputs["aux_loss"]
+    return None if own is None else float(own)
+
+
 def _mean_nll(logits: Tensor, labels: Tensor) -> float:
-    kept = labels != -100
+    kept = labels != IGNORE_INDEX
     return float(smoothed_terms(logits, labels, Smoothing(0.0)).nll.sum() / kept.sum().clamp_min(1))

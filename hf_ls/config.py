@@ -1,7 +1,7 @@
 """The command line: dataclasses of settings, YAML files turned into arguments, strict checks.
 
 Owns: what can be set, its names, types and defaults, and every refusal of a setting before work starts.
-Does not own: the Trainer's settings (`arguments.LabelSmoothingArguments`) or the run itself (`finetune`).
+Does not own: the Trainer's settings (`arguments`) or the run itself (`finetune`).
 """
 
 from __future__ import annotations
@@ -10,15 +10,37 @@ import difflib
 import json
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
 
-from hf_ls.arguments import LabelSmoothingArguments
+from hf_ls.arguments import LabelSmoothingSeq2SeqArguments
 from hf_ls.data import EMBEDDED_DATASET, EMBEDDED_MODEL
+from hf_ls.g2p import EMBEDDED_G2P
+from hf_ls.text_metrics import TEXT_METRICS
+
+# Settings which mean something for some tasks only: elsewhere they would do nothing, in silence.
+_TASKS_OF = {
+    "text_pair_column": ("text-classification",),
+    "label_column": ("text-classification",),
+    "snippet_sources": ("text-classification",),
+    "bake_temperature": ("text-classification",),
+    "tokens_column": ("token-classification",),
+    "tags_column": ("token-classification",),
+    "source_column": ("seq2seq", "causal-lm"),
+    "target_column": ("seq2seq", "causal-lm"),
+    "source_prefix": ("seq2seq", "causal-lm"),
+    "source_suffix": ("seq2seq", "causal-lm"),
+    "max_target_length": ("seq2seq",),
+    "text_metrics": ("seq2seq",),
+    "predict_with_generate": ("seq2seq",),
+    "generation_max_length": ("seq2seq",),
+    "generation_num_beams": ("seq2seq",),
+}
+_DATASET_TASKS = {EMBEDDED_DATASET: ("text-classification",), EMBEDDED_G2P: ("seq2seq", "causal-lm")}
 
 
 def _help(text: str) -> dict[str, Any]:
@@ -34,6 +56,10 @@ class ModelArguments:
     model_config_overrides: str | None = field(
         default=None, metadata=_help("Config fields to change, as JSON or a YAML mapping, e.g. {num_hidden_layers: 3}.")
     )
+    model_type: str | None = field(
+        default=None, metadata=_help("Train this architecture from random weights, e.g. bart, instead of model_name_or_path.")
+    )
+    tokenizer_name: str | None = field(default=None, metadata=_help("Hub id or folder of the tokenizer, when not the model's."))
     ignore_mismatched_sizes: bool = field(
         default=False, metadata=_help("Start a new classifier head when the model's own has another number of classes.")
     )
@@ -69,8 +95,17 @@ class DataArguments:
     text_column: str = field(default="text", metadata=_help("Column with the text."))
     text_pair_column: str | None = field(default=None, metadata=_help("Column with a second text, for sentence pairs."))
     label_column: str = field(default="label", metadata=_help("Column with one class per row."))
+    source_column: str | None = field(
+        default=None, metadata=_help("seq2seq: column with the source; causal-lm: with the prompt.")
+    )
+    target_column: str | None = field(default=None, metadata=_help("seq2seq: column with the target; causal-lm: the completion."))
+    source_prefix: str = field(default="", metadata=_help("Text before each source, such as T5's task prefix."))
+    source_suffix: str = field(default="", metadata=_help("Text after each source, such as the blank before a completion."))
+    tokens_column: str = field(default="tokens", metadata=_help("token-classification: column with the list of words."))
+    tags_column: str = field(default="ner_tags", metadata=_help("token-classification: column with one tag per word."))
     validation_fraction: float = field(default=0.1, metadata=_help("Share of train to cut when there is no validation split."))
     max_length: int = field(default=128, metadata=_help("Tokens kept of each example."))
+    max_target_length: int | None = field(default=None, metadata=_help("Tokens kept of each target; as max_length if not given."))
     max_train_samples: int | None = field(default=None, metadata=_help("Use only the first so many training examples."))
     max_eval_samples: int | None = field(default=None, metadata=_help("The same for validation."))
     max_predict_samples: int | None = field(default=None, metadata=_help("The same for test."))
@@ -94,7 +129,7 @@ class DataArguments:
             raise ValueError(
                 f"expected snippet_sources only with dataset_name: {EMBEDDED_DATASET}, got {self.dataset_name}; drop it"
             )
-        for name in ("max_length", "max_train_samples", "max_eval_samples", "max_predict_samples"):
+        for name in ("max_length", "max_target_length", "max_train_samples", "max_eval_samples", "max_predict_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"expected {name} >= 1, got {value}; leave it out for no limit")
@@ -104,7 +139,13 @@ class DataArguments:
 class RunArguments:
     """What the run does besides training."""
 
-    task: Literal["text-classification"] = field(default="text-classification", metadata=_help("The task."))
+    task: Literal["text-classification", "token-classification", "seq2seq", "causal-lm"] = field(
+        default="text-classification", metadata=_help("The task.")
+    )
+    text_metrics: list[str] = field(
+        default_factory=lambda: ["exact_match", "chrf"],
+        metadata=_help("Quality of what seq2seq models generate: exact_match, word_error_rate, phoneme_error_rate, bleu, chrf."),
+    )
     with_baseline: bool = field(default=False, metadata=_help("First train the same model with epsilon = 0, for the comparison."))
     bake_temperature: bool = field(
         default=False, metadata=_help("Divide the saved classifier's weights by the temperature fitted on validation.")
@@ -127,7 +168,7 @@ class Config:
     run: RunArguments
     model: ModelArguments
     data: DataArguments
-    training: LabelSmoothingArguments
+    training: LabelSmoothingSeq2SeqArguments
 
 
 class _Parser(HfArgumentParser):
@@ -147,7 +188,7 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     contradict each other.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser([RunArguments, ModelArguments, DataArguments, LabelSmoothingArguments], allow_abbrev=False)  # type: ignore[list-item]
+    parser = _Parser([RunArguments, ModelArguments, DataArguments, LabelSmoothingSeq2SeqArguments], allow_abbrev=False)  # type: ignore[list-item]
     parser.add_argument("--config", help="YAML file of settings; the command line overrides it.")
     known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
     path, argv = _take_config(argv)
@@ -232,6 +273,7 @@ def _nearest(name: str, known: set[str]) -> str:
 
 def _check(config: Config) -> None:
     training, run = config.training, config.run
+    _check_task(config)
     if str(training.resume_from_checkpoint).lower() in ("true", "false", "1", "yes"):
         raise ValueError(
             f"expected resume_from_checkpoint as 'last' or a checkpoint folder, got {training.resume_from_checkpoint!r}; use last"
@@ -252,3 +294,29 @@ def _check(config: Config) -> None:
         raise ValueError(
             "expected label_smoothing_factor > 0 with with_baseline, got 0, which is the baseline itself; set one of them"
         )
+
+
+def _check_task(config: Config) -> None:
+    """Refuse settings which the task does not read, and data or models which it cannot use."""
+    task, model = config.run.task, config.model
+    for part in (config.run, config.data, config.training):
+        for setting in fields(part):
+            tasks, value = _TASKS_OF.get(setting.name), getattr(part, setting.name)
+            default = setting.default_factory() if setting.default_factory is not MISSING else setting.default
+            if tasks and task not in tasks and value != default:
+                raise ValueError(f"expected {setting.name} only with task {' or '.join(tasks)}, got task {task}; drop it")
+    tasks = _DATASET_TASKS.get(config.data.dataset_name or "")
+    if tasks and task not in tasks:
+        raise ValueError(
+            f"expected task {' or '.join(tasks)} with dataset_name: {config.data.dataset_name}, got task {task}; set the task"
+        )
+    unknown = sorted(set(config.run.text_metrics) - set(TEXT_METRICS))
+    if unknown:
+        raise ValueError(f"expected text_metrics among {TEXT_METRICS}, got {unknown}; leave them out")
+    if model.model_type and model.model_name_or_path != EMBEDDED_MODEL:
+        raise ValueError(
+            f"expected model_type or model_name_or_path, got {model.model_type} and {model.model_name_or_path}; model_type "
+            "starts from random weights"
+        )
+    if model.model_type and not model.tokenizer_name and config.data.dataset_name != EMBEDDED_G2P:
+        raise ValueError("expected tokenizer_name with model_type, got none; name the tokenizer whose vocabulary the model has")

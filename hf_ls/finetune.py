@@ -1,7 +1,8 @@
 """The main job: train with and without smoothing, calibrate, report.
 
 Owns: the order of the steps of one run and which files it leaves.
-Does not own: settings (`config`), data (`data`), the loss (`trainer`), what is made of the predictions (`publish`).
+Does not own: settings (`config`), data and models (`loading`), the loss (`trainer`), evaluation (`outcome`), files for readers
+(`publish`).
 """
 
 from __future__ import annotations
@@ -13,46 +14,23 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate import PartialState
 from datasets import DatasetDict
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    EarlyStoppingCallback,
-    SchedulerType,
-    set_seed,
-)
+from transformers import EarlyStoppingCallback, SchedulerType, set_seed
 from transformers.training_args import OptimizerNames
 
 from hf_ls.arguments import LabelSmoothingArguments, smoothing_of
 from hf_ls.checkpoint import CheckpointMark, check_resumable, last_complete_checkpoint
 from hf_ls.config import Config
-from hf_ls.data import (
-    EMBEDDED_DATASET,
-    ClassificationData,
-    check_overlap,
-    load_classification,
-    load_snippets,
-    model_path,
-    tokenise,
-)
 from hf_ls.files import write_atomically
-from hf_ls.publish import (
-    PREDICTIONS,
-    REPORT,
-    Predictions,
-    announce,
-    folder_of,
-    load_predictions,
-    publish,
-    run_name,
-    save_predictions,
-)
+from hf_ls.launch import announce
+from hf_ls.loading import Data, load_data, load_model, load_tokenizer, load_tokens
+from hf_ls.outcome import OUTCOME, Outcome, evaluate_classes, evaluate_tokens, run_name
+from hf_ls.publish import REPORT, folder_of, publish
 from hf_ls.report import CalibrationReport
+from hf_ls.sequence_data import token_counts
 from hf_ls.smoothing import Smoothing
-from hf_ls.trainer import LabelSmoothingTrainer
+from hf_ls.tasks import TASKS
 
 _SETTINGS = "settings.json"
 _TRAINING_SETTINGS = (
@@ -79,15 +57,11 @@ def finetune(config: Config) -> CalibrationReport | None:
         training.dataloader_pin_memory = False  # there is no device to pin for, and torch warns at every loader
     with training.main_process_first(desc="data"):
         data = load_data(config)
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_path(config.model.model_name_or_path),
-        revision=config.model.model_revision,
-        trust_remote_code=config.model.trust_remote_code,
-    )
+    tokenizer = load_tokenizer(config)
     with training.main_process_first(desc="tokens"):
-        tokens = tokenise(data.splits, tokenizer, config.data.max_length)
+        tokens = load_tokens(config, data, tokenizer)
     if config.run.dry_run:
-        model = load_model(config, data)
+        model = load_model(config, data, tokenizer)
         announce(f"dry run: {_sizes(tokens)}; {type(model).__name__}, {model.num_parameters():,} weights; settings are sound")
         return None
     _prepare_output(config)
@@ -104,53 +78,6 @@ def finetune(config: Config) -> CalibrationReport | None:
         runs["baseline"] = _run(baseline, data, tokens, tokenizer)
     runs[run_name(training)] = _run(config, data, tokens, tokenizer)
     return publish(config, data, runs) if training.should_save else None
-
-
-def load_data(config: Config) -> ClassificationData:
-    """The splits which the settings name, cut to `max_*_samples`, and a warning for test texts seen in training.
-
-    Raises: ValueError as `load_classification`, and when most of the test split is the validation split.
-    """
-    settings = config.data
-    if settings.dataset_name == EMBEDDED_DATASET:
-        data = load_snippets(settings.snippet_sources)
-    else:
-        data = load_classification(
-            settings.dataset_name,
-            dataset_config=settings.dataset_config_name,
-            files=settings.files,
-            text_column=settings.text_column,
-            text_pair_column=settings.text_pair_column,
-            label_column=settings.label_column,
-            validation_fraction=settings.validation_fraction,
-            seed=config.training.data_seed or config.training.seed,
-        )
-    check_overlap(data.splits)
-    limits = {"train": settings.max_train_samples, "validation": settings.max_eval_samples, "test": settings.max_predict_samples}
-    cut = {split: part.select(range(min(len(part), limits.get(split) or len(part)))) for split, part in data.splits.items()}
-    return replace(data, splits=DatasetDict(cut))
-
-
-def load_model(config: Config, data: ClassificationData) -> Any:
-    """The classifier with label names in its config, and adapters if asked for."""
-    settings = config.model
-    model = AutoModelForSequenceClassification.from_pretrained(
-        model_path(settings.model_name_or_path),
-        revision=settings.model_revision,
-        trust_remote_code=settings.trust_remote_code,
-        ignore_mismatched_sizes=settings.ignore_mismatched_sizes,
-        id2label=dict(enumerate(data.label_names)),
-        label2id={name: i for i, name in enumerate(data.label_names)},
-        **settings.overrides,
-    )
-    if settings.peft == "none":
-        return model
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    lora = LoraConfig(
-        task_type=TaskType.SEQ_CLS, r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout
-    )
-    return get_peft_model(model, lora)
 
 
 def _with_training(config: Config, **changes: Any) -> Config:
@@ -202,43 +129,47 @@ def _prepare_output(config: Config) -> None:
         write_atomically(folder / _SETTINGS, json.dumps(settings, indent=1))
 
 
-def _run(config: Config, data: ClassificationData, tokens: DatasetDict, tokenizer: Any) -> Predictions:
-    """Train one model (or take up where it stopped), evaluate it, save it; its predictions on validation and test."""
-    training, patience, folder = config.training, config.run.early_stopping_patience, folder_of(config)
-    if training.resume_from_checkpoint and (folder / PREDICTIONS).is_file():
-        announce(f"{folder} is complete: its predictions are used as they are")
-        return load_predictions(folder)
+def _run(config: Config, data: Data, tokens: DatasetDict, tokenizer: Any) -> Outcome:
+    """Train one model (or take up where it stopped), evaluate it, save it."""
+    training, patience, folder, task = (
+        config.training,
+        config.run.early_stopping_patience,
+        folder_of(config),
+        TASKS[config.run.task],
+    )
+    if training.resume_from_checkpoint and (folder / OUTCOME).is_file():
+        announce(f"{folder} is complete: its outcome is used as it is")
+        return Outcome.load(folder)
     set_seed(training.seed)
     callbacks: list[Any] = [CheckpointMark(smoothing_of(training), training.save_total_limit)]
     training.save_total_limit = None  # the callback deletes old checkpoints once the new one is complete
     if patience is not None:
         callbacks.append(EarlyStoppingCallback(patience))
-    trainer = LabelSmoothingTrainer(
-        model=load_model(config, data),
+    model = load_model(config, data, tokenizer)
+    trainer = task.trainer(
+        model=model,
         args=training,
         train_dataset=tokens["train"],
         eval_dataset=tokens["validation"],
-        data_collator=DataCollatorWithPadding(tokenizer),
+        data_collator=task.collator(tokenizer, model),
         processing_class=tokenizer,
         callbacks=callbacks,
     )
+    if task.per_token and not task.has_classes:
+        trainer.token_counts = token_counts(tokens["train"], model.config.get_text_config().vocab_size)
     if training.do_train:
         result = trainer.train(resume_from_checkpoint=_checkpoint(training, folder, trainer.smoothing))
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
         trainer.save_state()
-    logits, labels = {}, {}
-    for split, prefix, wanted in (("validation", "eval", training.do_eval), ("test", "test", training.do_predict)):
-        if wanted and split in tokens:
-            output = trainer.predict(tokens[split], metric_key_prefix=prefix)
-            trainer.log_metrics(prefix, output.metrics)
-            trainer.save_metrics(prefix, output.metrics)
-            logits[split], labels[split] = np.asarray(output.predictions, np.float64), np.asarray(output.label_ids)
+    if task.per_token:
+        outcome = evaluate_tokens(trainer, tokens, data.splits, config.run.text_metrics, has_classes=task.has_classes)
+    else:
+        outcome = evaluate_classes(trainer, tokens)
     trainer.save_model()
-    predictions = Predictions(logits, labels, trainer.state.log_history)
     if training.should_save:
-        save_predictions(folder, predictions)
-    return predictions
+        outcome.save(folder)
+    return outcome
 
 
 def _checkpoint(training: LabelSmoothingArguments, folder: Path, smoothing: Smoothing) -> str | None:

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_utils import unwrap_model
 
 from hf_ls.linear import LinearTerms, linear_smoothed_terms
+from hf_ls.linear_objective import Observer
 from hf_ls.losses import logits_of, smoothed_terms
 from hf_ls.smoothing import Smoothing
 
@@ -88,6 +89,7 @@ class LogitsFreeHead:
         objective: Callable[[Tensor, Tensor], Tensor] | None = None,
         token_weight: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
+        observer: Observer | None = None,
     ) -> HeadLoss:
         """One forward of `model` on inputs without labels, with the smoothed loss of the head, in nats.
 
@@ -97,6 +99,7 @@ class LogitsFreeHead:
         Args:
             model: this head's model as wrapped by DDP or FSDP, or itself.
             objective: another loss per row, as in `linear.linear_smoothed_cross_entropy`.
+            observer: sees the logits and labels of the kept items, a chunk at a time.
 
         Raises: ValueError when the head is not called exactly once with one hidden state per label; as
         `linear.linear_smoothed_terms`.
@@ -114,7 +117,7 @@ class LogitsFreeHead:
             terms = linear_smoothed_terms(
                 hidden, self.head.weight, labels, smoothing, bias=_one_bias(self.head.bias, final_bias, scale),
                 logit_scale=scale, softcap=softcap, objective=objective, token_weight=token_weight,
-                num_items_in_batch=num_items_in_batch,
+                num_items_in_batch=num_items_in_batch, observer=observer,
             )  # fmt: skip
             found.append(terms)
             # Empty, but in the graph of the loss: FSDP and ZeRO hang their backward hooks on what a module returns.

@@ -1,6 +1,7 @@
 """Starting the processes which were asked for, and ending them together.
 
-Owns: noticing that `accelerate launch --cpu --num_processes N` started one process and starting all N; the orderly end.
+Owns: noticing that `accelerate launch --cpu --num_processes N` started one process and starting all N; the orderly end; lines
+which only the main process prints.
 Does not own: anything in between (accelerate's business).
 """
 
@@ -51,6 +52,12 @@ def end_processes() -> None:
     state = PartialState()
     state.wait_for_everyone()
     state.destroy_process_group()
+
+
+def announce(text: str) -> None:
+    """Print on the main process."""
+    if PartialState().is_main_process:
+        print(text, flush=True)
 
 
 def requested_processes(command: list[str]) -> int | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from hf_ls import linear_cuda
 from hf_ls.linear_chunks import Needs, RowsAndGradients, chunk_loop
 from hf_ls.linear_cuda import Backend, Engine
-from hf_ls.linear_objective import Objective, RowLoss, exact_dtype
+from hf_ls.linear_objective import Objective, Observer, RowLoss, exact_dtype
 from hf_ls.losses import Reduction, _check_finite, _check_options, _check_range
 from hf_ls.smoothing import Smoothing
 
@@ -118,11 +118,13 @@ def linear_smoothed_terms(
     chunk_rows: int | None = None,
     backend: Backend = "auto",
     per_item: bool = True,
+    observer: Observer | None = None,
 ) -> LinearTerms:
     """`linear_smoothed_cross_entropy` with the nll and the smoothing term of each item, in one pass.
 
     Arguments and errors as there; only `loss` is reduced and weighted. Without `per_item` only the sum of the
     nll need be right, which spares a delegated GPU kernel a second forward; the chunk loop gives all anyway.
+    An observer sees the logits and labels of the kept items once, a chunk at a time, and so rules out delegation.
     """
     if not isinstance(smoothing, Smoothing):
         smoothing = Smoothing(smoothing)
@@ -139,7 +141,7 @@ def linear_smoothed_terms(
     if token_weight is not None:
         row_weight = _gather(token_weight.reshape(-1), kept).to(exact_dtype(dtype))
     call = _Call(
-        loss=RowLoss(smoothing, objective, softcap, float(z_loss)),
+        loss=RowLoss(smoothing, objective, softcap, float(z_loss), observer),
         labels=_gather(labels.reshape(-1), kept).long(),
         kept=kept,
         shape=labels.shape,
@@ -236,7 +238,9 @@ class _LinearLoss(torch.autograd.Function):
                 "expected a first derivative of the linear-head loss, got create_graph=True; use "
                 "losses.smoothed_cross_entropy on the logits for second derivatives"
             )
-        grad_loss, call, found = upstream[0], ctx.call, ctx.found
+        # Whatever is computed again here was observed in the forward.
+        call = replace(ctx.call, loss=replace(ctx.call.loss, observer=None))
+        grad_loss, found = upstream[0], ctx.found
         if grad_loss is None:
             return None, None, None, None
         # Given away once; a second backward through a retained graph makes them again.
@@ -287,6 +291,7 @@ def _engine(call: _Call, backend: Backend, device_type: str) -> Engine:
         "a prior per label": prior is not None and prior.dim() == 2,
         "token weights": call.row_weight is not None,
         "reduction='none'": call.reduction == "none",
+        "an observer": call.loss.observer is not None,
     }
     engine = linear_cuda.choose_engine(
         backend,

@@ -18,9 +18,13 @@ from torch import Tensor
 from hf_ls.smoothing import Smoothing
 
 Objective = Callable[[Tensor, Tensor], Tensor]
+# Sees final logits [m, K], which it must not change, and labels [m], chunk by chunk in the order of the rows.
+Observer = Callable[[Tensor, Tensor], None]
 
 # 1 MiB of float32 per thread, half of a second-level cache: the passes of a softmax do not wait for memory.
 TILE_ELEMENTS = 1 << 18
+# Logits which an observer sees at a time: 16 MiB of float32.
+OBSERVED_ELEMENTS = 1 << 22
 # Below this probability float32 loses digits (and then all of them), so lse cannot be read off log p_y.
 SMALLEST_PROBABILITY = 1e-30
 
@@ -37,13 +41,14 @@ class ChunkTerms(NamedTuple):
 class RowLoss:
     """What a row costs: lse(z) − (1−e)·z_y − e·⟨u, z⟩ + λ·lse(z)² with z = c·tanh(x/c).
 
-    With an objective: objective(z, y) + λ·lse(z)².
+    With an objective: objective(z, y) + λ·lse(z)². An observer sees z before it is overwritten.
     """
 
     smoothing: Smoothing
     objective: Objective | None = None
     softcap: float | None = None
     z_loss: float = 0.0
+    observer: Observer | None = None
 
     @property
     def rides_along(self) -> bool:
@@ -69,12 +74,22 @@ class RowLoss:
             needs_gradient: False leaves the content of the logits undefined.
             logits_of_rows: computes the logits of a few row numbers afresh, for rows whose p_y underflows.
         """
+        if self.observer is not None:
+            observe(self.observer, logits, labels, self.softcap)
         if self.objective is not None:
             return _objective_chunk_(self, self.objective, logits, labels, row_weight, grad_bias, needs_gradient)
         plain = self.softcap is None and (self.rides_along or not self.smoothing.epsilon)
         if not plain:
             return _capped_chunk_(self, logits, labels, row_weight, grad_bias)
         return _plain_chunk_(self, logits, labels, label_share, row_weight, grad_bias, logits_of_rows)
+
+
+def observe(observer: Observer, logits: Tensor, labels: Tensor, softcap: float | None = None) -> None:
+    """Show logits [m, K] and labels [m] to an observer, in `exact_dtype` and in pieces, so that its temporaries stay small."""
+    rows = max(1, OBSERVED_ELEMENTS // logits.shape[1])
+    for raw, y in zip(logits.detach().split(rows), labels.split(rows), strict=True):
+        z = raw.to(exact_dtype(raw.dtype))
+        observer(z if softcap is None else softcap * torch.tanh(z / softcap), y)
 
 
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:

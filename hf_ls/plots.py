@@ -1,4 +1,4 @@
-"""The pictures of a report: loss curves, reliability diagrams, confidence histograms.
+"""The pictures of a report: loss curves, reliability diagrams, confidence histograms, groups of tokens.
 
 Owns: how they look. Each makes a matplotlib Figure of a `CalibrationReport`; `write_plots` saves them all.
 Does not own: any number drawn (`report`, `metrics`). matplotlib is imported on use, without pyplot: such
@@ -11,6 +11,7 @@ import io
 import itertools
 import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,7 @@ DPI = 150
 _PALETTE = (("#0072B2", "#56B4E9"), ("#D55E00", "#E69F00"), ("#009E73", "#66C2A5"), ("#7B3F8C", "#CC79A7"))
 _INK, _GREY, _LIGHT, _BAND, _WRONG = "#222222", "#767676", "#EEEEEE", "#DDDDDD", "#B5B5B5"
 _CURVES = ("loss", "nll", "eval_nll")
+_GROUPS = {"position": "position in the sequence", "frequency": "occurrences of the label token in training"}
 _Series = list[tuple[float, float]]
 _STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
@@ -88,7 +90,7 @@ def loss_curve(report: CalibrationReport) -> Figure:
             ax.set_xlabel("optimizer step")
             ax.set_xlim(left=0)
             ax.grid(axis="y", color=_LIGHT, lw=0.8)
-        axes[0].set_ylabel("nats per example")
+        axes[0].set_ylabel(f"nats per {'token' if report.is_token_task else 'example'}")
         if objective:
             axes[0].set_xlabel("optimizer step\nobjective = nll + smoothing term: not comparable between runs")
         named = {line.get_label(): line for ax in axes[::-1] for line in ax.lines}
@@ -99,13 +101,15 @@ def loss_curve(report: CalibrationReport) -> Figure:
 def reliability(report: CalibrationReport) -> Figure:
     """Accuracy against confidence per bin, a panel a row: Wilson 95 % intervals, consistency band, counts.
 
-    Each bin of a calibrated model lies inside the band with probability 95 %: one in twenty lies outside.
+    Each bin of a calibrated model lies inside the band with probability 95 %: one in twenty lies outside. Both take
+    predictions as independent, also tokens of one sequence, whose counts stand on a logarithmic axis.
     """
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     colours = _colours(report)
     top = max(_array(row, "count").max() for row in report.rows)
+    alone = ", tokens taken as independent" if report.is_token_task else ""
     with _style():
         columns, lines = _grid(len(report.rows))
         figure = _new_figure(0.4 + 3.9 * columns, 0.5 + 4.7 * lines)
@@ -123,22 +127,25 @@ def reliability(report: CalibrationReport) -> Figure:
             main.tick_params(bottom=False, labelbottom=False, labelleft=i % columns == 0)
             if i % columns == 0:
                 main.set_ylabel("accuracy")
-                strip.set_ylabel("count")
+                strip.set_ylabel("count\n(log axis)" if row.is_token else "count")
         figure.legend(
             handles=[
-                Line2D([], [], color=_INK, marker="o", ms=4, lw=1, label="accuracy in the bin, Wilson 95 %"),
+                Line2D([], [], color=_INK, marker="o", ms=4, lw=1, label=f"accuracy in the bin, Wilson 95 %{alone}"),
                 Patch(facecolor=_BAND, label="95 % band of a calibrated model, per bin"),
                 Line2D([], [], color=_GREY, lw=1, ls=(0, (4, 3)), label="perfect calibration"),
             ],
             loc="outside lower center",
-            ncols=3 if columns > 1 else 1,
+            ncols=1 if columns == 1 else 2 if alone else 3,
             fontsize=8,
         )
         return figure
 
 
 def confidence(report: CalibrationReport) -> Figure:
-    """How many predictions have which confidence, right and wrong ones stacked, a panel a row."""
+    """How many predictions have which confidence, right and wrong ones stacked, a panel a row.
+
+    Tokens: side by side, on a logarithmic axis, where a stack would hide the upper part.
+    """
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -158,8 +165,15 @@ def confidence(report: CalibrationReport) -> Figure:
                 "edgecolor": "white",
                 "lw": 0.6,
             }
-            ax.bar(edges[:-1], wrong, color=_WRONG, **bars)
-            ax.bar(edges[:-1], right, bottom=wrong, color=colours[row.name], **bars)
+            if row.is_token:
+                bars |= {"width": bars["width"] / 2, "log": True}
+                ax.bar(edges[:-1], wrong, color=_WRONG, **bars)
+                ax.bar(edges[:-1] + bars["width"], right, color=colours[row.name], **bars)
+                ax.set_ylim(bottom=0.5)
+            else:
+                ax.bar(edges[:-1], wrong, color=_WRONG, **bars)
+                ax.bar(edges[:-1], right, bottom=wrong, color=colours[row.name], **bars)
+                ax.yaxis.get_major_locator().set_params(integer=True)
             accuracy = row.value("accuracy")
             mean = accuracy + row.value("signed_gap")
             ax.axvline(mean, color=_INK, lw=1.2)
@@ -167,9 +181,8 @@ def confidence(report: CalibrationReport) -> Figure:
             _title(ax, row, f"mean confidence {mean:.3f}, accuracy {accuracy:.3f}, n = {row.n:,}")
             ax.set_xlim(_left(report, edges), 1)
             ax.set_xlabel("confidence")
-            ax.yaxis.get_major_locator().set_params(integer=True)
             if i % columns == 0:
-                ax.set_ylabel("predictions")
+                ax.set_ylabel("tokens" if row.is_token else "predictions")
         figure.legend(
             handles=[
                 Patch(facecolor=colours[report.rows[0].name], label="correct (colour of the run)"),
@@ -184,12 +197,49 @@ def confidence(report: CalibrationReport) -> Figure:
         return figure
 
 
+def groups(report: CalibrationReport) -> Figure:
+    """NLL and ECE of the tokens by position and by how often the label occurs in training, a line a row.
+
+    Raises: ValueError for a report without such groups.
+    """
+    kinds = [(kind, title) for kind, title in _GROUPS.items() if _names(report, kind)]
+    if not kinds:
+        raise ValueError(f"expected rows with groups of a kind in {list(_GROUPS)}, got none; skip this plot")
+    colours = _colours(report)
+    with _style():
+        figure = _new_figure(0.6 + 5.0 * len(kinds), 6.2)
+        axes = figure.subplots(2, len(kinds), sharey="row", sharex="col", squeeze=False)
+        for (kind, title), (above, below) in zip(kinds, axes.T, strict=True):
+            names = _names(report, kind)
+            for row in report.rows:
+                found = {group["name"]: group for group in row.groups if group["kind"] == kind}
+                for ax, metric in ((above, "nll"), (below, "ece")):
+                    values = [found.get(name, {}).get(metric) for name in names]
+                    points = [math.nan if value is None else value for value in values]
+                    dashes = "-" if row.temperature == 1 else (0, (4, 2))
+                    label = f"{_label(row.name)} (ε = {row.epsilon:g})"
+                    ax.plot(range(len(names)), points, color=colours[row.name], ls=dashes, lw=1.6, marker="o", ms=4, label=label)
+                    ax.grid(axis="y", color=_LIGHT, lw=0.8)
+            ticks = [f"{re.sub('[0-9]+', _rounded_down, _label(name))}\n{_short(n)}" for name, n in names.items()]
+            below.set_xticks(range(len(names)), ticks)
+            below.set_xlabel(f"{title} (below: number of tokens)")
+            above.set_title(f"By {kind}", loc="left", fontweight="bold")
+        axes[0][0].set_ylabel("NLL, nats per token")
+        axes[1][0].set_ylabel("ECE")
+        for ax in axes[:, 0]:
+            ax.set_ylim(bottom=0)
+        figure.legend(handles=axes[0][0].lines, loc="outside lower center", ncols=2, fontsize=8)
+        return figure
+
+
 def write_plots(report: CalibrationReport, folder: str | os.PathLike[str]) -> list[Path]:
-    """Save reliability.png, confidence.png and, when there is a history, loss_curve.png, at 150 dpi."""
+    """Save reliability.png, confidence.png and, when there is such data, loss_curve.png and groups.png, at 150 dpi."""
     plots = [plot_reliability(report, Path(folder, "reliability.png"))]
     plots.append(plot_confidence(report, Path(folder, "confidence.png")))
     if any(_series(records, key) for records in report.history.values() for key in _CURVES):
         plots.append(plot_loss_curve(report, Path(folder, "loss_curve.png")))
+    if any(_names(report, kind) for kind in _GROUPS):
+        plots.append(plot_groups(report, Path(folder, "groups.png")))
     return plots
 
 
@@ -206,6 +256,11 @@ def plot_reliability(report: CalibrationReport, path: str | os.PathLike[str]) ->
 def plot_confidence(report: CalibrationReport, path: str | os.PathLike[str]) -> Path:
     """Save `confidence` as a PNG."""
     return _save(confidence(report), path)
+
+
+def plot_groups(report: CalibrationReport, path: str | os.PathLike[str]) -> Path:
+    """Save `groups` as a PNG."""
+    return _save(groups(report), path)
 
 
 def _save(figure: Figure, path: str | os.PathLike[str]) -> Path:
@@ -231,13 +286,14 @@ def _draw_bins(ax: Axes, row: CalibrationRow, colour: str) -> None:
 
 def _draw_counts(ax: Axes, row: CalibrationRow, colour: str, top: float) -> None:
     edges, count = _array(row, "edges"), _array(row, "count")
-    ax.bar(edges[:-1], count, np.diff(edges), align="edge", color=colour, edgecolor="white", lw=0.6)
+    ax.bar(edges[:-1], count, np.diff(edges), align="edge", color=colour, edgecolor="white", lw=0.6, log=row.is_token)
     for centre, number in zip((edges[:-1] + edges[1:]) / 2, count, strict=True):
-        if number:  # linear bars keep their proportions, so the small ones need their number
+        if number:  # bars on a linear axis keep their proportions, so the small ones need their number
             above: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 6}
             ax.annotate(_short(number), (centre, number), (0, 1.5), **above)
-    ax.set_ylim(0, top * 1.3)
+    ax.set_ylim((0.5, 4 * top**1.15) if row.is_token else (0, top * 1.3))
     ax.set_yticks([])
+    ax.minorticks_off()
     ax.spines["left"].set_visible(False)
     ax.set_xlabel("confidence")
 
@@ -246,6 +302,12 @@ def _short(count: float) -> str:
     """A count in at most four characters: 9999, 12k, 3M."""
     power = 0 if count < 10_000 else int(np.log10(count) // 3)
     return f"{count / 1000**power:.0f}{('', 'k', 'M', 'G')[power]}"
+
+
+def _rounded_down(number: re.Match[str]) -> str:
+    """The ends of 10000-99999 as 10k and 99k."""
+    power = (len(number[0]) - 1) // 3
+    return f"{int(number[0]) // 1000**power}{('', 'k', 'M', 'G')[power]}" if power < 4 else number[0]
 
 
 def _title(ax: Axes, row: CalibrationRow, facts: str) -> None:
@@ -257,8 +319,14 @@ def _title(ax: Axes, row: CalibrationRow, facts: str) -> None:
 
 
 def _left(report: CalibrationReport, edges: NDArray[np.float64]) -> float:
-    """The last bin edge at or below 1 / K: no top-label confidence can be lower."""
-    return float(edges[edges <= 1 / len(report.label_names) + 1e-9].max())
+    """The last bin edge at or below 1 / K: no top-label confidence can be lower. A vocabulary is large: 0."""
+    lowest = 1 / len(report.label_names) if report.label_names else 0.0
+    return float(edges[edges <= lowest + 1e-9].max())
+
+
+def _names(report: CalibrationReport, kind: str) -> dict[str, int]:
+    """The groups of one kind with their numbers of tokens, in order."""
+    return {group["name"]: group["n"] for row in report.rows for group in row.groups if group["kind"] == kind}
 
 
 def _grid(panels: int) -> tuple[int, int]:

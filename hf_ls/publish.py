@@ -1,18 +1,16 @@
-"""From predictions to what a reader sees: the report, its plots and its card.
+"""From the outcomes of runs to what a reader sees: the report, its plots and its card.
 
-Owns: the predictions of a run on disk, which rows a report has, the facts which it states.
-Does not own: training (`finetune`), numbers and pictures (`report`, `plots`, `card`).
+Owns: the facts which a report states, the files made of it, what is uploaded, the baked temperature.
+Does not own: training (`finetune`), evaluation (`outcome`), numbers and pictures (`report`, `plots`, `card`).
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import io
-import json
 import platform
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from accelerate import PartialState
@@ -27,28 +25,16 @@ from hf_ls.card import write_card
 from hf_ls.config import Config
 from hf_ls.criterion import parse_params
 from hf_ls.data import ClassificationData
-from hf_ls.files import write_atomically
+from hf_ls.findings import regime, verdict
+from hf_ls.outcome import GENERATIONS, OUTCOME, PREDICTIONS, Outcome
 from hf_ls.plots import write_plots
-from hf_ls.report import CalibrationReport, CalibrationRow
-from hf_ls.temperature import NoFiniteTemperature, bake_temperature, fit_temperature
+from hf_ls.report import CalibrationReport
+from hf_ls.sequence_data import SequenceData
+from hf_ls.tables import group_table, table
+from hf_ls.tasks import TASKS
+from hf_ls.temperature import bake_temperature
 
 REPORT = "calibration.json"
-PREDICTIONS = "predictions.npz"  # written last: a run with it is complete
-
-
-class Predictions(NamedTuple):
-    """Logits [n, K] and hard labels [n] of each evaluated split, and the run's logs: all that the report is made of."""
-
-    logits: dict[str, np.ndarray]
-    labels: dict[str, np.ndarray]
-    history: list[dict[str, Any]]
-
-
-def run_name(training: LabelSmoothingArguments) -> str:
-    """The name of a run's row: what it trains on, "baseline" being the plain cross entropy."""
-    if training.label_smoothing_objective != "smoothed_ce":
-        return training.label_smoothing_objective
-    return "smoothed" if training.label_smoothing_factor else "baseline"
 
 
 def folder_of(config: Config) -> Path:
@@ -56,56 +42,27 @@ def folder_of(config: Config) -> Path:
     return Path(config.training.output_dir or "trainer_output")
 
 
-def save_predictions(folder: Path, predictions: Predictions) -> None:
-    """Write the predictions of a finished run, whole or not at all."""
-    arrays = {f"logits_{split}": value for split, value in predictions.logits.items()}
-    arrays |= {f"labels_{split}": value for split, value in predictions.labels.items()}
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, history=np.array(json.dumps(predictions.history)), **arrays)  # type: ignore[arg-type]
-    write_atomically(folder / PREDICTIONS, buffer.getvalue())
-
-
-def load_predictions(folder: Path) -> Predictions:
-    """Read what `save_predictions` wrote."""
-    with np.load(folder / PREDICTIONS, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
-    part = {kind: {n.removeprefix(kind): v for n, v in arrays.items() if n.startswith(kind)} for kind in ("logits_", "labels_")}
-    return Predictions(part["logits_"], part["labels_"], json.loads(str(arrays["history"])))
-
-
-def publish(config: Config, data: ClassificationData, runs: dict[str, Predictions]) -> CalibrationReport | None:
-    """Rows with and without temperature on test (validation if there is no test), and all files made of them.
+def publish(config: Config, data: ClassificationData | SequenceData, runs: dict[str, Outcome]) -> CalibrationReport | None:
+    """One report of all runs and all files made of it; None when nothing was evaluated.
 
     Raises: ValueError for adapters with `bake_temperature`, and as `write_card`.
     """
     training = config.training
-    main = runs[list(runs)[-1]]
-    if not main.logits:
+    published, main = list(runs.items())[-1]
+    if main.split is None:
         return None
-    split = "test" if "test" in main.logits else "validation"
-    rows, published = [], list(runs)[-1]
-    for name, run in runs.items():
-        epsilon = 0.0 if name == "baseline" else training.label_smoothing_factor
-        logits, labels = run.logits[split], run.labels[split]
-        rows.append(CalibrationRow.from_logits(name, epsilon, 1.0, logits, labels))
-        if split == "test" and "validation" in run.logits:  # a temperature is never judged on the data it was fitted on
-            try:
-                temperature = fit_temperature(run.logits["validation"], run.labels["validation"])
-            except NoFiniteTemperature as error:
-                announce(f"{name}: no row with temperature, {error}")
-                continue
-            rows.append(CalibrationRow.from_logits(f"{name} + temperature", epsilon, temperature, logits, labels))
-            if config.run.bake_temperature and run is main:
-                published = rows[-1].name
-                _bake(config, temperature)
+    tempered = next((row for row in main.rows if row.temperature != 1), None)
+    if config.run.bake_temperature and tempered is not None:
+        published = tempered.name
+        _bake(config, tempered.temperature)
     report = CalibrationReport(
-        task=config.run.task,
+        task=TASKS[config.run.task].hub_task,
         model_name=training.hub_model_id or folder_of(config).name,
-        base_model=config.model.model_name_or_path,
-        dataset=_dataset_facts(data, split, main.labels[split]),
+        base_model=None if config.model.model_type else config.model.model_name_or_path,
+        dataset=_dataset_facts(data, main),
         label_names=list(data.label_names),
-        smoothing=_smoothing_facts(training, len(data.label_names)),
-        rows=rows,
+        smoothing=_smoothing_facts(training, main.num_classes),
+        rows=[row for run in runs.values() for row in run.rows],
         training=_training_facts(config, runs),
         history={name: run.history for name, run in runs.items()},
         versions=_versions(),
@@ -114,8 +71,10 @@ def publish(config: Config, data: ClassificationData, runs: dict[str, Prediction
     folder = folder_of(config)
     report.save(folder / REPORT)
     console = Console()
-    console.print(report.table(console.width))
-    console.print(report.regime(), report.verdict(), sep="\n", markup=False, highlight=False)
+    console.print(table(report, console.width))
+    if (groups := group_table(report)) is not None:
+        console.print(groups)
+    console.print(regime(report), verdict(report), sep="\n", markup=False, highlight=False)
     write_plots(report, folder / "plots")
     write_card(report, folder)
     console.print(f"Report, plots and card: {folder}", markup=False, highlight=False, soft_wrap=True)
@@ -134,7 +93,16 @@ def _push(training: LabelSmoothingArguments, folder: Path) -> None:
         folder_path=folder,
         revision=training.hub_revision,
         commit_message="Calibration report and model card",
-        ignore_patterns=[f"{PREFIX_CHECKPOINT_DIR}-*", "baseline/*", "_*", ".*", PREDICTIONS, "training_args.bin"],
+        ignore_patterns=[
+            f"{PREFIX_CHECKPOINT_DIR}-*",
+            "baseline/*",
+            "_*",
+            ".*",
+            PREDICTIONS,
+            OUTCOME,
+            f"*_{GENERATIONS}",
+            "training_args.bin",
+        ],
     )
 
 
@@ -147,17 +115,17 @@ def _bake(config: Config, temperature: float) -> None:
     model.save_pretrained(folder)
 
 
-def _dataset_facts(data: ClassificationData, split: str, labels: np.ndarray) -> dict[str, Any]:
-    counts = np.bincount(labels, minlength=len(data.label_names)).tolist()
+def _dataset_facts(data: ClassificationData | SequenceData, main: Outcome) -> dict[str, Any]:
     sizes = {f"n_{name}": len(part) for name, part in data.splits.items() if name != "test"}
-    return {
+    facts = {
         "name": data.name,
         "hub_id": data.hub_id,
-        "split": split,
-        "n": len(labels),
-        "class_counts": counts,
+        "split": main.split,
+        "n": main.n,
+        "class_counts": main.class_counts,
         "licence": data.licence,
-    } | sizes
+    }
+    return facts | sizes | ({} if main.n_sequences is None else {"n_sequences": main.n_sequences})
 
 
 def _smoothing_facts(training: LabelSmoothingArguments, num_classes: int) -> dict[str, Any]:
@@ -173,7 +141,7 @@ def _smoothing_facts(training: LabelSmoothingArguments, num_classes: int) -> dic
     }
 
 
-def _training_facts(config: Config, runs: dict[str, Predictions]) -> dict[str, Any]:
+def _training_facts(config: Config, runs: dict[str, Outcome]) -> dict[str, Any]:
     training = config.training
     last = [run.history[-1] for run in runs.values() if run.history]
     seconds = [entry["train_runtime"] for entry in last if "train_runtime" in entry]
@@ -200,9 +168,3 @@ def _training_facts(config: Config, runs: dict[str, Predictions]) -> dict[str, A
 def _versions() -> dict[str, str]:
     packages = {name: importlib.metadata.version(name) for name in ("transformers", "torch", "accelerate", "datasets")}
     return {"hf_ls": __version__, **packages, "python": platform.python_version()}
-
-
-def announce(text: str) -> None:
-    """Print on the main process."""
-    if PartialState().is_main_process:
-        print(text, flush=True)

@@ -1,7 +1,8 @@
-"""What a run measured: one frozen report, its JSON file, its console table and its plain-language findings.
+"""What a run measured: one frozen report and its JSON file.
 
-Owns: `CalibrationRow`, `CalibrationReport`, `calibration.json`, the wording of what the numbers show.
-Does not own: any metric (`metrics`), drawing (`plots`), the card (`card`); those two read only reports.
+Owns: `CalibrationRow`, `CalibrationReport`, `calibration.json`.
+Does not own: any metric (`metrics`), or what is made of a report alone: tables (`tables`), sentences (`findings`),
+pictures (`plots`), the card (`card`).
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -22,24 +23,21 @@ from hf_ls.files import write_atomically
 from hf_ls.metrics.core import PredictionStatistics, bin_index, reliability_bins
 from hf_ls.metrics.intervals import consistency_band
 from hf_ls.metrics.summary import summarise
+from hf_ls.metrics.tokens import TokenCalibration
 from hf_ls.temperature import apply_temperature
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 Metric = Mapping[str, float | None]
 
 HISTOGRAM_BINS = 20
-TABLE_METRICS = ("accuracy", "nll", "brier", "ece", "signed_gap", "aurc")
-TABLE_HEADINGS = ("run", "epsilon", "T", "accuracy", "nll", "brier", "ece", "null ece", "signed gap", "aurc")
-TABLE_NOTE = (
-    "T: temperature. 95 % intervals in brackets; the one of ece is for the true error and may lie below the "
-    "value, which is biased upward. null ece: mean ece of a calibrated model with these confidences and n. "
-    "signed gap: mean confidence minus accuracy. nll in nats, brier 0 to 2, aurc 0 to 1: lower is better."
-)
+CLASS_METRICS = ("accuracy", "nll", "brier", "ece", "signed_gap", "aurc")
+TOKEN_METRICS = ("accuracy", "nll", "perplexity", "brier", "ece", "signed_gap")
+# What `metrics` and the Trainer measure; every other metric of a token row is the quality of the task.
+_CALIBRATION_METRICS = {*CLASS_METRICS, *TOKEN_METRICS, "mce", "rmsce_debiased", "smooth_ece", "sequence_ece"}
+_CALIBRATION_METRICS |= {"ece_equal_mass", "ece_classwise"}
+_GROUP_KEYS = ("kind", "name", "n", "accuracy", "nll", "perplexity", "brier", "ece", "signed_gap")
 _RELIABILITY_KEYS = ("edges", "count", "confidence", "accuracy", "band_low", "band_high")
 _DATASET_KEYS = ("name", "hub_id", "split", "n", "class_counts", "licence")
-_DATASET_OPTIONAL = ("config", "revision", "n_train", "n_validation")
+_DATASET_OPTIONAL = ("config", "revision", "n_train", "n_validation", "n_sequences", "example")
 _SMOOTHING_KEYS = ("epsilon", "convention", "prior", "schedule", "optimal_logit_gap", "max_confidence")
 _SMOOTHING_OPTIONAL = ("excluded",)
 
@@ -51,6 +49,7 @@ class CalibrationRow:
     `metrics` is what `metrics.summarise` returns, each {"value", "low", "high"} with the 95 % interval where
     one is sound ("ece" also "null" and "null_q95"); `reliability` holds per bin what the diagram needs, None
     where a bin is empty; the histograms count confidences in 20 bins (a, b]. `temperature` 1.0 means none.
+    A row of tokens also has "perplexity" and the quality of its task, and `groups` as `TokenCalibration.groups`.
 
     Raises: ValueError for a missing metric or key; TypeError for a value which JSON cannot hold.
     """
@@ -59,9 +58,10 @@ class CalibrationRow:
     epsilon: float
     temperature: float
     metrics: Mapping[str, Metric]
-    reliability: dict[str, list[float | None]]
+    reliability: Mapping[str, Sequence[float | None]]
     histogram_correct: list[int]
     histogram_incorrect: list[int]
+    groups: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Make every value what JSON gives back, and check the shapes."""
@@ -69,10 +69,13 @@ class CalibrationRow:
         where = f"in row {self.name!r}"
         if not self.temperature > 0:
             raise ValueError(f"expected temperature > 0 {where}, got {self.temperature}; 1.0 means none")
-        missing = [key for key in TABLE_METRICS if "value" not in self.metrics.get(key, {})]
+        wanted, remedy = (TOKEN_METRICS, "TokenCalibration.metrics()") if self.is_token else (CLASS_METRICS, "summarise()")
+        missing = [key for key in wanted if "value" not in self.metrics.get(key, {})]
         if missing:
-            raise ValueError(f"expected {missing} with a 'value' {where}, got none; use summarise()")
+            raise ValueError(f"expected {missing} with a 'value' {where}, got none; use {remedy}")
         _check_keys(self.reliability, _RELIABILITY_KEYS, f"reliability {where}")
+        for group in self.groups:
+            _check_keys(group, _GROUP_KEYS, f"group {where}")
         sizes = [len(self.histogram_correct), len(self.histogram_incorrect)]
         if sizes != [HISTOGRAM_BINS, HISTOGRAM_BINS]:
             raise ValueError(f"expected {HISTOGRAM_BINS} bins {where}, got {sizes}; use from_logits()")
@@ -117,38 +120,74 @@ class CalibrationRow:
             histogram_incorrect=np.bincount(index[~stats.correct], minlength=HISTOGRAM_BINS).tolist(),
         )
 
+    @classmethod
+    def from_tokens(
+        cls,
+        name: str,
+        epsilon: float,
+        temperature: float,
+        tokens: TokenCalibration,
+        extra: Mapping[str, Metric] | None = None,
+    ) -> Self:
+        """The row of a teacher-forced pass whose logits were divided by `temperature` before they got into `tokens`.
+
+        Args:
+            extra: what was measured beside the tokens, e.g. "phoneme_error_rate", "exact_match", "bleu", "chrf" of the
+                generated text and "sequence_ece", each {"value"} and, where known, "low" and "high".
+
+        Raises: ValueError for a metric in `extra` which the tokens have too, and as `TokenCalibration.metrics`.
+        """
+        metrics, more = tokens.metrics(), dict(extra or {})
+        if repeated := sorted(metrics.keys() & more.keys()):
+            raise ValueError(f"expected other metrics in extra than those of the tokens, got {repeated}; rename or drop them")
+        correct, incorrect = tokens.histogram(HISTOGRAM_BINS)
+        return cls(
+            name=name,
+            epsilon=epsilon,
+            temperature=temperature,
+            metrics={**metrics, **more},
+            reliability=tokens.reliability(),
+            histogram_correct=correct,
+            histogram_incorrect=incorrect,
+            groups=tokens.groups(),
+        )
+
     @property
     def n(self) -> int:
-        """The number of predictions."""
+        """The number of predictions: examples, or tokens."""
         return sum(self.histogram_correct) + sum(self.histogram_incorrect)
 
+    @property
+    def is_token(self) -> bool:
+        """Whether a prediction is a token rather than a whole example."""
+        return "perplexity" in self.metrics
+
+    @property
+    def quality(self) -> list[str]:
+        """The metrics of the task itself, such as the phoneme error rate; none for one label per example."""
+        return [metric for metric in self.metrics if metric not in _CALIBRATION_METRICS] if self.is_token else []
+
     def value(self, metric: str) -> float:
-        """The point value of a metric; NaN where it is undefined."""
-        value = self.metrics[metric]["value"]
+        """The point value of a metric; NaN where it is undefined or was not measured."""
+        value = self.metrics.get(metric, {}).get("value")
         return math.nan if value is None else value
 
     def interval(self, metric: str) -> tuple[float, float] | None:
         """The 95 % interval of a metric, or None where none is known."""
-        low, high = self.metrics[metric].get("low"), self.metrics[metric].get("high")
+        found = self.metrics.get(metric, {})
+        low, high = found.get("low"), found.get("high")
         return None if low is None or high is None else (low, high)
 
     def show(self, metric: str) -> str:
         """A metric as text: "0.123 [0.110, 0.135]", signed for `signed_gap`, "–" where it is undefined."""
-        style = "+.3f" if metric == "signed_gap" else ".3f"
         value, interval = self.value(metric), self.interval(metric)
         if math.isnan(value):
             return "–"
+        style = "+.3f" if metric == "signed_gap" else ".3f"
+        if metric not in CLASS_METRICS and abs(value) >= 10:  # BLEU, chrF and perplexity
+            style = ".2f" if abs(value) < 10_000 else ".3g"
         text = format(value, style)
         return text if interval is None else f"{text} [{interval[0]:{style}}, {interval[1]:{style}}]"
-
-    def cells(self) -> list[str]:
-        """The row of the table as text, in the order of `TABLE_HEADINGS`."""
-        null = self.metrics["ece"].get("null")
-        shown = {metric: self.show(metric) for metric in TABLE_METRICS}
-        temperature = "–" if self.temperature == 1 else f"{self.temperature:.2f}"
-        null_ece = "–" if null is None else f"{null:.3f}"
-        start = [one_line(self.name), f"{self.epsilon:g}", temperature, shown["accuracy"], shown["nll"]]
-        return [*start, shown["brier"], shown["ece"], null_ece, shown["signed_gap"], shown["aurc"]]
 
 
 @dataclass(frozen=True)
@@ -157,9 +196,10 @@ class CalibrationReport:
 
     Args:
         task: Hub task id, e.g. "text-classification".
-        model_name: name of the fine-tuned model; base_model: Hub id or local path of what it started from.
-        dataset: name, hub_id (None when it is on no Hub), split, n, class_counts (per class, in the order of
-            `label_names`), licence; optional config, revision, n_train, n_validation.
+        model_name: name of the trained model; base_model: Hub id or local path of what it started from, None from scratch.
+        dataset: name, hub_id (None when it is on no Hub), split, n (tokens for rows of tokens), class_counts (per
+            class, in the order of `label_names`; None with label_names [] for a language model), licence; optional
+            config, revision, n_train, n_validation, n_sequences, example (an input for the code in the card).
         smoothing: of the smoothed run: epsilon, convention, prior, schedule, optimal_logit_gap (nats),
             max_confidence; optional excluded (in words). None where a value does not exist.
         rows: in the order of the table.
@@ -194,8 +234,13 @@ class CalibrationReport:
         strangers = {*self.history, self.published} - {None, *names}
         if strangers:
             raise ValueError(f"expected names of rows in history and published, got {strangers}; rename")
+        if len({row.is_token for row in self.rows}) > 1:
+            raise ValueError("expected rows of tokens or of examples, got both; report them apart")
         n, counts = self.dataset["n"], self.dataset["class_counts"]
-        if len(counts) != len(self.label_names) or sum(counts) != n:
+        if counts is None:
+            if not self.is_token_task or self.label_names:
+                raise ValueError("expected class_counts None only with rows of tokens and label_names []; count the labels")
+        elif len(counts) != len(self.label_names) or sum(counts) != n:
             wanted = f"{len(self.label_names)} class_counts with sum {n}"
             raise ValueError(f"expected {wanted}, got {counts}; count the evaluated split")
         if any(row.n != n for row in self.rows):
@@ -216,7 +261,7 @@ class CalibrationReport:
         _check_keys(fields, required, "calibration report", ("published",))
         rows = fields["rows"] if isinstance(fields["rows"], list) else [fields["rows"]]
         for row in rows:
-            _check_keys(row, [f.name for f in dataclasses.fields(CalibrationRow)], "row")
+            _check_keys(row, [f.name for f in dataclasses.fields(CalibrationRow) if f.name != "groups"], "row", ("groups",))
         return cls(**fields | {"rows": [CalibrationRow(**row) for row in rows]})
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -233,6 +278,18 @@ class CalibrationReport:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"expected a calibration report in {path}, got: {error}") from error
+
+    @property
+    def is_token_task(self) -> bool:
+        """Whether the rows are of tokens rather than of whole examples."""
+        return self.rows[0].is_token
+
+    @property
+    def size(self) -> str:
+        """How much was evaluated, in words: "n = 2,284", or "n = 12,345 tokens in 800 sequences"."""
+        sequences = self.dataset.get("n_sequences")
+        within = f" in {sequences:,} sequences" if sequences else ""
+        return f"n = {self.dataset['n']:,}" + (f" tokens{within}" if self.is_token_task else "")
 
     @property
     def baseline(self) -> CalibrationRow | None:
@@ -255,107 +312,6 @@ class CalibrationReport:
         """The temperature-scaled row of the same ε as `row`, if there is one."""
         return next((r for r in self.rows if r.epsilon == row.epsilon and r.temperature != 1), None)
 
-    def table(self, width: int | None = None) -> Table:
-        """The console table for `width` columns (the terminal's by default), numbers whole from 80 on.
-
-        Intervals stand as "0.123 [0.110, 0.135]" where there is room, else beneath their value. Nothing is
-        bold: which row is best is a matter of intervals, and `verdict` says it in words.
-        """
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        place = f"{one_line(self.dataset['name'])}, {one_line(self.dataset['split'])}"
-        title = Text(f"Calibration of {one_line(self.model_name)} on {place} (n = {self.dataset['n']:,})")
-        room, ruler = width or Console().width, Console(width=10_000)
-        for before, within in ((" [", ", "), ("\n[", ", "), ("\n[", ",\n")):
-            table = Table(
-                title=title, caption=Text(TABLE_NOTE), box=box.SIMPLE_HEAD, padding=0, pad_edge=False,
-                show_edge=False, title_justify="left", caption_justify="left",
-            )  # fmt: skip
-            for heading in TABLE_HEADINGS:
-                table.add_column(heading.replace(" ", "\n"), justify="left" if heading == "run" else "right")
-            for row in self.rows:
-                name, *cells = row.cells()
-                name = name.replace(" + ", " +\n") if within == ",\n" else name
-                shown = (cell.replace(" [", before).replace(", ", within) for cell in cells)
-                table.add_row(Text(name), *(Text(cell) for cell in shown), end_section=True)
-            if ruler.measure(table).maximum <= room:
-                break
-        return table
-
-    def regime(self) -> str:
-        """Plain sentences: is the baseline (else the first row) under- or over-confident at this n?
-
-        Read from the interval of the signed gap, confidence − accuracy: all above 0 is over-confident, all
-        below 0 under-confident. A mean of 0 can hide errors which cancel, so the ECE is set beside its null.
-        """
-        row = self.baseline or self.rows[0]
-        accuracy, interval = row.value("accuracy"), row.interval("signed_gap")
-        confidence, wilson = accuracy + row.value("signed_gap"), row.interval("accuracy")
-        if accuracy in (0, 1) and wilson is not None:
-            # All right or all wrong: a bootstrap never draws the other outcome, its interval is too short.
-            interval = confidence - wilson[1], confidence - wilson[0]
-        who = f"The model of row '{one_line(row.name)}' (epsilon {row.epsilon:g})"
-        facts = (
-            f"mean confidence {confidence:.3f}, accuracy {row.show('accuracy')}, "
-            f"signed gap {row.show('signed_gap')}, n = {row.n:,}"
-        )
-        if interval is None:
-            return f"{who} has no interval for its signed gap, so its regime is not known: {facts}."
-        if interval[0] > 0:
-            advice = " Smoothing lowers confidence, so it may help here." if row.epsilon == 0 else ""
-            return f"{who} is over-confident: {facts}.{advice}"
-        if interval[1] < 0:
-            advice = " Smoothing lowers confidence further: it may hurt here." if row.epsilon == 0 else ""
-            return f"{who} is under-confident: {facts}.{advice}"
-        sentence = f"{who} is, on average, not distinguishable from calibrated at this n: {facts}."
-        null_q95 = row.metrics["ece"].get("null_q95")
-        if null_q95 is not None and row.value("ece") > null_q95:
-            sentence += (
-                f" Its ECE of {row.value('ece'):.3f} is still above {null_q95:.3f}, which a calibrated model"
-                " would exceed in 5 % of samples: some confidences are too high and others too low."
-            )
-        return sentence
-
-    def verdict(self) -> str:
-        """Plain sentences on NLL and ECE: the smoothed run against baseline + temperature, or the baseline.
-
-        A metric differs only if the two intervals are disjoint. They share their examples, so this is
-        stricter than a paired test: overlap says that none is shown here, not that there is none.
-        """
-        baseline, smoothed = self.baseline, self.smoothed
-        if baseline is None or smoothed is None:
-            return "Nothing to compare: a verdict needs a baseline row (epsilon = 0) and a smoothed row."
-        rival = self.tempered(baseline) or baseline
-        label = "the baseline" if rival is baseline else "temperature scaling of the baseline"
-        nll, ece = (
-            f"{key.upper()} {smoothed.show(key)} against {rival.show(key)} – {_finding(smoothed, rival, key)}"
-            for key in ("nll", "ece")
-        )
-        return (
-            f"Smoothing (epsilon {smoothed.epsilon:g}) against {label}, {one_line(self.dataset['split'])} "
-            f"split, n = {rival.n:,}. {nll}. {ece}. {self.seeds()}; the intervals cover the choice of test "
-            "examples, not the seed."
-        )
-
-    def seeds(self) -> str:
-        """How many seeds stand behind the numbers, in words."""
-        seeds = self.training.get("seeds")
-        if not isinstance(seeds, list) or not seeds:
-            return "The number of seeds is not recorded"
-        return "One seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
-
-
-def _finding(smoothed: CalibrationRow, rival: CalibrationRow, metric: str) -> str:
-    ours, theirs = smoothed.interval(metric), rival.interval(metric)
-    if ours is None or theirs is None:
-        return "not decided (no interval)"
-    if ours[0] <= theirs[1] and theirs[0] <= ours[1]:
-        return "no difference shown (the intervals overlap)"
-    return f"smoothing is {'better' if ours[1] < theirs[0] else 'worse'} (the intervals are disjoint)"
-
 
 def one_line(text: str) -> str:
     """Text without line breaks, control characters and direction overrides, for titles and metadata."""
@@ -365,8 +321,8 @@ def one_line(text: str) -> str:
 
 def _make_plain(instance: Any) -> None:
     """Turn every field into what JSON gives back, so that a report equals itself after a round trip."""
-    for field in dataclasses.fields(instance):
-        object.__setattr__(instance, field.name, _plain(getattr(instance, field.name), field.name))
+    for name in (f.name for f in dataclasses.fields(instance)):
+        object.__setattr__(instance, name, _plain(getattr(instance, name), name))
 
 
 def _plain(value: Any, where: str) -> Any:

@@ -14,11 +14,12 @@ _CHUNK_ELEMENTS = 1 << 22
 
 
 @torch.no_grad()
-def item_statistics(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
+def item_statistics(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, temperature: float = 1.0) -> Tensor:
     """Confidence, correctness, NLL and Brier score of each prediction, float64 [..., 4]; NaN rows where ignored.
 
-    confidence = max p (0 to 1); correct = 1 if arg max p = y (the first of equals); nll = lse(z) − z_y in nats;
-    brier = 1 − 2·p_y + Σ p² (0 to 2, lower is better). Shapes: logits [..., K], labels [...].
+    With z = logits / temperature and p = softmax z: confidence = max p (0 to 1); correct = 1 if arg max p = y (the first of
+    equals); nll = lse(z) − z_y in nats; brier = 1 − 2·p_y + Σ p² (0 to 2, lower is better).
+    Shapes: logits [..., K], labels [...].
     Rows are reduced in chunks, so memory does not grow with the number of tokens.
 
     Raises: ValueError for labels outside [0, K) other than `ignore_index`, and for NaN logits.
@@ -32,7 +33,7 @@ def item_statistics(logits: Tensor, labels: Tensor, *, ignore_index: int = -100)
     out = torch.full((y.numel(), 4), float("nan"), dtype=dtype, device=logits.device)
     rows = kept.nonzero().squeeze(1)
     for chunk in rows.split(max(1, _CHUNK_ELEMENTS // num_classes)):
-        z = flat[chunk].to(dtype)
+        z = flat[chunk].to(dtype) / temperature
         log_normaliser = z.logsumexp(-1)
         if bool(log_normaliser.isnan().any()):
             raise ValueError("expected finite logits, got NaN; the model diverged: lower the learning rate")

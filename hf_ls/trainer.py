@@ -1,56 +1,76 @@
 """Trainer integration: one loss path for every epsilon, exact counting, honest evaluation.
 
 Owns: `LabelSmoothingMixin`, `LabelSmoothingTrainer`.
-Does not own: the loss (`losses`), the calibration sums (`metrics.streaming`), checkpoint choice (`checkpoint`).
+Does not own: the loss (`losses`), what an evaluation reports (`evaluation`), checkpoint choice (`checkpoint`).
 """
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint
 
 from hf_ls.adaptive import OnlineLabelSmoothing
-from hf_ls.alignment import check_supported, decoder_inputs, model_loss_gap, resolve_shift
-from hf_ls.arguments import LabelSmoothingArguments, check_direction, smoothing_of
-from hf_ls.criterion import Criterion, OnlineState, parse_params
+from hf_ls.alignment import (
+    IGNORE_INDEX,
+    SHIFTED,
+    check_supported,
+    counts_first_label,
+    decoder_inputs,
+    has_label,
+    labels_in,
+    model_loss_gap,
+    resolve_shift,
+    with_some_label,
+)
+from hf_ls.arguments import LabelSmoothingArguments, check_direction, distillation_of, mixup_of
+from hf_ls.criterion import OnlineState
+from hf_ls.distillation import Teacher
+from hf_ls.evaluation import CalibratedEvaluation
 from hf_ls.head import LogitsFreeHead, output_embedding, probe_inputs, virtual_tokens
-from hf_ls.losses import item_weights, logits_of, shift_if
-from hf_ls.metrics.streaming import StreamingCalibration
+from hf_ls.linear_objective import observe
+from hf_ls.losses import SmoothedTerms, item_weights, logits_of, shift_if
+from hf_ls.mixup import check_mixable
 from hf_ls.objectives import Objective
+from hf_ls.processes import without_repeats
+from hf_ls.search import SearchableLoss
 from hf_ls.smoothing import Smoothing
-from hf_ls.statistics import item_statistics
-
-if TYPE_CHECKING:
-    _Trainer = Trainer  # what the mixin is mixed into
-else:
-    _Trainer = object
+from hf_ls.softening import check_combined, techniques
+from hf_ls.trainer_card import TrainerCard
 
 logger = logging.getLogger(__name__)
 
-IGNORE_INDEX = -100
+_TERMS = ("nll", "smoothing_term", "distillation_term")  # their names in the log; the last only with a teacher
 
 
-class LabelSmoothingMixin(_Trainer):
+class LabelSmoothingMixin(TrainerCard, SearchableLoss, CalibratedEvaluation):
     """Put before a Trainer class: `class MyTrainer(LabelSmoothingMixin, Trainer)`.
 
     Training minimises Σ w_i·loss_i / Σ w_i over the whole global batch, whatever the micro-batches and processes; ε = 0 and
-    ε > 0 run the same lines. It logs `loss` = `nll` + `smoothing_term`. Evaluation reports the unsmoothed `nll`, `brier`,
-    `ece` (15 bins), `accuracy` and `signed_gap` over all examples or tokens at once; `eval_loss` equals `eval_nll`.
+    ε > 0 run the same lines. It logs `loss` = `nll` + `smoothing_term`, with a teacher + `distillation_term`. Evaluation reports
+    the unsmoothed `nll`, `brier`, `ece` (15 bins), `accuracy` and `signed_gap` over all examples or tokens at once; `eval_loss`
+    equals `eval_nll`. See `CalibratedEvaluation` for more.
 
     Args (keyword, beside the Trainer's own):
         smoothing: a `Smoothing` in place of the one in the arguments (a prior needs this).
         class_weight: [K]; each example counts w_y times.
         objective: an `Objective` or `OnlineLabelSmoothing` in place of the one named in the arguments.
-        shift_labels: whether position t predicts label t+1; None asks the model's own loss on the first batch.
+        shift_labels: whether position t predicts label t+1; None asks the model's own loss on the first batch. A batch
+            with a `shift_labels` column (context parallelism, padding-free collators) is aligned already.
+        teacher: a model for distillation; see `distillation.Distillation` and the arguments `distillation_*`.
 
-    Raises: ValueError for `compute_loss_func`, two different epsilons, tasks without one label per prediction
+    Attributes: distillation, mixup: of the training under way or the last one, None where there is none.
+
+    Raises: ValueError for `compute_loss_func`, two different epsilons, two target-softening techniques, tasks without one label per prediction
     (multi-label, regression, question answering), and a model whose own loss is no cross entropy of its logits.
     """
+
+    _arguments_class: type[TrainingArguments] = LabelSmoothingArguments
 
     # The loss is divided by the item count of the whole accumulated batch, so the Trainer must not divide it again.
     loss_is_scaled_for_ga: bool | None = True
@@ -63,41 +83,76 @@ class LabelSmoothingMixin(_Trainer):
         class_weight: Tensor | None = None,
         shift_labels: bool | None = None,
         objective: Objective | OnlineLabelSmoothing | None = None,
+        teacher: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
         training_args = next((a for a in (*args, *kwargs.values()) if isinstance(a, TrainingArguments)), None)
         if training_args is None:
-            training_args = kwargs["args"] = LabelSmoothingArguments(output_dir="trainer_output")
+            training_args = kwargs["args"] = self._arguments_class(output_dir="trainer_output")
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError(
                 "expected no compute_loss_func, got one: a stock Trainer lets it silently replace label smoothing; remove it, "
                 "or use it with transformers.Trainer and hf_ls.SmoothedCrossEntropy"
             )
         check_direction(training_args)
-        self.smoothing = _one_smoothing(smoothing, training_args)
-        name = getattr(training_args, "label_smoothing_objective", "smoothed_ce")
-        params = parse_params(getattr(training_args, "label_smoothing_objective_params", None))
-        self.criterion = Criterion(self.smoothing, objective or name, params)
         self.class_weight = class_weight
+        self._given_smoothing, self._given_objective, self._given_shift = smoothing, objective, shift_labels
+        self._has_teacher, self._teacher = teacher is not None, None
         self._shift = shift_labels
-        self._checked_loss = shift_labels is not None
-        self._logits_free = getattr(training_args, "label_smoothing_logits_free", "auto")
+        self._checked_shifted = shift_labels is not None
         self._head: LogitsFreeHead | None = None
         self._head_sought = False
-        self._statistics: StreamingCalibration | None = None
-        self._pending: Tensor | None = None
         self._step_terms: Tensor | None = None
         self._steps_before_terms = 0
+        if smoothing is not None and training_args.label_smoothing_factor not in (0.0, smoothing.epsilon):
+            raise ValueError(
+                f"expected one epsilon, got label_smoothing_factor={training_args.label_smoothing_factor} and "
+                f"smoothing={smoothing}; set only one"
+            )
+        epsilon = training_args.label_smoothing_factor if smoothing is None else smoothing.epsilon
+        training_args.label_smoothing_factor = epsilon
+        self._read_settings(training_args)
         # The parent builds its own smoother from the factor (and fails on models without a config): keep epsilon from it.
         training_args.label_smoothing_factor = 0.0
         try:
             super().__init__(*args, **kwargs)
         finally:
-            training_args.label_smoothing_factor = self.smoothing.epsilon
+            training_args.label_smoothing_factor = epsilon
+        self.args.label_smoothing_factor = epsilon  # SFTTrainer makes its own arguments from plain ones
         check_supported(self.model, self.label_names)
+        self._teacher = None if teacher is None else self._check_teacher(teacher)
+        if self.mixup is not None:
+            check_mixable(self.model)
+        if self.get_sp_size() > 1:
+            raise ValueError("expected no sequence parallelism, got sp_size > 1: there the Trainer reduces the model's own loss")
         self._online_state = OnlineState(self.criterion)
-        if self.criterion.name == "online":  # first: its file must be there before a checkpoint is marked complete
-            self.callback_handler.callbacks.insert(0, self._online_state)
+        self._register_online_state()
+
+    def _read_settings(self, args: TrainingArguments) -> None:
+        super()._read_settings(args)
+        named = getattr(args, "distillation_teacher", None)
+        if named and not self._has_teacher:
+            raise ValueError(
+                f"expected teacher=model with distillation_teacher={named!r}, got none; load it with "
+                "hf_ls.distillation.load_teacher and pass it to the trainer"
+            )
+        self.distillation, self.mixup = (distillation_of(args) if self._has_teacher else None), mixup_of(args)
+        found = techniques(self.smoothing, self.criterion, self.distillation, self.mixup)
+        check_combined(found, getattr(args, "allow_combined_softening", False))
+
+    def _check_teacher(self, teacher: nn.Module) -> Teacher:
+        has_head = output_embedding(self.model) is not None
+        if has_head and self._logits_free == "on":
+            raise ValueError(
+                "expected label_smoothing_logits_free 'auto' or 'off' with a teacher, got 'on': distillation compares whole "
+                "distributions; set 'auto'"
+            )
+        if has_head and self._logits_free == "auto":
+            logger.warning(
+                "The training loss is taken from the logits of %s: distillation compares whole distributions",
+                type(self.model).__name__,
+            )
+        return Teacher(teacher, self.model)
 
     def compute_loss(
         self,
@@ -114,64 +169,92 @@ class LabelSmoothingMixin(_Trainer):
 
         Raises: ValueError for a batch without labels and as `smoothed_terms`.
         """
-        labels = self._labels(inputs)
-        if self._shift is None or not self._checked_loss:
-            self._check_against_model(inputs)
-        # Without labels the model does not compute a loss of its own; a copy keeps the caller's batch whole.
-        batch = decoder_inputs(self.model, {k: v for k, v in inputs.items() if k not in self.label_names}, labels)
-        if model.training and not return_outputs and (head := self._find_head(model, inputs)) is not None:
+        self._check_against_model([inputs])
+        labels, batch = self._aligned(inputs), self._model_inputs(inputs)
+        needs_logits = return_outputs or (model.training and self._teacher is not None)
+        head = None if needs_logits else self._find_head(model, inputs)
+        if head is not None and model.training:
             return self._logits_free_loss(head, model, batch, labels, num_items_in_batch)
-        outputs = model(**batch)
-        logits, labels = shift_if(bool(self._shift), logits_of(outputs), labels)
+        if head is not None:
+            return self._logits_free_evaluation(head, model, batch, labels)
+        mixed = self.mixup.draw(labels) if self.mixup is not None and model.training else None
+        outputs = model(**batch) if mixed is None else mixed.forward(model, batch)
+        logits = logits_of(outputs)
         if not model.training:
             loss = self._evaluation_loss(logits, labels)
             return (loss, outputs) if return_outputs else loss
-        smoothing = self.smoothing.at(self.state.global_step, self.state.max_steps)
-        terms = self.criterion.terms(logits, labels, smoothing)
-        weight, per_count = self._weighting(labels, num_items_in_batch, terms.nll.dtype)
-        nll, smoothing_term = (terms.nll * weight).sum() * per_count, (terms.smoothing_term * weight).sum() * per_count
-        self._log_terms(nll, smoothing_term)
-        loss = nll + smoothing_term + self._auxiliary_loss(outputs)
+        if self._observer is not None:
+            kept = labels != IGNORE_INDEX
+            observe(self._observer, logits[kept], labels[kept])
+        teacher_logits = None if self._teacher is None else self._teacher.logits(batch)
+        if mixed is None:
+            terms = self._training_terms(logits, labels, teacher_logits, num_items_in_batch)
+        else:  # of both labels of each example; an ignored one is its own partner, so either side has the same count
+            theirs = None if teacher_logits is None else teacher_logits[mixed.partner]
+            terms = self._training_terms(logits, labels, teacher_logits, num_items_in_batch, mixed.share)
+            terms = terms + self._training_terms(logits, labels[mixed.partner], theirs, num_items_in_batch, 1 - mixed.share)
+        self._log_terms(*terms)
+        loss = terms.sum() + self._auxiliary_loss(outputs)
         return (loss, outputs) if return_outputs else loss
+
+    def _training_terms(
+        self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, num_items_in_batch: Any, share: Tensor | None = None
+    ) -> Tensor:
+        """The parts of the training loss in the order of the log, each example counted by its share; [2], or [3] with a teacher."""
+        smoothing = self.smoothing.at(self.state.global_step, self.state.max_steps)
+        terms: tuple[Tensor, ...] = self.criterion.terms(logits, labels, smoothing)
+        if self.distillation is not None and teacher_logits is not None:
+            terms = self.distillation.terms(SmoothedTerms(*terms), logits, teacher_logits, labels)
+        weight, per_count = self._weighting(labels, num_items_in_batch, terms[0].dtype)
+        weight = weight if share is None else weight * share
+        return torch.stack([(part * weight).sum() * per_count for part in terms])
 
     def _logits_free_loss(
         self, head: LogitsFreeHead, model: nn.Module, batch: dict[str, Any], labels: Tensor, num_items_in_batch: Any
     ) -> Tensor:
         """The training loss of `compute_loss` with its terms logged, from a forward without logits."""
-        _, labels = shift_if(bool(self._shift), labels, labels)
         smoothing = self.smoothing.at(self.state.global_step, self.state.max_steps)
         exact = torch.float64 if labels.device.type != "mps" else torch.float32
         weight, per_count = self._weighting(labels, num_items_in_batch, exact)
         token_weight = None if self.class_weight is None else weight
         objective = self.criterion.for_rows(smoothing)
         found = head(
-            model, batch, labels, smoothing, objective=objective, token_weight=token_weight, num_items_in_batch=1 / per_count
-        )
+            model, batch, labels, smoothing, objective=objective, token_weight=token_weight, num_items_in_batch=1 / per_count,
+            observer=self._observer,
+        )  # fmt: skip
         self._log_terms(*((part * weight).sum() * per_count for part in (found.nll, found.smoothing_term)))
         return found.loss + self._auxiliary_loss(found.outputs)
 
     def _find_head(self, model: nn.Module, inputs: dict[str, Any]) -> LogitsFreeHead | None:
-        """Once per training: the head which gives losses instead of logits, or None and the reason in the log.
+        """Once per training, all processes together: the head which gives losses instead of logits, or None and the reason in
+        the log.
 
         Raises: ValueError with the reason under `label_smoothing_logits_free="on"`.
         """
         if self._head_sought or self._logits_free == "off" or self.criterion.objective is None:
             return self._head
-        small = probe_inputs(inputs, self.label_names[0])
-        labels = self._labels(small)
-        if not bool((labels != IGNORE_INDEX).any()):
+        name = self.label_names[0]
+        counts = has_label(inputs, name)
+        if not any(gather_object([counts])):
             return None  # nothing to compare: ask the next batch
         self._head_sought = True
+        small = probe_inputs(
+            inputs if counts else with_some_label(inputs, name), name if inputs.get(name) is not None else SHIFTED
+        )
+        head, error = None, None
         try:
             head = LogitsFreeHead(model)
-            batch = decoder_inputs(self.model, {k: v for k, v in small.items() if k not in self.label_names}, labels)
-            head.probe(self.model, batch, shift_if(bool(self._shift), labels, labels)[1])
+            head.probe(self.model, self._model_inputs(small), self._aligned(small))
+        except ValueError as found:
+            error = found
+        # One process on the other path would leave the rest alone in collective forwards.
+        reason = next((r for r in gather_object([None if error is None else str(error)]) if r is not None), None)
+        if reason is None:
             self._head = head
-        except ValueError as reason:
-            if self._logits_free == "on":
-                raise ValueError(f"{reason}; set label_smoothing_logits_free='auto'") from reason
-            if labels.dim() == 2 and output_embedding(model) is not None:  # others have no large logits to avoid
-                logger.warning("The loss is taken from the logits of %s: %s", type(self.model).__name__, reason)
+        elif self._logits_free == "on":
+            raise ValueError(f"{reason}; set label_smoothing_logits_free='auto'") from error
+        elif self._labels(small).dim() == 2 and output_embedding(model) is not None:  # others have no large logits to avoid
+            logger.warning("The loss is taken from the logits of %s: %s", type(self.model).__name__, reason)
         return self._head
 
     def _weighting(self, labels: Tensor, num_items_in_batch: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -182,8 +265,9 @@ class LabelSmoothingMixin(_Trainer):
         # A batch in which every label is ignored has count 0 and sum 0.
         return weight, scale / torch.as_tensor(count, dtype=dtype, device=weight.device).clamp_min(1e-30)
 
-    def _labels(self, inputs: dict[str, Any]) -> Tensor:
-        labels = inputs.get(self.label_names[0])
+    def _labels(self, inputs: dict[str, Any], *, aligned: bool = False) -> Tensor:
+        """The labels of a batch as they are given; `aligned` prefers its `shift_labels`."""
+        labels = labels_in(inputs, SHIFTED if aligned and inputs.get(SHIFTED) is not None else self.label_names[0])
         if labels is None:
             raise ValueError(
                 f"expected `{self.label_names[0]}` in the batch, got {sorted(inputs)}; name the label column so, or set "
@@ -196,24 +280,44 @@ class LabelSmoothingMixin(_Trainer):
         prompt = virtual_tokens(self.model)
         return nn.functional.pad(labels, (prompt, 0), value=IGNORE_INDEX) if prompt else labels
 
-    def _check_against_model(self, inputs: dict[str, Any]) -> None:
-        """Once: find the shift from the model's own loss and refuse a model whose loss is another quantity."""
-        self._labels(inputs)
-        inputs = probe_inputs(inputs, self.label_names[0])
+    def _aligned(self, inputs: dict[str, Any]) -> Tensor:
+        """The labels each logit predicts: `shift_labels` as they are, else the labels by the model's own rule."""
+        labels = self._labels(inputs, aligned=True)
+        return shift_if(bool(self._shift) and inputs.get(SHIFTED) is None, labels, labels)[1]
+
+    def _model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch without labels, so that the model computes no loss of its own; the caller's batch stays whole."""
+        batch = {name: value for name, value in inputs.items() if name not in (*self.label_names, SHIFTED)}
+        return decoder_inputs(self.model, batch, self._labels(inputs))
+
+    def _check_against_model(self, batches: list[dict[str, Any]]) -> None:
+        """Once: find the shift from the model's own loss and refuse a model whose loss is another quantity.
+
+        All processes together, since a forward of a sharded model is collective: one without any label joins in with a
+        made-up one, and the first process which has labels decides for all.
+        """
+        if self._shift is not None:
+            return
+        name = self.label_names[0]
+        batch = next((batch for batch in batches if has_label(batch, name)), batches[0])
+        only_aligned = batch.get(name) is None and batch.get(SHIFTED) is not None
+        if only_aligned and self._checked_shifted:
+            return
+        self._labels(batch)
+        counts = has_label(batch, name)
+        if not any(gather_object([counts])):
+            return  # nothing was learnt: ask the next batch
+        batch = self._prepare_inputs(batch if counts else with_some_label(batch, name))
+        small = probe_inputs(batch, SHIFTED if only_aligned else name)
         # Virtual tokens have no labels in the batch: the model below the prompt has the same shift and loss.
         model = self.model.get_base_model() if virtual_tokens(self.model) else self.model
-        gap = model_loss_gap(model, inputs, self.label_names[0])
-        if gap is None:  # every label ignored: nothing was learnt, ask the next batch
-            return
-        self._shift = resolve_shift(self.model, gap)
-        self._checked_loss = True
-
-    def _evaluation_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        items = item_statistics(logits, labels)
-        if self._statistics is not None:
-            self._pending = items
-        nll = items[..., 2]
-        return nll.nanmean() if bool((~nll.isnan()).any()) else nll.new_zeros(())
+        own = model_loss_gap(model, small, name)
+        gap = next(gap for gap in gather_object([own if counts else None]) if gap is not None)
+        shift = resolve_shift(self.model, gap, gap.ambiguous and counts_first_label(model, small, name))
+        if only_aligned:
+            self._checked_shifted = True
+        else:
+            self._shift = shift
 
     def _auxiliary_loss(self, outputs: Any) -> Tensor | float:
         """Router losses of mixture-of-experts models, a mean per micro-batch (stock smoothing drops them)."""
@@ -231,30 +335,33 @@ class LabelSmoothingMixin(_Trainer):
         """Σ w over the accumulated batches of all processes, by our own shift rule."""
         if self._statistics is not None or not batch_samples:
             return None
-        for batch in batch_samples:  # until one has a label: the shift decides what counts
-            if not self._checked_loss:
-                self._check_against_model(self._prepare_inputs(batch))
+        self._ignore_repeats(batch_samples)
+        self._check_against_model(batch_samples)  # the shift decides what counts
         count = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
         for batch in batch_samples:
-            labels = self._labels(batch)
-            labels = labels[..., 1:] if self._shift else labels
-            count += item_weights(labels, self.class_weight, IGNORE_INDEX, count.dtype).sum().to(device)
+            count += item_weights(self._aligned(batch), self.class_weight, IGNORE_INDEX, count.dtype).sum().to(device)
         if self.accelerator.num_processes > 1:
             count = self.accelerator.gather(count).sum()
-        return count / self.get_tp_size()
+        return count / self._copies()
 
-    def _log_terms(self, nll: Tensor, smoothing_term: Tensor) -> None:
-        terms = torch.stack([nll.detach(), smoothing_term.detach()])
+    def _ignore_repeats(self, batches: list[dict[str, Any]]) -> None:
+        """Ignore the labels of rows which fill the last batch, in the caller's list: it trains on those very batches."""
+        last = batches[-1]
+        labels = {name: last[name] for name in (self.label_names[0], SHIFTED) if isinstance(last.get(name), Tensor)}
+        batches[-1] = {**last} | {name: without_repeats(self.accelerator, y, self._copies()) for name, y in labels.items()}
+
+    def _log_terms(self, *parts: Tensor) -> None:
+        terms = torch.stack([part.detach() for part in parts])
         if self._step_terms is None:  # the first micro-batch since the last log, or since a resume
             self._step_terms, self._steps_before_terms = torch.zeros_like(terms), self.state.global_step
         self._step_terms += terms
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add `nll` and `smoothing_term` (nats, means over the steps since the last log) to each training log."""
+        """Add the terms of the loss (nats, means over the steps since the last log) to each training log."""
         if "loss" in logs and self._step_terms is not None:
             steps = max(1, self.state.global_step - self._steps_before_terms)
-            nll, term = (self.accelerator.gather(self._step_terms[None]).mean(0) / steps).tolist()
-            logs |= {"nll": nll, "smoothing_term": term}
+            means = (self.accelerator.gather(self._step_terms[None]).mean(0) / steps).tolist()
+            logs |= dict(zip(_TERMS, means, strict=False))
             if self.smoothing.schedule is not None:
                 logs["epsilon"] = self.smoothing.at(self.state.global_step - 1, self.state.max_steps).epsilon
             self._step_terms = None
@@ -264,68 +371,12 @@ class LabelSmoothingMixin(_Trainer):
         """As `Trainer.train`."""
         self._step_terms = None
         self._head, self._head_sought = None, False
+        if self.model_init is not None:  # which may make another model
+            self._shift, self._checked_shifted = self._given_shift, self._given_shift is not None
         last = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
         self._online_state.resume_from = last or None
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.prediction_step`, keeping four numbers per item for the exact calibration sums."""
-        self._pending = None
-        result = super().prediction_step(*args, **kwargs)
-        if self._pending is not None and self._statistics is not None:
-            items = self._pending
-            if items.dim() > 2:  # processes pad their tokens to different lengths
-                items = self.accelerator.pad_across_processes(items, dim=1, pad_index=float("nan"))
-            # gather_for_metrics drops the examples repeated to fill the last batch.
-            items = self.gather_function(items).reshape(-1, items.shape[-1]).cpu().numpy()
-            confidence, correct, nll, brier = items[~(items != items).any(1)].T
-            self._statistics.update(confidence, correct.astype(bool), nll, brier)
-        return result
-
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """As `Trainer.evaluation_loop`, with the unsmoothed calibration metrics over all items."""
-        standalone = not self.is_in_train and self.model_wrapped is self.model
-        self._statistics = StreamingCalibration()
-        try:
-            output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        finally:
-            statistics, self._statistics = self._statistics, None
-            if standalone:
-                self._forget_evaluation_preparation()
-        if len(statistics) and output.metrics is not None:
-            metrics = statistics.compute()
-            output.metrics[f"{metric_key_prefix}_loss"] = metrics["nll"]
-            for name in ("nll", "brier", "ece", "accuracy", "signed_gap"):
-                output.metrics.setdefault(f"{metric_key_prefix}_{name}", metrics[name])
-        return output
-
-    def _forget_evaluation_preparation(self) -> None:
-        """Let a later train() wrap the model: accelerate >= 1.14 takes a model prepared for evaluation as prepared for good
-        and leaves it out of DDP, so that the processes drift apart in silence."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return  # prepared by sharding, which training shares
-        self.accelerator._models = [m for m in self.accelerator._models if m is not self.model]
-        if getattr(self.model, "_is_accelerate_prepared", False):
-            self.model._is_accelerate_prepared = False
-
 
 class LabelSmoothingTrainer(LabelSmoothingMixin, Trainer):
     """`transformers.Trainer` with label smoothing done right; see `LabelSmoothingMixin`."""
-
-
-def _one_smoothing(smoothing: Smoothing | None, args: TrainingArguments) -> Smoothing:
-    from_args = smoothing_of(args)
-    if smoothing is None:
-        return from_args
-    if from_args.epsilon not in (0.0, smoothing.epsilon):
-        raise ValueError(
-            f"expected one epsilon, got label_smoothing_factor={from_args.epsilon} and smoothing={smoothing}; set only one"
-        )
-    return smoothing

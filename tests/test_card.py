@@ -15,11 +15,24 @@ from helpers import tiny_bert
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
 from markdown_it import MarkdownIt
-from test_report import make_report
-from transformers import PreTrainedTokenizerFast, modelcard
+from test_report import make_report, make_token_report
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForTokenClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    modelcard,
+)
 
-from hf_ls.card import _TRAINER_COMMENT, MARKER, eval_results, model_card, write_card
-from hf_ls.report import TABLE_HEADINGS, TABLE_METRICS, CalibrationReport, one_line
+from hf_ls.card import _TRAINER_COMMENT, MARKER, model_card, write_card
+from hf_ls.card_metadata import eval_results
+from hf_ls.findings import regime, verdict
+from hf_ls.report import CLASS_METRICS, CalibrationReport, one_line
+from hf_ls.tables import GROUP_HEADINGS, group_cells
+from hf_ls.tables import cells as table_cells
 
 ORDER = ["Calibration", "How to use", "Label smoothing", "Training", "Limitations", "Versions"]
 HOSTILE = {
@@ -96,14 +109,14 @@ def test_sections_stand_in_their_order() -> None:
 def test_table_holds_the_numbers_of_the_report() -> None:
     report = make_report()
     head, *lines = cells(body(report))
-    assert tuple(head) == TABLE_HEADINGS
+    assert head == table_cells(report)[0]
     assert len(lines) == len(report.rows)
     for line, row in zip(lines, report.rows, strict=True):
         found = dict(zip(head, line, strict=True))
         assert found["run"] == row.name and float(found["epsilon"]) == row.epsilon
         assert found["T"] == ("–" if row.temperature == 1 else f"{row.temperature:.2f}")
         assert float(found["null ece"]) == pytest.approx(row.metrics["ece"]["null"], abs=5e-4)
-        for metric in TABLE_METRICS:
+        for metric in CLASS_METRICS:
             cell = found[metric.replace("_", " ")]
             value, *ends = (float(x) for x in re.findall(r"[-+]?\d+\.\d+", cell))
             assert value == pytest.approx(row.value(metric), abs=5e-4)
@@ -112,7 +125,7 @@ def test_table_holds_the_numbers_of_the_report() -> None:
 
 def test_card_repeats_the_findings_of_the_report() -> None:
     report, text = make_report(), body(make_report())
-    assert report.regime() in text and report.verdict() in text
+    assert regime(report) in text and verdict(report) in text
     assert "![Reliability diagram" in text and "](plots/reliability.png)" in text
 
 
@@ -208,7 +221,7 @@ def test_names_are_shown_and_not_obeyed(hostile: str, tmp_path: Path) -> None:
     shown = headings(text)
     assert [tag for tag, _ in shown] == ["h1", *["h2"] * len(ORDER)] and [t for _, t in shown][1:] == ORDER
     table = cells(text)
-    assert [len(line) for line in table] == [len(TABLE_HEADINGS)] * (1 + len(rows))
+    assert [len(line) for line in table] == [10] * (1 + len(rows))
     tokens = rendered(text)
     inline = [child for token in tokens for child in token.children or []]
     assert [t.content.strip() for t in tokens if t.type == "html_block"] == [MARKER]
@@ -285,6 +298,68 @@ class TestUsage:
             write_card(report, folder)
 
 
+class TestTokenUsage:
+    """The code in the card of a token task, run on a tiny model."""
+
+    folder = TestUsage.folder
+    run = TestUsage.run
+
+    def example(self, task: str, folder: Path, **changes: Any) -> CalibrationReport:
+        report = make_token_report(task, model_name=str(folder), **changes)
+        return replace(report, dataset=report.dataset | {"example": "A text"})
+
+    def test_seq2seq(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        torch.manual_seed(0)
+        sizes = {"d_model": 8, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "encoder_layers": 1, "decoder_layers": 1}
+        heads = {"encoder_attention_heads": 1, "decoder_attention_heads": 1, "max_position_embeddings": 80}
+        ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": 2}
+        model = BartForConditionalGeneration(BartConfig(vocab_size=7, **sizes, **heads, **ids)).eval()
+        model.save_pretrained(folder)
+        scope = self.run(self.example("text2text-generation", folder))
+        decoder_input = scope["output"].sequences[:, :-1]
+        assert decoder_input[0, 0] == 2 and scope["tokens"].shape == scope["probabilities"].shape
+        forced = model(input_ids=torch.tensor([[2, 3]]), decoder_input_ids=decoder_input).logits.softmax(-1)
+        expected = forced.gather(-1, scope["tokens"][..., None]).squeeze(-1)
+        torch.testing.assert_close(scope["probabilities"], expected, rtol=1e-4, atol=1e-5)
+        assert capsys.readouterr().out.rstrip().endswith("]")
+
+    def test_causal(self, folder: Path) -> None:
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=7, n_embd=8, n_layer=1, n_head=1, n_positions=80, eos_token_id=0)).eval()
+        model.save_pretrained(folder)
+        scope = self.run(self.example("text-generation", folder))
+        assert scope["output"].sequences[0, :2].tolist() == [2, 3]
+        forced = model(input_ids=scope["output"].sequences[:, :-1]).logits[:, 1:].softmax(-1)
+        expected = forced.gather(-1, scope["tokens"][..., None]).squeeze(-1)
+        torch.testing.assert_close(scope["probabilities"], expected, rtol=1e-4, atol=1e-5)
+
+    def test_causal_adapter(self, folder: Path, tmp_path: Path) -> None:
+        from peft import LoraConfig, TaskType, get_peft_model
+
+        base = tmp_path / "base"
+        GPT2LMHeadModel(GPT2Config(vocab_size=7, n_embd=8, n_layer=1, n_head=1, n_positions=80)).save_pretrained(base)
+        settings = LoraConfig(task_type=TaskType.CAUSAL_LM, target_modules=["c_attn"], fan_in_fan_out=True)
+        get_peft_model(GPT2LMHeadModel.from_pretrained(base), settings).save_pretrained(folder)
+        scope = self.run(self.example("text-generation", folder, training={"peft": "lora", "seeds": [0]}))
+        assert hasattr(scope["model"], "peft_config")
+        assert 0 < scope["probabilities"].min() <= scope["probabilities"].max() <= 1
+
+    def test_token_classification(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        torch.manual_seed(0)
+        names = {0: "O", 1: "B"}
+        sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+        model = BertForTokenClassification(BertConfig(vocab_size=7, id2label=names, **sizes)).eval()
+        model.save_pretrained(folder)
+        scope = self.run(self.example("token-classification", folder))
+        expected = model(input_ids=torch.tensor([[2, 3]])).logits.softmax(-1)
+        torch.testing.assert_close(scope["probabilities"], expected)
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert [line[:2] for line in lines] == [
+            ["A", names[int(expected[0, 0].argmax())]],
+            ["text", names[int(expected[0, 1].argmax())]],
+        ]
+
+
 def test_temperature_is_explained_for_what_is_published() -> None:
     baked = body(make_report(published="smoothed + temperature"))
     assert "T = 0.7, fitted on the validation split, is already in the weights" in baked
@@ -358,5 +433,137 @@ def test_card_comes_from_the_file_alone(tmp_path: Path) -> None:
 
 
 def test_other_tasks_are_refused() -> None:
-    with pytest.raises(ValueError, match="text-classification"):
-        model_card(make_report(task="translation"))
+    for report in (make_report(task="translation"), make_report(task="text-generation"), make_token_report("text-generation")):
+        wrong = replace(report, task="text-classification") if report.is_token_task else report
+        with pytest.raises(ValueError, match=r"expected a task of .*text-classification.*; set the Hub's name"):
+            model_card(wrong)
+
+
+def on_the_hub_tokens(task: str = "text2text-generation", **changes: Any) -> CalibrationReport:
+    report = make_token_report(task)
+    return replace(report, dataset=report.dataset | {"hub_id": "owner/words"}, **changes)
+
+
+@pytest.mark.parametrize("task", ["text2text-generation", "text-generation", "token-classification"])
+def test_token_cards_name_their_task_and_keep_the_order(task: str, tmp_path: Path) -> None:
+    report = make_token_report(task)
+    assert headings(body(report)) == [("h1", "toy-model"), *(("h2", name) for name in ORDER)]
+    header = metadata_load(write_card(report, tmp_path))
+    assert header is not None and header["pipeline_tag"] == task and header["tags"][-1] == task
+    assert task in modelcard.TASK_MAPPING  # what the Trainer itself writes of such a model
+    assert regime(report) in body(report) and "381 tokens in 80 sequences" in body(report)
+
+
+def test_token_tables_hold_the_numbers_of_the_report() -> None:
+    report = make_token_report()
+    table = cells(body(report))
+    wide = table_cells(report)
+    assert table[: len(wide)] == wide
+    assert table[len(wide)] == list(GROUP_HEADINGS) and table[len(wide) + 1 :] == group_cells(report)
+    assert "](plots/groups.png)" in body(report)
+    bare = replace(report, rows=[replace(row, groups=[]) for row in report.rows])
+    assert "groups.png" not in body(bare) and len(cells(body(bare))) == len(wide)
+
+
+def test_token_results_survive_huggingface_hub_with_their_types(tmp_path: Path) -> None:
+    report = on_the_hub_tokens()
+    row = report.published_row
+    assert row is not None
+    extra = {"bleu": {"value": 41.0}, "chrf": {"value": 62.5}, "f1": {"value": 0.5}}
+    row = replace(row, metrics={**row.metrics, **extra})
+    report = replace(report, rows=[row if other.name == row.name else other for other in report.rows])
+    found = ModelCard.load(write_card(report, tmp_path)).data.eval_results
+    assert found == eval_results(report)
+    bins = {"n_bins": 15, "norm": "l1", "binning": "equal_width"}
+    assert [(r.metric_type, r.metric_value, r.metric_args) for r in found] == [
+        ("per", row.value("phoneme_error_rate"), None),
+        ("exact_match", row.value("exact_match"), None),
+        ("bleu", 41.0, None),
+        ("chrf", 62.5, None),
+        ("f1", 0.5, None),
+        ("accuracy", row.value("accuracy"), None),
+        ("nll", row.value("nll"), None),
+        ("perplexity", row.value("perplexity"), None),
+        ("brier_score", row.value("brier"), None),
+        ("expected_calibration_error", row.value("ece"), bins | {"level": "token"}),
+        ("expected_calibration_error", 0.05, bins | {"level": "sequence"}),
+    ]
+    assert {r.task_type for r in found} == {"text2text-generation"}
+    assert all(type(r.metric_value) is float and r.verified is None for r in found)
+
+
+def test_teacher_forcing_is_stated_where_text_is_generated() -> None:
+    sentence = "it says nothing about the confidence of free-running generation"
+    spelled = body(make_token_report())
+    assert sentence in spelled and "The sequence ECE, 0.050, is about that" in spelled
+    language = body(make_token_report("text-generation"))
+    assert sentence in language and "That was not measured." in language
+    assert sentence not in body(make_token_report("token-classification"))
+
+
+def test_temperature_of_a_generator_is_applied_by_the_user_and_not_baked() -> None:
+    plain = body(make_token_report())
+    assert "divide the logits by T = 0.6 before the softmax; greedy search writes the same text" in plain
+    assert "T is not in the weights: it must be applied at generation time" in plain
+    assert "greedy and beam search ignore the temperature of the GenerationConfig" in plain
+    tagger = body(make_token_report("token-classification"))
+    assert "accuracy stays the same." in tagger and "generation time" not in tagger
+    baked = body(make_token_report("token-classification", published="smoothed + temperature"))
+    assert "is already in the weights of the classifier" in baked
+
+
+def test_limitations_of_tokens() -> None:
+    def limits(task: str, **changes: Any) -> str:
+        return body(make_token_report(task, **changes)).split("## Limitations")[1].split("## Versions")[0]
+
+    for task in ("text2text-generation", "text-generation", "token-classification"):
+        assert "resample whole sequences" in limits(task) and "choice of test sequences" in limits(task)
+        assert ("only between models with the same tokenizer" in limits(task)) == (task != "token-classification")
+    assert "end of sequence" in limits("text-generation")
+    assert "end of sequence" not in limits("text-generation", published="baseline")
+    assert "resample whole sequences" not in body(make_report())
+
+
+def test_a_vocabulary_has_no_class_names_or_counts() -> None:
+    text = body(make_token_report(base_model=None))
+    assert "A sequence-to-sequence model, trained from scratch with label smoothing" in text
+    assert "labels (" not in text and "- base model: none, trained from scratch" in text
+    assert "- test, which the table is measured on: 381 tokens in 80 sequences\n" in text
+    assert "all tokens of the vocabulary, the label's own included" in text
+    tagger = body(make_token_report("token-classification"))
+    assert "with 9 labels (class 0, class 1" in tagger and "(class 0 381, class 1 0" in tagger
+    facts = make_token_report().smoothing | {"convention": "wrong"}
+    assert "goes to the other tokens only\n" in body(make_token_report(smoothing=facts))
+
+
+@pytest.mark.parametrize("hostile", HOSTILE.values(), ids=HOSTILE)
+def test_names_in_a_token_report_are_shown_and_not_obeyed(hostile: str) -> None:
+    plain = on_the_hub_tokens()
+    quality = one_line(hostile) or "x"
+    rows = [
+        replace(
+            row,
+            name=f"{hostile}{i}",
+            metrics={**row.metrics, quality: {"value": 0.5}},
+            groups=[group | {"name": hostile, "kind": hostile} for group in row.groups[:1]],
+        )
+        for i, row in enumerate(plain.rows)
+    ]
+    facts = {"name": hostile, "licence": hostile, "example": hostile}
+    report = replace(plain, rows=rows, history={}, published=rows[2].name, model_name=hostile, dataset=plain.dataset | facts)
+    card = ModelCard(model_card(report))
+    assert card.data.eval_results == eval_results(report)
+    shown = headings(card.text)
+    assert [tag for tag, _ in shown] == ["h1", *["h2"] * len(ORDER)] and [t for _, t in shown][1:] == ORDER
+    wide = table_cells(report)
+    table = cells(card.text)
+    assert [len(line) for line in table] == [len(wide[0])] * len(wide) + [len(GROUP_HEADINGS)] * 3
+    assert table == [*wide, list(GROUP_HEADINGS), *group_cells(report)]
+    tokens = rendered(card.text)
+    inline = [child for token in tokens for child in token.children or []]
+    assert [t.content.strip() for t in tokens if t.type == "html_block"] == [MARKER]
+    assert not [child for child in inline if child.type in ("html_inline", "strong_open", "s_open", "em_open")]
+    assert [child.attrs["src"] for child in inline if child.type == "image"] == ["plots/reliability.png", "plots/groups.png"]
+    (fence,) = (token for token in tokens if token.type == "fence")
+    tree = ast.parse(fence.content)
+    assert one_line(hostile) in [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]

@@ -132,7 +132,7 @@ def test_shapes_and_integer_types(shape, dtype):
     assert smoothed_cross_entropy(logits, labels.to(dtype), 0.1, reduction="none").shape == shape
 
 
-def test_trap_9_half_precision_is_computed_in_float32():
+def test_trap_09_half_precision_is_computed_in_float32():
     logits, labels = random_case(n=512, classes=2000, dtype=torch.bfloat16, ignored=0)
     exact = F.cross_entropy(logits.double(), labels, label_smoothing=0.1)
     ours = smoothed_cross_entropy(logits, labels, 0.1)
@@ -141,7 +141,7 @@ def test_trap_9_half_precision_is_computed_in_float32():
     assert abs(ours.item() - exact.item()) < 1e-5 < 1e-4 < abs(stock.item() - exact.item())
 
 
-def test_trap_9_fp16_sums_do_not_overflow():
+def test_trap_09_fp16_sums_do_not_overflow():
     g = torch.Generator().manual_seed(0)
     logits, labels = (torch.randn(8192, 64, generator=g) * 8).half(), torch.randint(0, 64, (8192,), generator=g)
     assert torch.isinf(LabelSmoother(0.1)({"logits": logits}, labels))
@@ -150,7 +150,7 @@ def test_trap_9_fp16_sums_do_not_overflow():
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.1])
-def test_trap_9_all_ignored_is_a_differentiable_zero(epsilon):
+def test_trap_09_all_ignored_is_a_differentiable_zero(epsilon):
     logits = torch.randn(3, 4, requires_grad=True)
     labels = torch.full((3,), -100)
     assert torch.isnan(F.cross_entropy(logits, labels, label_smoothing=epsilon))
@@ -176,7 +176,7 @@ def test_empty_batch_is_a_differentiable_zero():
     assert (loss, gradient.shape) == (0.0, (0, 4))
 
 
-def test_trap_9_minus_infinity_outside_the_support_is_exactly_the_smaller_problem():
+def test_trap_09_minus_infinity_outside_the_support_is_exactly_the_smaller_problem():
     logits, labels = random_case(ignored=0)
     labels = labels.clamp_max(4)
     support = torch.tensor([0.2] * 5 + [0.0, 0.0], dtype=torch.float64)
@@ -189,7 +189,7 @@ def test_trap_9_minus_infinity_outside_the_support_is_exactly_the_smaller_proble
     torch.testing.assert_close(gradient, small_gradient)
 
 
-def test_trap_9_minus_infinity_inside_the_support_names_the_remedy():
+def test_trap_09_minus_infinity_inside_the_support_names_the_remedy():
     logits, labels = random_case(ignored=0)
     labels = labels.clamp_max(4)
     hidden = torch.zeros(7, dtype=torch.bool).index_fill(0, torch.tensor([6]), True)
@@ -201,14 +201,14 @@ def test_trap_9_minus_infinity_inside_the_support_names_the_remedy():
 
 
 @pytest.mark.parametrize("bad", [-1, 7, -99, 100])
-def test_trap_9_labels_out_of_range_raise(bad):
+def test_trap_09_labels_out_of_range_raise(bad):
     logits, labels = random_case()
     labels[3] = bad
     with pytest.raises(ValueError, match=rf"labels in \[0, 7\) or -100 .* got {bad}"):
         smoothed_cross_entropy(logits, labels, 0.1)
 
 
-def test_trap_9_the_stock_smoother_trains_class_0_on_minus_one():
+def test_trap_09_the_stock_smoother_trains_class_0_on_minus_one():
     logits, _ = random_case(ignored=0)
     stock = LabelSmoother(0.1)
     minus, zero = (stock({"logits": logits}, torch.full((64,), y)) for y in (-1, 0))
@@ -311,7 +311,7 @@ def test_module_in_eval_mode_reports_the_plain_nll():
     torch.testing.assert_close(SmoothedCrossEntropy(0.1).eval()(logits, labels), F.cross_entropy(logits, labels))
 
 
-def test_trap_6_the_module_asks_for_the_shift_of_sequences():
+def test_trap_06_the_module_asks_for_the_shift_of_sequences():
     g = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(2, 5, 7, generator=g), torch.randint(0, 7, (2, 5), generator=g)
     with pytest.raises(ValueError, match="shift=True"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.text import Text
-from test_report import make_report
+from test_report import make_report, make_token_report
 
 from hf_ls.metrics import wilson_interval
-from hf_ls.plots import DPI, confidence, loss_curve, plot_reliability, reliability, write_plots
+from hf_ls.plots import DPI, confidence, groups, loss_curve, plot_reliability, reliability, write_plots
 from hf_ls.report import CalibrationReport
 
 REPORTS: dict[str, dict[str, Any]] = {
@@ -201,3 +202,98 @@ def test_plots_come_from_the_file_alone(report: CalibrationReport, tmp_path: Pat
     loaded = CalibrationReport.load(report.save(tmp_path / "calibration.json"))
     one, two = plot_reliability(report, tmp_path / "1.png"), plot_reliability(loaded, tmp_path / "2.png")
     assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def tokens() -> CalibrationReport:
+    return make_token_report()
+
+
+def test_groups_draw_nll_and_ece_by_position_and_frequency_of_every_row(tokens: CalibrationReport) -> None:
+    figure = drawn(groups(tokens))
+    axes = np.array(figure.axes).reshape(2, 2)
+    for column, kind in enumerate(("position", "frequency")):
+        for ax, metric in zip(axes[:, column], ("nll", "ece"), strict=True):
+            assert len(ax.lines) == len(tokens.rows)
+            for line, row in zip(ax.lines, tokens.rows, strict=True):
+                expected = [group[metric] for group in row.groups if group["kind"] == kind]
+                assert list(line.get_ydata()) == expected
+                assert line.get_linestyle() == ("-" if row.temperature == 1 else "--")
+        ticks = [label.get_text() for label in axes[1, column].get_xticklabels()]
+        named = [group for group in tokens.rows[0].groups if group["kind"] == kind]
+        assert [tick.split("\n")[1] for tick in ticks] == [str(group["n"]) for group in named]
+    assert [tick.split("\n")[0] for tick in ticks[-2:]] == ["10k-99k", "100k-999k"]
+    assert {axes[0, 0].get_ylabel(), axes[1, 0].get_ylabel()} == {"NLL, nats per token", "ECE"}
+    colours = [ax.containers[-1].lines[0].get_color() for ax in reliability(tokens).axes[::2]]
+    assert [line.get_color() for line in axes[0, 0].lines] == colours
+
+
+def test_a_group_which_a_row_lacks_leaves_a_gap(tokens: CalibrationReport) -> None:
+    position = [group for group in tokens.rows[0].groups if group["kind"] == "position"]
+    rows = [tokens.rows[0], replace(tokens.rows[2], groups=position[:1])]
+    figure = groups(replace(tokens, rows=rows, history={}, published=None))
+    data = figure.axes[0].lines[1].get_ydata()
+    assert data[0] == position[0]["nll"] and np.isnan(data[1:]).all() and len(data) == len(position)
+
+
+def test_tick_labels_of_groups_do_not_overlap(tokens: CalibrationReport) -> None:
+    for ax in drawn(groups(tokens)).axes[2:]:
+        boxes = [label.get_window_extent() for label in ax.get_xticklabels()]
+        assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+
+
+def test_no_groups_no_picture_of_them(report: CalibrationReport, tokens: CalibrationReport, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"groups of a kind in .*got none; skip this plot"):
+        groups(report)
+    names = [path.name for path in write_plots(tokens, tmp_path)]
+    assert names == ["reliability.png", "confidence.png", "loss_curve.png", "groups.png"]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_token_counts_stand_on_a_log_axis_which_holds_1_and_1e7(rows: int) -> None:
+    report = make_token_report(rows=rows)
+    row = report.rows[0]
+    n = row.n - 1 + 10_000_000
+    count = [1, *[0] * 13, n - 1]
+    huge = replace(
+        row,
+        reliability=row.reliability
+        | {"count": count, "accuracy": [0.0, *[None] * 13, 0.9], "confidence": [0.05, *[None] * 13, 0.97]},
+        histogram_correct=[*[0] * 19, n - 1],
+        histogram_incorrect=[1, *[0] * 19],
+    )
+    report = replace(report, rows=[huge], history={}, published=None, dataset=report.dataset | {"n": n})
+    strip = reliability(report).axes[1]
+    assert strip.get_yscale() == "log" and "log" in strip.get_ylabel()
+    assert "10M" in texts(strip).split("\n")
+    (ax,) = drawn(confidence(report)).axes
+    assert ax.get_yscale() == "log" and ax.get_ylabel() == "tokens"
+    assert ax.get_ylim()[0] < 1 and ax.get_ylim()[1] > 1e7
+    wrong, right = (container.patches for container in ax.containers)
+    assert [p.get_height() for p in wrong] == huge.histogram_incorrect
+    assert [p.get_height() for p in right] == huge.histogram_correct
+    for grey, coloured in zip(wrong, right, strict=True):  # side by side inside the bin
+        assert coloured.get_y() == grey.get_y() and coloured.get_x() == pytest.approx(grey.get_x() + grey.get_width())
+
+
+def test_nothing_leaves_the_picture(tokens: CalibrationReport) -> None:
+    for plot in (reliability, confidence, loss_curve, groups):
+        figure = drawn(plot(tokens))
+        for legend in figure.legends:
+            box = legend.get_window_extent()
+            assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0, plot.__name__
+
+
+def test_axis_of_a_vocabulary_starts_at_zero_and_units_are_tokens(tokens: CalibrationReport) -> None:
+    assert reliability(tokens).axes[0].get_xlim() == (0, 1)
+    assert loss_curve(tokens).axes[0].get_ylabel() == "nats per token"
+    assert loss_curve(make_report()).axes[0].get_ylabel() == "nats per example"
+    assert reliability(make_token_report("token-classification")).axes[0].get_xlim() == pytest.approx((1 / 15, 1))
+
+
+@pytest.mark.filterwarnings("error", "ignore:Glyph")
+@pytest.mark.parametrize("hostile", ["$x$", "$\\frac{$", "a\nb", "_x^2", "12345678901234567890", "\\"])
+def test_group_names_are_text_and_never_formulas(hostile: str, tokens: CalibrationReport) -> None:
+    group = tokens.rows[0].groups[-1] | {"name": hostile}
+    row = replace(tokens.rows[0], name=hostile, groups=[group])
+    drawn(groups(replace(tokens, rows=[row], history={}, published=None)))

@@ -1,8 +1,7 @@
-"""Facts about the report: what its rows hold, that its file gives it back, and what its sentences claim."""
+"""Facts about the report: what its rows hold, and that its file gives it back."""
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -14,10 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
 
-from hf_ls.metrics import summarise
-from hf_ls.report import TABLE_METRICS, CalibrationReport, CalibrationRow
+from hf_ls.metrics import PredictionStatistics, TokenCalibration, summarise
+from hf_ls.report import CalibrationReport, CalibrationRow
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,6 +28,18 @@ def toy_logits(n: int = 200, num_classes: int = 3, scale: float = 2.0) -> tuple[
     return scale * logits, labels
 
 
+def toy_history(rows: list[CalibrationRow]) -> dict[str, list[dict[str, float]]]:
+    steps = range(10, 60, 10)
+    return {
+        row.name: [
+            {"step": s, "loss": 1.0 - s / 100 + row.epsilon, "nll": 1.0 - s / 100, "smoothing_term": row.epsilon} for s in steps
+        ]
+        + [{"step": 50, "eval_nll": 0.8, "eval_ece": 0.1}]
+        for row in rows
+        if row.temperature == 1
+    }
+
+
 def make_report(n: int = 200, num_classes: int = 3, rows: int = 4, **changes: Any) -> CalibrationReport:
     """Rows over one toy split: an over-confident baseline, an under-confident smoothed run, both tempered."""
     logits, labels = toy_logits(n, num_classes)
@@ -39,21 +49,6 @@ def make_report(n: int = 200, num_classes: int = 3, rows: int = 4, **changes: An
         CalibrationRow.from_logits(name, epsilon, temperature, factor * logits, labels, repetitions=50)
         for name, epsilon, temperature, factor in settings[:rows]
     ]
-    steps = range(10, 60, 10)
-    history = {
-        row.name: [
-            {
-                "step": s,
-                "loss": 1.0 - s / 100 + row.epsilon,
-                "nll": 1.0 - s / 100,
-                "smoothing_term": row.epsilon,
-            }
-            for s in steps
-        ]
-        + [{"step": 50, "eval_nll": 0.8, "eval_ece": 0.1}]
-        for row in made
-        if row.temperature == 1
-    }
     fields: dict[str, Any] = {
         "task": "text-classification",
         "model_name": "toy-model",
@@ -79,11 +74,68 @@ def make_report(n: int = 200, num_classes: int = 3, rows: int = 4, **changes: An
         },
         "rows": made,
         "training": {"seeds": [0], "steps": 50, "learning_rate": 5e-5, "max_length": 16, "peft": "none"},
-        "history": history,
+        "history": toy_history(made),
         "versions": {"transformers": "5.23.0"},
         "published": made[-1].name if rows != 3 else "smoothed",
     }
     return CalibrationReport(**fields | changes)
+
+
+def toy_tokens(
+    scale: float = 1.0, sequences: int = 80, vocabulary: int = 9, temperature: float = 1.0, repetitions: int = 50
+) -> TokenCalibration:
+    """Sequences of 1 to 9 tokens, padded with NaN; token 1 ends each; harder with the position; token 8 is unseen."""
+    rng = np.random.default_rng(3)
+    lengths, steps = rng.integers(1, 10, sequences), 10
+    labels = rng.integers(2, vocabulary, (sequences, steps))
+    labels[np.arange(sequences), lengths - 1] = 1
+    position = np.arange(steps)
+    logits = rng.normal(size=(sequences, steps, vocabulary))
+    np.put_along_axis(
+        logits, labels[..., None], (3.5 - 0.25 * position)[None, :, None] + 2 * rng.normal(size=(sequences, steps, 1)), -1
+    )
+    stats = PredictionStatistics.from_logits((scale / temperature * logits).reshape(-1, vocabulary), labels.ravel())
+    items = np.stack([stats.confidence, stats.correct, stats.nll, stats.brier], -1).reshape(sequences, steps, 4)
+    items[position >= lengths[:, None]] = np.nan
+    counts = [0, sequences, *(10 ** np.arange(vocabulary - 3)), 0]
+    tokens = TokenCalibration(eos_token_id=1, token_counts=counts, repetitions=repetitions)
+    tokens.update(items, labels)
+    return tokens
+
+
+def make_token_report(
+    task: str = "text2text-generation", rows: int = 4, sequences: int = 80, **changes: Any
+) -> CalibrationReport:
+    """Rows over toy sequences: an over-confident baseline, an under-confident smoothed run, both tempered."""
+    settings = [("baseline", 0.0, 1.0, 2.2), ("baseline + temperature", 0.0, 1.4, 2.2)]
+    settings += [("smoothed", 0.1, 1.0, 0.9), ("smoothed + temperature", 0.1, 0.6, 0.9)]
+    made = []
+    for name, epsilon, temperature, scale in settings[:rows]:
+        tokens = toy_tokens(scale, sequences, temperature=temperature)
+        extra: dict[str, dict[str, float]] = {}
+        if task == "text2text-generation":
+            extra["phoneme_error_rate"] = interval(0.221, 0.215, 0.227) if epsilon else interval(0.239, 0.233, 0.245)
+            extra["exact_match"] = interval(0.52, 0.49, 0.55) if epsilon else interval(0.48, 0.45, 0.51)
+            extra |= {"sequence_ece": {"value": 0.05}} if temperature == 1 else {}
+        made.append(CalibrationRow.from_tokens(name, epsilon, temperature, tokens, extra))
+    names = [f"class {i}" for i in range(9)] if task == "token-classification" else []
+    fields: dict[str, Any] = {
+        "task": task,
+        "rows": made,
+        "label_names": names,
+        "dataset": {
+            "name": "words",
+            "hub_id": None,
+            "split": "test",
+            "n": made[0].n,
+            "class_counts": [made[0].n, *[0] * 8] if names else None,
+            "licence": "BSD",
+            "n_sequences": sequences,
+            "n_train": 1000,
+        },
+        "published": None if rows == 2 else made[min(rows, 3) - 1].name,
+    }
+    return replace(make_report(rows=1), **{**fields, "history": toy_history(made), **changes})
 
 
 def with_metrics(row: CalibrationRow, **metrics: dict[str, float]) -> CalibrationRow:
@@ -213,124 +265,75 @@ def test_rows_are_found_by_what_they_are() -> None:
     assert make_report(rows=2, published=None).published_row is None
 
 
-@pytest.mark.parametrize(
-    ("gap", "word"),
-    [
-        (interval(0.1, 0.05, 0.15), "is over-confident"),
-        (interval(-0.1, -0.15, -0.05), "is under-confident"),
-        (interval(0.01, -0.02, 0.04), "not distinguishable from calibrated at this n"),
-        ({"value": 0.01}, "not known"),
-    ],
-)
-def test_regime_follows_the_interval_of_the_signed_gap(gap: dict[str, float], word: str) -> None:
+def test_row_of_tokens_holds_what_the_tokens_say() -> None:
+    tokens = toy_tokens()
+    extra = {"phoneme_error_rate": interval(0.2, 0.1, 0.3), "sequence_ece": {"value": 0.1}}
+    row = CalibrationRow.from_tokens("x", 0.1, 1.0, tokens, extra)
+    assert row.is_token and row.n == len(tokens) == sum(row.reliability["count"])
+    assert row.quality == ["phoneme_error_rate"]
+    assert CalibrationRow.from_tokens("x", 0.1, 1.0, tokens).quality == []
+    for metric, found in (tokens.metrics() | extra).items():
+        assert row.metrics[metric] == found
+    assert row.groups == tokens.groups() and {g["kind"] for g in row.groups} == {"end_of_sequence", "frequency", "position"}
+    assert sum(row.histogram_correct) == pytest.approx(row.value("accuracy") * row.n)
+    with pytest.raises(ValueError, match=r"other metrics in extra than those of the tokens, got \['ece'\]"):
+        CalibrationRow.from_tokens("x", 0.1, 1.0, tokens, {"ece": {"value": 0.1}})
+
+
+def test_temperature_of_a_token_row_is_already_in_its_tokens() -> None:
+    plain, tempered = (CalibrationRow.from_tokens("x", 0.0, t, toy_tokens(temperature=t)) for t in (1.0, 2.0))
+    assert tempered.temperature == 2.0 and tempered.value("accuracy") == plain.value("accuracy")
+    assert tempered.value("nll") == toy_tokens(temperature=2.0).metrics()["nll"]["value"] != plain.value("nll")
+
+
+@pytest.mark.parametrize("task", ["text2text-generation", "text-generation", "token-classification"])
+def test_file_gives_a_report_of_tokens_back_exactly(task: str, tmp_path: Path) -> None:
+    report = make_token_report(task)
+    loaded = CalibrationReport.load(report.save(tmp_path / "calibration.json"))
+    assert loaded == report and loaded.rows[0].groups == report.rows[0].groups != []
+    assert report.is_token_task and report.size == f"n = {report.rows[0].n} tokens in 80 sequences"
+
+
+def test_files_from_before_groups_are_read() -> None:
     report = make_report()
-    first = with_metrics(report.rows[0], signed_gap=gap, ece={"value": 0.01, "null": 0.02, "null_q95": 0.03})
-    sentence = replace(report, rows=[first, *report.rows[1:]]).regime()
-    assert word in sentence
-    assert "baseline" in sentence and "n = 200" in sentence and first.show("signed_gap") in sentence
-    assert "still above" not in sentence
+    fields = json.loads(report.to_json())
+    for row in fields["rows"]:
+        assert row.pop("groups") == []
+    assert CalibrationReport.from_json(json.dumps(fields)) == report
+    assert not report.is_token_task and report.size == "n = 200"
 
 
-def test_regime_sees_errors_which_cancel() -> None:
-    report = make_report()
-    gap, ece = interval(0.0, -0.02, 0.02), {"value": 0.2, "null": 0.02, "null_q95": 0.03}
-    rows = [with_metrics(report.rows[0], signed_gap=gap, ece=ece), *report.rows[1:]]
-    assert "ECE of 0.200 is still above 0.030" in replace(report, rows=rows).regime()
+def test_contradictions_of_token_reports_are_refused() -> None:
+    report, examples = make_token_report(), make_report()
+    names = ["a"] * 9
+    for changes, message in (
+        ({"label_names": names}, "class_counts None only with rows of tokens and label_names"),
+        ({"rows": [*report.rows[:3], replace(examples.rows[3])]}, "rows of tokens or of examples, got both"),
+        ({"dataset": report.dataset | {"n": 7}}, "n = 7 in rows, got .381"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(report, **changes)
+    with pytest.raises(ValueError, match="class_counts None only with rows of tokens"):
+        replace(examples, dataset=examples.dataset | {"class_counts": None}, label_names=[])
+    row = report.rows[0]
+    with pytest.raises(ValueError, match=r"'brier'.*TokenCalibration"):
+        replace(row, metrics={name: found for name, found in row.metrics.items() if name != "brier"})
+    with pytest.raises(ValueError, match=r"group in row 'baseline'.*missing .'ece'"):
+        replace(row, groups=[{key: value for key, value in row.groups[0].items() if key != "ece"}])
 
 
-def test_regime_does_not_trust_a_bootstrap_without_an_error() -> None:
-    """Five of five right at confidence 0.9 happen with probability 0.59: no sign of under-confidence."""
-    logits = np.log([[0.9, 0.05, 0.05]] * 5) + np.linspace(0, 1e-3, 5)[:, None] * [1, 0, 0]
-    row = CalibrationRow.from_logits("baseline", 0.0, 1.0, logits, [0] * 5, repetitions=50)
-    assert row.metrics["signed_gap"]["high"] is not None and row.metrics["signed_gap"]["high"] < 0
-    dataset = make_report().dataset | {"n": 5, "class_counts": [5, 0, 0]}
-    report = replace(make_report(rows=1, history={}), rows=[row], dataset=dataset)
-    assert "not distinguishable" in report.regime()
-
-
-def test_regime_of_a_smoothed_run_alone_gives_no_advice_to_smooth() -> None:
-    report = make_report()
-    alone = replace(report, rows=[report.rows[2]], history={}, published=None)
-    assert "under-confident" in alone.regime() and "smoothed" in alone.regime()
-    assert "it may hurt here" not in alone.regime()
-    assert "Smoothing lowers confidence" in report.regime()
-
-
-@pytest.mark.parametrize(
-    ("ours", "theirs", "word"),
-    [
-        (
-            interval(0.5, 0.4, 0.6),
-            interval(0.8, 0.7, 0.9),
-            "smoothing is better (the intervals are disjoint)",
-        ),
-        (interval(0.8, 0.7, 0.9), interval(0.5, 0.4, 0.6), "smoothing is worse (the intervals are disjoint)"),
-        (interval(0.5, 0.4, 0.7), interval(0.6, 0.55, 0.8), "no difference shown (the intervals overlap)"),
-        (interval(0.5, 0.4, 0.6), interval(0.7, 0.6, 0.8), "no difference shown (the intervals overlap)"),
-        ({"value": 0.5}, interval(0.8, 0.7, 0.9), "not decided (no interval)"),
-    ],
-)
-def test_verdict_claims_only_what_disjoint_intervals_show(ours: Any, theirs: Any, word: str) -> None:
-    report = make_report()
-    baseline, baseline_t, smoothed, smoothed_t = report.rows
-    for metric in ("nll", "ece"):
-        rows = [
-            baseline,
-            with_metrics(baseline_t, **{metric: theirs}),
-            with_metrics(smoothed, **{metric: ours}),
-            smoothed_t,
-        ]
-        verdict = replace(report, rows=rows).verdict()
-        clause = next(part for part in verdict.split(". ") if part.startswith(metric.upper()))
-        assert clause.endswith(word)
-        assert rows[2].show(metric) in clause and rows[1].show(metric) in clause
-        assert "temperature scaling of the baseline" in verdict and "One seed" in verdict
-
-
-def test_verdict_without_a_pair_says_so() -> None:
-    assert "Nothing to compare" in make_report(rows=2).verdict()
-    plain = make_report()
-    two = replace(plain, rows=[plain.rows[0], plain.rows[2]], published=None, training={})
-    assert "against the baseline, test split" in two.verdict()
-    assert "number of seeds is not recorded" in two.verdict()
-    assert "2 seeds" in replace(two, training={"seeds": [0, 1]}).verdict()
-
-
-def _printed(report: CalibrationReport, width: int) -> str:
-    console = Console(width=width, file=io.StringIO(), record=True)
-    console.print(report.table(width))
-    return console.export_text()
-
-
-@pytest.mark.parametrize("width", [80, 100, 140, 200])
-def test_table_shows_every_number_whole(width: int) -> None:
-    report = make_report()
-    text = _printed(report, width)
-    assert "…" not in text and max(map(len, text.splitlines())) <= width
-    words = text.split()
-    for row in report.rows:
-        for metric in TABLE_METRICS:
-            assert all(part in words for part in row.show(metric).split()), (row.name, metric)
-        assert f"{row.metrics['ece']['null']:.3f}" in words
-
-
-def test_wide_table_keeps_value_and_interval_together() -> None:
-    report = make_report()
-    text = _printed(report, 200)
-    assert all(row.show(metric) in text for row in report.rows for metric in TABLE_METRICS)
-
-
-def test_table_shows_names_as_they_are_and_gaps_as_a_dash() -> None:
-    report = make_report()
-    row = with_metrics(replace(report.rows[0], name="[red]x[/red]\n[bold"), aurc={"value": math.nan})
-    text = _printed(replace(report, rows=[row], history={}, published=None), 200)
-    assert "[red]x[/red] [bold" in text
-    assert row.show("aurc") == "–"
+def test_numbers_are_shown_with_the_digits_that_tell_rows_apart() -> None:
+    row = make_token_report(rows=1).rows[0]
+    large = {"bleu": interval(41.236, 40.0, 42.5), "perplexity": {"value": 123456.0}, "chrf": {"value": math.nan}}
+    row = with_metrics(row, **large, ece=interval(0.0123, 0.01, 0.02))
+    assert row.show("bleu") == "41.24 [40.00, 42.50]" and row.show("perplexity") == "1.23e+05"
+    assert row.show("ece") == "0.012 [0.010, 0.020]" and row.show("chrf") == row.show("unmeasured") == "–"
+    assert row.interval("unmeasured") is None
 
 
 def test_import_stays_light() -> None:
     code = (
-        "import hf_ls.report, hf_ls.plots, sys;"
+        "import hf_ls.report, hf_ls.plots, hf_ls.tables, hf_ls.findings, sys;"
         "print([m for m in ('torch', 'matplotlib', 'rich', 'transformers', 'datasets') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -83,7 +83,7 @@ def test_epsilon_zero_has_no_finite_gap():
 
 
 @pytest.mark.parametrize("epsilon", [-0.1, 1.0, 1.5, 2, float("nan"), float("inf")])
-def test_trap_9_epsilon_out_of_range_is_refused(epsilon):
+def test_trap_09_epsilon_out_of_range_is_refused(epsilon):
     with pytest.raises(ValueError, match="0 <= epsilon < 1"):
         Smoothing(epsilon)
 

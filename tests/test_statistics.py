@@ -57,7 +57,7 @@ def test_trap_15_memory_does_not_grow_with_the_number_of_tokens(monkeypatch):
     assert largest.elements <= 4 * 1000
 
 
-def test_trap_15_evaluation_gathers_four_numbers_per_token_and_no_logits(tmp_path, monkeypatch):
+def test_trap_15_evaluation_gathers_four_numbers_and_the_label_of_a_token_and_no_logits(tmp_path, monkeypatch):
     trainer = LabelSmoothingTrainer(
         model=tiny_llama(),
         args=arguments(tmp_path, per_device_eval_batch_size=4),
@@ -65,10 +65,10 @@ def test_trap_15_evaluation_gathers_four_numbers_per_token_and_no_logits(tmp_pat
         data_collator=collate,
     )
     shapes = []
-    gather = trainer.gather_function
-    monkeypatch.setattr(trainer, "gather_function", lambda tensor: shapes.append(tuple(tensor.shape)) or gather(tensor))
+    gather = trainer.accelerator.gather
+    monkeypatch.setattr(trainer.accelerator, "gather", lambda items: shapes.append(tuple(items.shape)) or gather(items))
     trainer.evaluate()
-    assert {shape[-1] for shape in shapes if len(shape) == 3} == {4}
+    assert {shape[-1] for shape in shapes if len(shape) == 3} == {5}
     assert all(len(shape) in (1, 3) for shape in shapes)
 
 

@@ -75,7 +75,7 @@ def test_full_batch_is_the_models_own_loss_and_accumulation_changes_nothing(tmp_
 
 
 @pytest.mark.parametrize("make", [tiny_bert, tiny_t5], ids=lambda f: f.__name__)
-def test_trap_1_stock_loss_and_gradient_grow_with_accumulation(tmp_path, make):
+def test_trap_01_stock_loss_and_gradient_grow_with_accumulation(tmp_path, make):
     rows = classification_rows() if make is tiny_bert else seq2seq_rows()
     once, g1 = one_step(tf.Trainer, make(), rows, tmp_path, per_device_train_batch_size=8)
     four, g4 = one_step(tf.Trainer, make(), rows, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4)
@@ -129,7 +129,7 @@ def test_class_weights_are_exact_under_accumulation(tmp_path):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 23])
-def test_trap_4_evaluation_is_unsmoothed_and_does_not_depend_on_the_batch_size(tmp_path, batch_size):
+def test_trap_04_evaluation_is_unsmoothed_and_does_not_depend_on_the_batch_size(tmp_path, batch_size):
     rows = classification_rows(23)
     model = tiny_bert().double().eval()
     metrics = ours(tmp_path, model, rows, per_device_eval_batch_size=batch_size, label_smoothing_factor=0.1).evaluate()
@@ -146,7 +146,7 @@ def test_trap_4_evaluation_is_unsmoothed_and_does_not_depend_on_the_batch_size(t
     assert metrics["eval_signed_gap"] == pytest.approx((confidence - (prediction == y).double()).mean().item(), abs=1e-9)
 
 
-def test_trap_4_stock_eval_loss_is_smoothed_and_a_mean_of_means(tmp_path):
+def test_trap_04_stock_eval_loss_is_smoothed_and_a_mean_of_means(tmp_path):
     model, rows = tiny_llama(sharpness=30).eval(), token_rows(seed=3)
     batch = collate(rows.rows)
     nll = model(**batch).loss.item()
@@ -202,7 +202,7 @@ def test_unlabelled_prediction_has_no_invented_metrics(tmp_path):
     assert not any("nll" in name or "loss" in name for name in output.metrics)
 
 
-def test_trap_9_an_all_ignored_batch_trains_on_nothing(tmp_path):
+def test_trap_09_an_all_ignored_batch_trains_on_nothing(tmp_path):
     rows = token_rows((5, 6, 7, 8))
     rows.rows[0]["labels"][:] = -100
     trainer = ours(
@@ -341,13 +341,13 @@ def test_schedule_moves_epsilon_with_the_step(tmp_path):
         (lambda: tf.BertForQuestionAnswering(tiny_bert().config), "start_positions"),
     ],
 )
-def test_trap_8_tasks_without_one_class_are_refused(tmp_path, model, match):
+def test_trap_08_tasks_without_one_class_are_refused(tmp_path, model, match):
     for epsilon in (0.0, 0.1):
         with pytest.raises(ValueError, match=match):
             ours(tmp_path, model(), label_smoothing_factor=epsilon)
 
 
-def test_trap_8_float_labels_are_refused(tmp_path):
+def test_trap_08_float_labels_are_refused(tmp_path):
     rows = classification_rows()
     for row in rows.rows:
         row["labels"] = row["labels"].float()
@@ -405,7 +405,7 @@ def test_a_model_with_another_loss_is_refused_unless_the_user_says_so(tmp_path):
     ).train()
 
 
-def test_trap_6_the_shift_is_asked_of_the_model_not_of_its_name(tmp_path):
+def test_trap_06_the_shift_is_asked_of_the_model_not_of_its_name(tmp_path):
     class Renamed(tf.LlamaForCausalLM):
         pass
 
@@ -420,7 +420,7 @@ def test_trap_6_the_shift_is_asked_of_the_model_not_of_its_name(tmp_path):
         pytest.skip("this version of transformers shifts the labels of subclasses")
 
 
-def test_trap_7_router_loss_is_kept(tmp_path):
+def test_trap_07_router_loss_is_kept(tmp_path):
     torch.manual_seed(0)
     sizes = dict(
         vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4

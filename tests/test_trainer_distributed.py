@@ -47,7 +47,7 @@ def relative(a, b):
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("epsilon", [0.0, 0.1])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_traps_1_and_2_two_processes_make_the_step_of_one(two, name, epsilon, accumulation):
+def test_trap_01_trap_02_two_processes_make_the_step_of_one(two, name, epsilon, accumulation):
     one = first_step(name, LabelSmoothingTrainer, epsilon, 1, 1)
     both = two["step"][name, epsilon, accumulation]
     for term in ("loss", "nll"):
@@ -62,7 +62,7 @@ def test_exact_whatever_average_tokens_across_devices_says(two):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_trap_2_stock_loss_and_gradient_grow_with_processes(two, accumulation):
+def test_trap_02_stock_loss_and_gradient_grow_with_processes(two, accumulation):
     one, stock = first_step("bert", tf.Trainer, 0.0, 1, 1), two["stock"]["bert", accumulation]
     if relative(stock["gradient"], one["gradient"]) < 0.1:
         pytest.skip("this version of transformers has mended the loss at epsilon = 0 on several processes")
@@ -72,18 +72,18 @@ def test_trap_2_stock_loss_and_gradient_grow_with_processes(two, accumulation):
 
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("batch_size", [1, 4, 7])
-def test_trap_4_evaluation_numbers_do_not_depend_on_processes_or_batch_size(two, name, batch_size):
+def test_trap_04_evaluation_numbers_do_not_depend_on_processes_or_batch_size(two, name, batch_size):
     one = evaluation(name, 1, 32)
     assert two["evaluation"][name, batch_size] == pytest.approx(one, abs=1e-9)
     assert one["loss"] == one["nll"]
 
 
-def test_trap_3_evaluating_before_training_keeps_the_processes_together(two):
+def test_trap_03_evaluating_before_training_keeps_the_processes_together(two):
     assert two["drift"]["LabelSmoothingTrainer", False] == 0.0
     assert two["drift"]["LabelSmoothingTrainer", True] == 0.0
 
 
-def test_trap_3_stock_processes_drift_apart(two):
+def test_trap_03_stock_processes_drift_apart(two):
     assert two["drift"]["Trainer", False] == 0.0
     if two["drift"]["Trainer", True] == 0.0:
         pytest.skip("this version of accelerate wraps a model that was prepared for evaluation (before 1.14, or mended since)")

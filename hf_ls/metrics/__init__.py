@@ -29,11 +29,13 @@ from hf_ls.metrics.core import (
 from hf_ls.metrics.intervals import bootstrap_interval, consistency_band, null_ece, wilson_interval
 from hf_ls.metrics.streaming import StreamingCalibration
 from hf_ls.metrics.summary import summarise
+from hf_ls.metrics.tokens import TokenCalibration
 
 __all__ = [
     "PredictionStatistics",
     "ReliabilityBins",
     "StreamingCalibration",
+    "TokenCalibration",
     "aurc",
     "bootstrap_interval",
     "brier",

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from hf_ls.metrics.core import CELLS, PredictionStatistics, bin_index, row_chunks
-from hf_ls.metrics.ties import aurc_from_groups, equal_mass_index, equal_mass_sums, tie_groups
+from hf_ls.metrics.ties import aurc_from_groups, equal_mass_index, tie_groups
 from hf_ls.metrics.validation import Floats, Integers, check_confidence, check_count
 
 STATISTICS = ("accuracy", "nll", "brier", "signed_gap", "aurc", "ece", "ece_equal_mass")
@@ -44,6 +44,21 @@ def wilson_interval(successes: Any, n: Any, level: float = 0.95) -> tuple[Floats
     return np.maximum((centre - spread) / (size + z2), 0.0), np.minimum((centre + spread) / (size + z2), 1.0)
 
 
+def calibrated_hits(count: Integers, p: Floats, index: Integers, n_bins: int, repetitions: int, seed: int) -> Integers:
+    """Draw the hits per bin [repetitions, n_bins] of a calibrated model, from cells [C] of similar confidence.
+
+    hits of a cell ~ Binomial(count, p), where count > 0 and p is its mean confidence, added up over the cells of each
+    bin; the bin of each cell, index [C], ascends.
+    """
+    used, starts = np.unique(index, return_index=True)
+    hits = np.zeros((repetitions, n_bins), dtype=np.int64)
+    rng = np.random.default_rng(seed)
+    for rows in row_chunks(repetitions, count.size):
+        draws = rng.binomial(count, p, size=(rows.stop - rows.start, count.size))
+        hits[rows, used] = np.add.reduceat(draws, starts, axis=1)
+    return hits
+
+
 def _calibrated_hits(confidence: Floats, index: Integers, n_bins: int, repetitions: int, seed: int) -> Integers:
     """Draw correct_i ~ Bernoulli(confidence_i) and return the hits per bin [repetitions, n_bins].
 
@@ -52,20 +67,13 @@ def _calibrated_hits(confidence: Floats, index: Integers, n_bins: int, repetitio
     """
     key, group, count = np.unique(index * CELLS + bin_index(confidence, CELLS), return_inverse=True, return_counts=True)
     p = np.minimum(np.bincount(group, weights=confidence) / count, 1.0)
-    used, starts = np.unique(key // CELLS, return_index=True)
-    hits = np.zeros((repetitions, n_bins), dtype=np.int64)
-    rng = np.random.default_rng(seed)
-    for rows in row_chunks(repetitions, key.size):
-        draws = rng.binomial(count, p, size=(rows.stop - rows.start, key.size))
-        hits[rows, used] = np.add.reduceat(draws, starts, axis=1)
-    return hits
+    return calibrated_hits(count, p, key // CELLS, n_bins, repetitions, seed)
 
 
-def _null_distribution(confidence: Floats, index: Integers, n_bins: int, repetitions: int, seed: int) -> Floats:
-    """Return `repetitions` values that the ECE over the bins `index` takes when calibration is perfect."""
+def _null_noise(confidence: Floats, index: Integers, n_bins: int, repetitions: int, seed: int) -> Floats:
+    """Draw the mean gap (confidence − correct) of each bin [repetitions, n_bins] when calibration is perfect."""
     total = np.bincount(index, weights=confidence, minlength=n_bins)
-    hits = _calibrated_hits(confidence, index, n_bins, repetitions, seed)
-    return np.abs(total - hits).sum(axis=1) / confidence.size
+    return (total - _calibrated_hits(confidence, index, n_bins, repetitions, seed)) / confidence.size
 
 
 def null_ece(confidence: Any, n_bins: int = 15, repetitions: int = 1000, seed: int = 0) -> tuple[float, float]:
@@ -76,7 +84,7 @@ def null_ece(confidence: Any, n_bins: int = 15, repetitions: int = 1000, seed: i
     """
     values = check_confidence(confidence, np.zeros(np.shape(confidence), dtype=bool))[0]
     n_bins, repetitions = check_count(n_bins, "n_bins"), check_count(repetitions, "repetitions")
-    draws = _null_distribution(values, bin_index(values, n_bins), n_bins, repetitions, seed)
+    draws = np.abs(_null_noise(values, bin_index(values, n_bins), n_bins, repetitions, seed)).sum(axis=1)
     return float(draws.mean()), float(np.quantile(draws, 0.95))
 
 
@@ -99,9 +107,101 @@ def consistency_band(
     return low, high
 
 
-def _statistic_of_rows(statistic: str, stats: PredictionStatistics, n_bins: int) -> Callable[[Integers], Floats]:
+def _tail_above(distance: float, alpha: float) -> float:
+    """Return the share of `alpha` that lies above the acceptance region of a mean `distance` ≥ 0 from the boundary.
+
+    The likelihood-ratio region of x ~ N(distance, 1) with a mean known to be at least 0: all of `alpha` at 0, where an x
+    too small speaks against no mean at all, and half of it from the two-sided quantile on. Source: Feldman and Cousins
+    1998.
+    """
+    normal = NormalDist()
+    if distance >= normal.inv_cdf(1.0 - alpha / 2):
+        return alpha / 2
+    low, high = alpha / 2, alpha
+    for _ in range(40):
+        above = (low + high) / 2
+        z = normal.inv_cdf(1.0 - above)
+        below = normal.cdf(-(distance**2 + z**2) / (2 * distance)) if distance > 0 else 0.0
+        low, high = (low, above) if above + below > alpha else (above, high)
+    return low
+
+
+def _shrunken_direction(gap: Floats, variance: Floats, share: Floats) -> Floats:
+    """Return how the true gap is likely spread over the bins [B], as signed shares whose absolute values add up to 1.
+
+    Empirical Bayes: the mean gap of each bin, gap / share, is drawn towards that of all bins by as much as its own
+    sampling variance, against the variance between bins of DerSimonian and Laird 1986, makes likely. The observed gaps
+    would spread a small error too unevenly, because noise is uneven.
+    """
+    used = share > 0
+    level, noise = gap[used] / share[used], variance[used] / share[used] ** 2
+    weight = 1.0 / np.maximum(noise, 1e-12)
+    centre = (weight * level).sum() / weight.sum()
+    spare = weight.sum() - (weight**2).sum() / weight.sum()
+    excess = (weight * (level - centre) ** 2).sum() - (used.sum() - 1)
+    between = max(0.0, float(excess / spare)) if spare > 1e-9 * weight.sum() else 0.0
+    direction = np.zeros(gap.size)
+    direction[used] = share[used] * (centre + between / (between + noise + 1e-300) * (level - centre))
+    size = np.abs(direction).sum()
+    return direction / size if size > 0 else share / share.sum()
+
+
+def ece_interval(gap: Floats, share: Floats, noise: Floats, null: Floats, level: float = 0.95) -> tuple[float, float]:
+    """Return an interval (low, high) for the true binned calibration error Σ_b |γ_b|, where γ_b = E[(c − a)·1[bin b]].
+
+    gap: estimates of γ [B], mean confidence − correct over all rows, 0 for the rows of other bins. share: of rows per bin
+    [B]. noise: draws [R, B] of the sampling error of gap. null: draws [R, B] of gap when calibration is perfect.
+
+    Σ|gap_b| is biased upward, most where the true error is small, so no interval around it covers. Instead a test is
+    inverted over one parameter: the error θ spread over the bins as `_shrunken_direction` estimates. θ belongs to the
+    interval if Σ|gap_b| is not in the tails of Σ|θ·direction_b + noise_b|; θ = 0 is tested against `null`, with the whole
+    of 1 − level above. What the tails are near 0: `_tail_above`.
+    """
+    alpha = 1.0 - _check_level(level)
+    value = float(np.abs(gap).sum())
+    null_values = np.abs(null).sum(axis=1)
+    direction = _shrunken_direction(gap, (noise.var(axis=0) + null.var(axis=0)) / 2, share)
+    consistent = value <= np.quantile(null_values, level)
+    widest = value + 5.0 * float(np.sqrt((noise**2).sum(axis=1).mean())) + float(null_values.mean())
+
+    def slack(theta: float) -> float:
+        """Return by how far the value lies inside the region of θ; below 0 outside."""
+        draws = np.abs(theta * direction + noise).sum(axis=1)
+        spread = float(draws.std())
+        distance = (float(draws.mean()) - float(null_values.mean())) / spread if spread > 0 else np.inf
+        above = _tail_above(max(0.0, distance), alpha)
+        low, high = np.quantile(draws, [alpha - above, 1.0 - above])
+        return float(min(value - low if alpha - above > 1e-4 else np.inf, high - value))
+
+    grid = np.linspace(0.0, widest, 49)
+    slacks = np.array([slack(theta) for theta in grid])
+    inside = np.flatnonzero(slacks >= 0)
+    if not inside.size:  # less wide than the grid: nothing to resolve
+        return (0.0 if consistent else value), value
+
+    def crossing(outside: int, within: int) -> float:
+        part = slacks[within] / (slacks[within] - slacks[outside])
+        return float(grid[within] + part * (grid[outside] - grid[within]))
+
+    first, last = int(inside[0]), int(inside[-1])
+    low = 0.0 if consistent or first == 0 else crossing(first - 1, first)
+    return low, float(grid[last]) if last + 1 == grid.size else crossing(last + 1, last)
+
+
+def _gap_moments(stats: PredictionStatistics, index: Integers, n_bins: int) -> tuple[Floats, Floats, Floats]:
+    """Return gap [B], share of rows [B], and the covariance [B, B] of gap over samples of this size."""
+    n, difference = len(stats), stats.confidence - stats.correct
+    count = np.bincount(index, minlength=n_bins)
+    gap = np.bincount(index, weights=difference, minlength=n_bins) / n
+    square = np.bincount(index, weights=difference**2, minlength=n_bins) / n
+    share = count / n
+    mean = gap / np.maximum(share, 1e-300)
+    within = np.maximum(square - share * mean**2, 0.0) * count / np.maximum(count - 1, 1)
+    return gap, share, (np.diag(within + share * mean**2) - np.outer(gap, gap)) / n
+
+
+def _statistic_of_rows(statistic: str, stats: PredictionStatistics) -> Callable[[Integers], Floats]:
     """Return the function from row indices [r, n] of r resamples to the statistic of each [r]."""
-    n = len(stats)
     if statistic in ("accuracy", "nll", "brier", "signed_gap"):
         values = {
             "accuracy": stats.correct.astype(np.float64),
@@ -111,16 +211,6 @@ def _statistic_of_rows(statistic: str, stats: PredictionStatistics, n_bins: int)
         }[statistic]
         return lambda rows: values[rows].mean(axis=1)
 
-    if statistic == "ece":
-        index, gap = bin_index(stats.confidence, n_bins), stats.confidence - stats.correct
-
-        def binned(rows: Integers) -> Floats:
-            cell = (index[rows] + n_bins * np.arange(len(rows))[:, None]).ravel()
-            sums = np.bincount(cell, weights=gap[rows].ravel(), minlength=len(rows) * n_bins)
-            return np.abs(sums).reshape(len(rows), n_bins).sum(axis=1) / n
-
-        return binned
-
     level, _, _, group = tie_groups(stats.confidence, stats.correct)
 
     def grouped(rows: Integers) -> Floats:
@@ -129,10 +219,7 @@ def _statistic_of_rows(statistic: str, stats: PredictionStatistics, n_bins: int)
         cell = (group[rows] + level.size * np.arange(len(rows))[:, None]).ravel()
         count = np.bincount(cell, minlength=size).reshape(len(rows), -1)
         right = np.bincount(cell[stats.correct[rows].ravel()], minlength=size).reshape(len(rows), -1)
-        if statistic == "aurc":
-            return aurc_from_groups(count[:, ::-1], (count - right)[:, ::-1])
-        _, total, hits = equal_mass_sums(count, level * count, right, n_bins)
-        return np.abs(total - hits).sum(axis=1) / n
+        return aurc_from_groups(count[:, ::-1], (count - right)[:, ::-1])
 
     return grouped
 
@@ -146,13 +233,13 @@ def bootstrap_interval(
     level: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Return a bootstrap interval (low, high) for one of `STATISTICS`, resampling rows with replacement.
+    """Return an interval (low, high) for the true value of one of `STATISTICS`, over samples of rows like these.
 
-    Percentile interval for accuracy, nll, brier, signed_gap and aurc. For `ece` and `ece_equal_mass`, which
-    are biased upward, the basic interval (2·value − q_high, 2·value − q_low) clipped at 0, and low = 0
-    whenever the value is consistent with perfect calibration at `level` (the test of `null_ece`), because the
-    percentile interval would never cover a true ECE of 0. It is an interval for the true error, so that it
-    may lie below the biased value.
+    Percentile bootstrap interval for accuracy, nll, brier, signed_gap and aurc, resampling rows with replacement. For
+    `ece` and `ece_equal_mass` that of `ece_interval`, which simulates the sums per bin and inverts a test: these are
+    biased upward, so that the interval is one for the true error over the same bins (of equal mass: the bins of this
+    sample) and may lie below the value. Its low end is 0 whenever the value is consistent with perfect calibration at
+    `level`, the test of `null_ece`.
 
     Raises:
         ValueError: unknown statistic, infinite nll, or level outside 0 to 1.
@@ -162,20 +249,19 @@ def bootstrap_interval(
     if statistic == "nll" and not np.isfinite(stats.nll).all():
         raise ValueError("expected finite nll, got inf; build the statistics from logits rather than probabilities")
     n, n_bins, level = len(stats), check_count(n_bins, "n_bins"), _check_level(level)
-    resample = _statistic_of_rows(statistic, stats, n_bins)
-    rng = np.random.default_rng(seed)
-    values = np.empty(check_count(repetitions, "repetitions"))
-    for rows in row_chunks(values.size, n):
+    rng, repetitions = np.random.default_rng(seed), check_count(repetitions, "repetitions")
+    if statistic.startswith("ece"):
+        index = bin_index(stats.confidence, n_bins)
+        if statistic == "ece_equal_mass":
+            _, count, _, group = tie_groups(stats.confidence, stats.correct)
+            index = equal_mass_index(count, n_bins)[group]
+        gap, share, covariance = _gap_moments(stats, index, n_bins)
+        noise = rng.multivariate_normal(np.zeros(n_bins), covariance, size=repetitions, method="eigh")
+        return ece_interval(gap, share, noise, _null_noise(stats.confidence, index, n_bins, repetitions, seed), level)
+
+    resample = _statistic_of_rows(statistic, stats)
+    values = np.empty(repetitions)
+    for rows in row_chunks(repetitions, n):
         values[rows] = resample(rng.integers(0, n, size=(rows.stop - rows.start, n)))
     low, high = (float(q) for q in np.quantile(values, [(1.0 - level) / 2, (1.0 + level) / 2]))
-    if not statistic.startswith("ece"):
-        return low, high
-
-    value = float(resample(np.arange(n)[None, :])[0])
-    index = bin_index(stats.confidence, n_bins)
-    if statistic == "ece_equal_mass":
-        _, count, _, group = tie_groups(stats.confidence, stats.correct)
-        index = equal_mass_index(count, n_bins)[group]
-    null = _null_distribution(stats.confidence, index, n_bins, values.size, seed)
-    consistent = value <= np.quantile(null, level)
-    return 0.0 if consistent else max(0.0, 2 * value - high), max(0.0, 2 * value - low)
+    return low, high

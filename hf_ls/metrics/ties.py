@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from hf_ls.metrics.validation import Booleans, Floats, Integers
 
+_HARMONIC_TABLE = 1 << 20  # 8 MB; beyond it the first terms of the expansion are exact to 1e-16
+
 
 def tie_groups(confidence: Floats, correct: Booleans) -> tuple[Floats, Integers, Integers, Integers]:
     """Group equal confidences, ascending: (values [G], count [G], Σ correct [G], group of each row [n])."""
@@ -45,6 +47,16 @@ def equal_mass_sums(count: Integers, confidence: Floats, correct: Integers, n_bi
     return per_bin(count).astype(np.int64), per_bin(confidence), per_bin(correct).astype(np.int64)
 
 
+def _harmonic(n: Integers) -> Floats:
+    """Return the harmonic numbers H(n) = Σ_{i ≤ n} 1 / i, in memory which does not grow with n."""
+    terms = np.arange(1, min(int(np.max(n)), _HARMONIC_TABLE) + 1)
+    value = np.concatenate([[0.0], np.cumsum(1.0 / terms)])[np.minimum(n, terms.size)]
+    large = n > _HARMONIC_TABLE
+    x = n[large].astype(np.float64)
+    value[large] = np.log(x) + np.euler_gamma + 1 / (2 * x) - 1 / (12 * x**2)
+    return value
+
+
 def aurc_from_groups(count: Integers, errors: Integers) -> Floats:
     """Return the AURC of groups of equal confidence in descending order: count, errors [.., G] -> [..].
 
@@ -56,6 +68,5 @@ def aurc_from_groups(count: Integers, errors: Integers) -> Floats:
     errors_before = np.cumsum(errors, axis=-1) - errors
     rate = errors / np.maximum(count, 1)
     n = after[..., -1]
-    harmonic = np.concatenate([[0.0], np.cumsum(1.0 / np.arange(1, int(np.max(n)) + 1))])
-    area = errors + (errors_before - rate * before) * (harmonic[after] - harmonic[before])
+    area = errors + (errors_before - rate * before) * (_harmonic(after) - _harmonic(before))
     return area.sum(axis=-1) / n

@@ -1,0 +1,381 @@
+"""Calibration of next-token predictions: constant memory at any number of tokens, intervals over sequences.
+
+Owns `TokenCalibration`. Does not own the four numbers per token (`statistics`), the sums over cells of confidence
+(`streaming`) or any communication between processes: gather the items, or the `state_dict()`s, and add them up.
+
+Tokens of one sequence resemble each other, so that an interval which counts them as independent is too narrow. Here
+whole sequences are resampled, by the online bootstrap: in replicate r, sequence s counts Poisson(1) times.
+Source: Hanley and MacGibbon 2006; Oza and Russell 2001; Cameron, Gelbach and Miller 2008 for clusters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from hf_ls.metrics.core import bin_index
+from hf_ls.metrics.intervals import calibrated_hits, wilson_interval
+from hf_ls.metrics.streaming import StreamingCalibration, check_bins
+from hf_ls.metrics.ties import aurc_from_groups
+from hf_ls.metrics.validation import Floats, Integers, check_count
+
+N_BINS = 15
+# What is added up per group, per sequence and per replicate: n, correct, nll, brier, and confidence − correct per bin.
+# Float64 holds counts exactly up to 2**53.
+_COUNT, _CORRECT, _NLL, _BRIER, _GAP = 0, 1, 2, 3, slice(4, 4 + N_BINS)
+_WIDTH = 4 + N_BINS
+_BLOCK = 256  # sequences that share one matrix product and one generator
+_TAILS = [0.025, 0.975]
+
+_DECADES = 10 ** np.arange(19, dtype=np.int64)  # int64 ends below 10**19
+_FREQUENCIES = ["0", *(f"{low}-{10 * low - 1}" for low in map(int, _DECADES))]
+_POSITIONS = ["1", *(f"{2**k}-{2 ** (k + 1) - 1}" for k in range(1, 32))]
+_GROUPS = (
+    [("end_of_sequence", name) for name in ("end of sequence", "other tokens")]
+    + [("frequency", name) for name in _FREQUENCIES]
+    + [("position", name) for name in _POSITIONS]
+)
+_FIRST_FREQUENCY, _FIRST_POSITION = 2, 2 + len(_FREQUENCIES)
+
+
+class TokenCalibration:
+    """Sums of any number of tokens, as a whole, per group and per bootstrap replicate: below 1 MB, mergeable.
+
+    eos_token_id: the end-of-sequence token, reported apart; None for no such groups.
+    token_counts: occurrences [V] of each token id as a training label, for the frequency groups; None for none.
+    repetitions: bootstrap replicates. seed: of their weights.
+
+    The weights of the n-th sequence depend on n and `seed` alone, so that neither the split into batches nor the padding
+    changes an interval. `a + b` adds all sums and replicates. Give each process its own seed: with equal seeds the n-th
+    sequences of both share their weights, which is still a bootstrap, but of fewer and larger groups, and a noisier one.
+
+    Raises:
+        TypeError: not whole numbers.
+        ValueError: token_counts not [V] or below 0, repetitions < 1, seed or eos_token_id below 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        eos_token_id: int | None = None,
+        token_counts: ArrayLike | None = None,
+        repetitions: int = 1000,
+        seed: int = 0,
+    ) -> None:
+        """Start with no tokens."""
+        self.eos_token_id = None if eos_token_id is None else _check_natural(eos_token_id, "eos_token_id")
+        self.token_counts = None if token_counts is None else _check_token_counts(token_counts)
+        self.repetitions = check_count(repetitions, "repetitions")
+        self.seed = _check_natural(seed, "seed")
+        self._frequency = None if self.token_counts is None else np.searchsorted(_DECADES, self.token_counts, side="right")
+        self._cells = StreamingCalibration()
+        self._groups = np.zeros((2, len(_GROUPS), _WIDTH))  # sums, and what their rounding lost
+        self._replicates = np.zeros((self.repetitions, _WIDTH))  # of whole blocks
+        self._pending = np.zeros((0, _WIDTH))  # sequences of the block which is not full yet
+        self._sequences = self._blocks = 0
+
+    def __len__(self) -> int:
+        """Return the number of tokens added so far."""
+        return len(self._cells)
+
+    @property
+    def sequences(self) -> int:
+        """The number of sequences with at least one token."""
+        return self._sequences
+
+    def update(self, items: ArrayLike, labels: ArrayLike) -> None:
+        """Add S sequences: items float64 [S, T, 4] of `statistics.item_statistics`, labels [S, T] (token ids).
+
+        An item is confidence (0 to 1), correct (0 or 1), nll (nats) and brier (0 to 2), or NaN four times where it is
+        ignored; labels there may hold anything. Sequences without a token count for nothing.
+
+        Raises:
+            TypeError: not numeric, or labels not integers.
+            ValueError: shapes which differ, an item that is partly NaN, out of range or infinite, or a label of a kept
+            item below 0 or outside token_counts; nothing is then added.
+        """
+        values, tokens, sequence, rank = self._kept(items, labels)
+        if not len(values):
+            return
+        confidence, correct, nll, brier = values.T
+        self._cells.update(confidence, correct, nll, brier)  # checks all four before it adds
+
+        numbers = (bin_index(confidence, N_BINS), correct, nll, brier, confidence - correct)
+        position = _FIRST_POSITION + np.frexp(rank)[1] - 1  # frexp is an exact floor(log2) + 1
+        groups = _sums(position, len(_GROUPS), *numbers)
+        if self.eos_token_id is not None:
+            groups += _sums(np.where(tokens == self.eos_token_id, 0, 1), len(_GROUPS), *numbers)
+        if self._frequency is not None:
+            groups += _sums(_FIRST_FREQUENCY + self._frequency[tokens], len(_GROUPS), *numbers)
+        _add(self._groups, groups)
+
+        count = int(sequence[-1]) + 1
+        pending = np.concatenate([self._pending, _sums(sequence, count, *numbers)])
+        for block in range(len(pending) // _BLOCK):
+            self._replicates += self._weighted(self._blocks, pending[block * _BLOCK : (block + 1) * _BLOCK])
+            self._blocks += 1
+        self._pending = pending[len(pending) // _BLOCK * _BLOCK :].copy()
+        self._sequences += count
+
+    def _kept(self, items: ArrayLike, labels: ArrayLike) -> tuple[Floats, Integers, Integers, Integers]:
+        """Return of the n kept tokens: items [n, 4], label, sequence among those with tokens, rank from 1 within it."""
+        values, tokens = np.asarray(items), np.asarray(labels)
+        if values.dtype.kind != "f" or tokens.dtype.kind not in "iu":
+            raise TypeError(
+                f"expected float items and integer labels, got dtypes {values.dtype} and {tokens.dtype}; "
+                "give what item_statistics returned and the labels it was given"
+            )
+        if values.ndim != 3 or values.shape[2] != 4 or tokens.shape != values.shape[:2]:
+            raise ValueError(
+                f"expected items [S, T, 4] and labels [S, T], got {list(values.shape)} and {list(tokens.shape)}; "
+                "keep one row per sequence, and shift and pad the labels as the items"
+            )
+        kept = ~np.isnan(values).all(axis=2)
+        sequence, rank = np.nonzero(kept)[0], np.cumsum(kept, axis=1)[kept]
+        values, tokens = values[kept].astype(np.float64), tokens[kept].astype(np.int64)
+        if np.isnan(values).any():
+            raise ValueError("expected each item whole or NaN four times, got some which are partly NaN; use item_statistics")
+        size = np.inf if self.token_counts is None else self.token_counts.size
+        bad = tokens[(tokens < 0) | (tokens >= size)]
+        if bad.size:
+            raise ValueError(
+                f"expected labels in [0, {size}) where items are kept, got {bad[0]}; "
+                "shift the labels as the items were, and count training tokens over the whole vocabulary"
+            )
+        return values, tokens, np.cumsum(np.diff(sequence, prepend=sequence[:1]) != 0), rank
+
+    def _weighted(self, block: int, sums: Floats) -> Floats:
+        """Return Σ_s w_rs · sums_s [R, width] over the first sequences of a block, w_rs ~ Poisson(1)."""
+        weights = np.random.default_rng((self.seed, block)).poisson(1.0, size=(len(sums), self.repetitions))
+        return weights.T.astype(np.float64) @ sums
+
+    def _all_replicates(self) -> Floats:
+        return self._replicates + self._weighted(self._blocks, self._pending)
+
+    def __add__(self, other: TokenCalibration) -> TokenCalibration:
+        """Return the state of both sets of sequences together.
+
+        Raises:
+            ValueError: their eos_token_id, token_counts or repetitions differ.
+        """
+        if not isinstance(other, TokenCalibration):
+            return NotImplemented
+        for name in ("eos_token_id", "token_counts", "repetitions"):
+            if not np.array_equal(getattr(self, name), getattr(other, name)):
+                raise ValueError(f"expected the same {name} on both sides of +, got others; construct both alike")
+        settings = {name: getattr(self, name) for name in ("eos_token_id", "token_counts", "repetitions", "seed")}
+        merged = TokenCalibration(**settings)
+        merged._cells = self._cells + other._cells
+        for groups in (self._groups, other._groups):
+            _add(merged._groups, groups[0])
+            merged._groups[1] += groups[1]
+        merged._replicates = self._all_replicates() + other._all_replicates()
+        merged._sequences = self._sequences + other._sequences
+        for state in (self, other):  # later sequences get weights that neither side has used
+            merged._blocks += state._blocks + (len(state._pending) > 0)
+        return merged
+
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Return {name: {"value", and where sound "low", "high"}} as `metrics.summarise`, 95 % intervals over sequences.
+
+        accuracy, nll (nats a token), perplexity = exp(nll), brier (0 to 2), ece and ece_equal_mass (0 to 1),
+        signed_gap, mce, aurc; every token has the same weight. Percentile intervals; of perplexity, exp of those of
+        nll; of an accuracy of 0 or 1, Wilson's with sequences for trials. None for ece_equal_mass, mce and aurc, whose
+        resamples are no sums, and none at all from a single sequence. With fewer than some thirty sequences every
+        interval is too narrow.
+
+        ece: the basic interval (2·value − q_high, 2·value − q_low) clipped at 0 as `bootstrap_interval`; low = 0 if the
+        value is consistent with calibration, that is, not above the 95 % quantile of either "null_q95" or the
+        replicates about their own mean gaps, which allows for whole sequences that are over- or under-confident.
+        "null" and "null_q95" take tokens as independent, correct ~ Bernoulli(confidence). In a teacher-forced pass
+        that is right for a model which is calibrated given each prefix, since its gaps are then uncorrelated; gaps
+        which are 0 only on average over sequences spread wider.
+
+        ece_equal_mass and aurc treat confidences within one cell (1/15360 wide) as equal.
+
+        Raises:
+            ValueError: no tokens yet.
+        """
+        cells, total = self._cells.compute(N_BINS), self._total()
+        nll, brier = total[_NLL] / total[_COUNT], total[_BRIER] / total[_COUNT]
+        bins, used = self._cells.reliability_bins(N_BINS), self._cells.count > 0
+        count, correct = self._cells.count[used][::-1], self._cells.correct[used][::-1]
+        values = {
+            "accuracy": cells["accuracy"],
+            "nll": float(nll),
+            "perplexity": _exp(nll),
+            "brier": float(brier),
+            "ece": cells["ece"],
+            "ece_equal_mass": cells["ece_equal_mass"],
+            "signed_gap": cells["signed_gap"],
+            "mce": float(np.nanmax(np.abs(bins.accuracy - bins.confidence))),
+            "aurc": float(aurc_from_groups(count, count - correct)),
+        }
+        table = {name: {"value": value} for name, value in values.items()}
+        null = np.abs(self._null_hits(N_BINS) - bins.count * np.nan_to_num(bins.confidence)).sum(axis=1) / len(self)
+        table["ece"] |= {"null": float(null.mean()), "null_q95": float(np.quantile(null, 0.95))}
+        if self._sequences > 1:
+            for name, (low, high) in self._intervals(cells["ece"], table["ece"]["null_q95"]).items():
+                table[name] |= {"low": float(low), "high": float(high)}
+        return table
+
+    def _total(self) -> Floats:
+        return (self._groups[0] + self._groups[1])[_FIRST_POSITION:].sum(axis=0)  # each token has one position
+
+    def _intervals(self, ece: float, null_q95: float) -> dict[str, Any]:
+        """Return (low, high) by name from the replicates which hold a token."""
+        sums, total = self._all_replicates(), self._total()
+        sums = sums[sums[:, _COUNT] > 0]
+        means = sums / sums[:, :1]
+        gap = means[:, _GAP]
+        ends = {
+            "accuracy": np.quantile(means[:, _CORRECT], _TAILS),
+            "nll": np.quantile(means[:, _NLL], _TAILS),
+            "brier": np.quantile(means[:, _BRIER], _TAILS),
+            "signed_gap": np.quantile(gap.sum(axis=1), _TAILS),
+        }
+        ends["perplexity"] = np.array([_exp(end) for end in ends["nll"]])
+        if total[_CORRECT] in (0.0, total[_COUNT]):  # every resample is alike there
+            hits = self._sequences if total[_CORRECT] else 0
+            ends["accuracy"] = np.array(wilson_interval(hits, self._sequences))
+        low, high = np.quantile(np.abs(gap).sum(axis=1), _TAILS)
+        about_mean = np.quantile(np.abs(gap - total[_GAP] / total[_COUNT]).sum(axis=1), 0.95)
+        consistent = ece <= max(null_q95, about_mean)
+        ends["ece"] = np.array([0.0 if consistent else max(0.0, 2 * ece - high), max(0.0, 2 * ece - low)])
+        return ends
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Return {"kind", "name", "n", "accuracy", "nll", "perplexity", "brier", "ece", "signed_gap"} of each group.
+
+        Kinds: "end_of_sequence" (the label is that token, or another), "frequency" (how often the label was a training
+        label, by decades) and "position" (rank among the tokens of its sequence, from 1, by powers of two). Groups
+        without tokens are left out. The ece of a small group is biased upward more than that of the whole.
+        """
+        table = []
+        for (kind, name), sums in zip(_GROUPS, self._groups[0] + self._groups[1], strict=True):
+            n = sums[_COUNT]
+            if n == 0:
+                continue
+            row = {"kind": kind, "name": name, "n": int(n), "accuracy": float(sums[_CORRECT] / n)}
+            row |= {"nll": float(sums[_NLL] / n), "perplexity": _exp(sums[_NLL] / n), "brier": float(sums[_BRIER] / n)}
+            gap = sums[_GAP] / n
+            table.append(row | {"ece": float(np.abs(gap).sum()), "signed_gap": float(gap.sum())})
+        return table
+
+    def reliability(self, n_bins: int = N_BINS) -> dict[str, list[float]]:
+        """Return edges [B+1] and per bin [B] count, confidence, accuracy, band_low and band_high; NaN in an empty bin.
+
+        The band holds the accuracy of a calibrated model at 95 %, tokens taken as independent (see `metrics`).
+
+        Raises:
+            ValueError: no tokens yet, or n_bins does not divide 15360.
+        """
+        bins = self._cells.reliability_bins(n_bins)
+        with np.errstate(invalid="ignore"):  # 0 / 0 in an empty bin is the documented NaN
+            low, high = np.quantile(self._null_hits(n_bins), _TAILS, axis=0) / bins.count
+        columns = {"edges": bins.edges, "count": bins.count, "confidence": bins.confidence, "accuracy": bins.accuracy}
+        return {name: column.tolist() for name, column in (columns | {"band_low": low, "band_high": high}).items()}
+
+    def histogram(self, bins: int = 20) -> tuple[list[int], list[int]]:
+        """Return how many correct and how many incorrect tokens have a confidence in each of `bins` bins (a, b].
+
+        Raises:
+            ValueError: bins does not divide 15360.
+        """
+        shape = (check_bins(bins), -1)
+        correct = self._cells.correct.reshape(shape).sum(axis=1)
+        return correct.tolist(), (self._cells.count.reshape(shape).sum(axis=1) - correct).tolist()
+
+    def _null_hits(self, n_bins: int) -> Integers:
+        """Draw hits per bin [R, B] of a calibrated model with independent tokens."""
+        used = np.flatnonzero(self._cells.count)
+        if not used.size:
+            raise ValueError("expected at least one token, got none; call update() first")
+        index = used // (self._cells.count.size // check_bins(n_bins))
+        count = self._cells.count[used]
+        p = np.minimum(self._cells.confidence[used] / count, 1.0)
+        return calibrated_hits(count, p, index, n_bins, self.repetitions, self.seed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a copy of the state as NumPy arrays and numbers, fit for `numpy.savez`; merge states by `+`."""
+        state: dict[str, Any] = {f"cells_{name}": value for name, value in self._cells.state_dict().items()}
+        state |= {"groups": self._groups.copy(), "replicates": self._replicates.copy(), "pending": self._pending.copy()}
+        state |= {"sequences": self._sequences, "blocks": self._blocks}
+        state |= {"repetitions": self.repetitions, "seed": self.seed}
+        # No object arrays, which need pickle: −1 and an empty array stand for None.
+        state["eos_token_id"] = -1 if self.eos_token_id is None else self.eos_token_id
+        state["token_counts"] = np.zeros(0, dtype=np.int64) if self.token_counts is None else self.token_counts.copy()
+        return state
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Self:
+        """Rebuild a state from `state_dict()` or from the file that `numpy.savez(file, **state_dict())` wrote.
+
+        Raises:
+            ValueError: keys or shapes differ from those of `state_dict()`.
+        """
+        keys = set(cls(repetitions=1).state_dict())
+        if set(state) != keys:
+            raise ValueError(f"expected the keys {sorted(keys)}, got {sorted(state)}; pass a state_dict() unchanged")
+        eos, counts = int(state["eos_token_id"]), np.asarray(state["token_counts"])
+        restored = cls(
+            eos_token_id=None if eos < 0 else eos,
+            token_counts=counts if counts.size else None,
+            repetitions=int(state["repetitions"]),
+            seed=int(state["seed"]),
+        )
+        cells = StreamingCalibration().state_dict()
+        restored._cells = StreamingCalibration.from_state_dict({name: state[f"cells_{name}"] for name in cells})
+        for name in ("groups", "replicates", "pending"):
+            own, given = getattr(restored, f"_{name}"), np.array(state[name], dtype=np.float64)
+            if given.shape[1:] != own.shape[1:] or (name != "pending" and len(given) != len(own)):
+                raise ValueError(f"expected {name} of shape {list(own.shape)}, got {list(given.shape)}; pass it unchanged")
+            setattr(restored, f"_{name}", given)
+        restored._sequences, restored._blocks = int(state["sequences"]), int(state["blocks"])
+        return restored
+
+
+def _sums(group: Integers, size: int, index: Integers, correct: Floats, nll: Floats, brier: Floats, gap: Floats) -> Floats:
+    """Add up tokens per group: group [n] < size, bin index [n] and numbers [n] -> [size, width]."""
+    sums = np.empty((size, _WIDTH))
+    sums[:, _COUNT] = np.bincount(group, minlength=size)
+    for column, numbers in ((_CORRECT, correct), (_NLL, nll), (_BRIER, brier)):
+        sums[:, column] = np.bincount(group, weights=numbers, minlength=size)
+    sums[:, _GAP] = np.bincount(group * N_BINS + index, weights=gap, minlength=size * N_BINS).reshape(size, N_BINS)
+    return sums
+
+
+def _add(sums: Floats, values: Floats) -> None:
+    """Add `values` to sums[0] in place, and what rounding loses to sums[1] (Møller 1965, Knuth's two-sum)."""
+    total = sums[0] + values
+    part = total - sums[0]
+    sums[1] += (sums[0] - (total - part)) + (values - part)
+    sums[0] = total
+
+
+def _exp(nats: Any) -> float:
+    with np.errstate(over="ignore"):  # inf is the value beyond 709 nats
+        return float(np.exp(nats))
+
+
+def _check_natural(value: Any, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"expected an integer {name}, got {value!r}; give one whole number")
+    if value < 0:
+        raise ValueError(f"expected {name} of at least 0, got {value}; give a whole number such as 2")
+    return int(value)
+
+
+def _check_token_counts(token_counts: Any) -> Integers:
+    counts = np.array(token_counts)
+    if counts.dtype.kind not in "iu":
+        raise TypeError(f"expected integer token_counts, got dtype {counts.dtype}; count labels with numpy.bincount")
+    if counts.ndim != 1 or not counts.size or (counts < 0).any():
+        raise ValueError(
+            f"expected token_counts [V] of at least 0, got shape {list(counts.shape)}; "
+            "count the training labels with numpy.bincount(labels, minlength=V)"
+        )
+    return counts.astype(np.int64)

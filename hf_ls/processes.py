@@ -1,0 +1,68 @@
+"""What several processes do to the batches and the model of a Trainer, and how it is undone.
+
+Owns: which rows accelerate repeats to fill the last batch of every process, gathering each item once, and the weights which
+FSDP2 leaves gathered after an evaluation.
+Does not own: the loss and its counting (`trainer`), starting and ending processes (`launch`).
+
+`copies` is how many processes in a row see the same batch: the tensor-parallel times the context-parallel size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import recursively_apply
+from torch import Tensor, nn
+
+
+def without_repeats(accelerator: Accelerator, labels: Tensor, copies: int = 1, *, ignore_index: int = -100) -> Tensor:
+    """The labels [B, ...] of this process's current batch, all ignored in repeated rows, so that each example counts once.
+
+    accelerate starts again from the first examples until the last batch of every process is full. A stock Trainer trains on
+    them, and so its last step depends on the number of processes. Where the length of the data is not known, nor are repeats.
+    """
+    remainder = _remainder(accelerator)
+    if remainder is None:
+        return labels
+    real = max(0, remainder - accelerator.process_index // copies * len(labels))
+    if real >= len(labels):
+        return labels
+    labels = labels.clone()
+    labels[real:] = ignore_index
+    return labels
+
+
+def gather_once(accelerator: Accelerator, items: Any, copies: int = 1) -> Any:
+    """The items [B, ...] of all processes in the order of the data, those of repeated rows and of copied batches once.
+
+    Takes a tensor, or tensors in tuples, lists and dicts. `Accelerator.gather_for_metrics` takes copies for other examples,
+    and so counts all but the last batch twice.
+    """
+    remainder = _remainder(accelerator)
+
+    def once(every: Tensor) -> Tensor:
+        if copies > 1:
+            rows = len(every) // accelerator.num_processes
+            every = every.unflatten(0, (-1, copies, rows))[:, 0].flatten(0, 1)
+        return every if remainder is None else every[:remainder]
+
+    return recursively_apply(once, accelerator.gather(items))
+
+
+def reshard(model: nn.Module) -> None:
+    """Give back the weights which FSDP2 keeps gathered after a forward (head, last norm, root).
+
+    An optimizer which is made while they are gathered holds tensors that no forward reads again: they are never trained.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _remainder(accelerator: Accelerator) -> int | None:
+    """How many examples there are in the last batches of all processes; None before those, or without repeats."""
+    state = accelerator.gradient_state
+    return state.remainder if accelerator.num_processes > 1 and state.end_of_dataloader and state.remainder > 0 else None

@@ -1,0 +1,462 @@
+"""Token calibration: exact sums in constant memory, intervals over sequences, groups, merging and saving."""
+
+import io
+import math
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_ls.metrics import (
+    PredictionStatistics,
+    TokenCalibration,
+    aurc,
+    bootstrap_interval,
+    ece,
+    ece_equal_mass,
+    mce,
+    null_ece,
+    reliability_bins,
+    signed_gap,
+    wilson_interval,
+)
+from hf_ls.metrics.core import CELLS
+from hf_ls.statistics import item_statistics
+
+V, EOS = 40, 2
+COUNTS = np.concatenate([[0, 5, 10**6], np.random.default_rng(0).integers(0, 3000, V - 3)])
+
+
+def sequences(n=30, length=12, seed=0, sharpness=2.0):
+    """Items [n, T, 4] and labels [n, T] of random logits, with padding on the right and a few sequences without tokens."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, V, (n, length))
+    labels[np.arange(length) >= rng.integers(1, length + 1, n)[:, None]] = -100
+    labels[::7] = -100
+    logits = rng.normal(size=(n, length, V)) * sharpness
+    logits[np.arange(n)[:, None], np.arange(length), labels % V] += sharpness
+    return item_statistics(torch.tensor(logits), torch.tensor(labels)).numpy(), labels
+
+
+def filled(items, labels, cuts=(), **settings):
+    state = TokenCalibration(**({"eos_token_id": EOS, "token_counts": COUNTS, "repetitions": 50} | settings))
+    for rows in np.split(np.arange(len(items)), sorted(cuts)):
+        state.update(items[rows], labels[rows])
+    return state
+
+
+def flat(items):
+    confidence, correct, nll, brier = items[~np.isnan(items).any(-1)].T
+    return PredictionStatistics(confidence, correct.astype(bool), nll, brier)
+
+
+def same_within(one, two, tolerance=1e-12):
+    assert one.keys() == two.keys()
+    for name, numbers in one.items():
+        assert numbers == pytest.approx(two[name], rel=tolerance, abs=tolerance, nan_ok=True), name
+
+
+def same_groups(one, two):
+    assert [(group["kind"], group["name"]) for group in one] == [(group["kind"], group["name"]) for group in two]
+    for group, other in zip(one, two, strict=True):
+        numbers = group.keys() - {"kind", "name"}
+        same_within({name: group[name] for name in numbers}, {name: other[name] for name in numbers})
+
+
+# Values
+
+
+def test_metrics_are_those_of_the_flat_tokens():
+    items, labels = sequences(200)
+    stats, state = flat(items), filled(items, labels)
+    metrics = state.metrics()
+    pair = (stats.confidence, stats.correct)
+    exact = {
+        "accuracy": stats.correct.mean(),
+        "nll": stats.nll.mean(),
+        "perplexity": math.exp(stats.nll.mean()),
+        "brier": stats.brier.mean(),
+        "ece": ece(*pair),
+        "signed_gap": signed_gap(*pair),
+        "mce": mce(*pair),
+    }
+    for name, value in exact.items():
+        assert metrics[name]["value"] == pytest.approx(value, abs=1e-12), name
+    # Confidences within one cell count as equal.
+    assert metrics["ece_equal_mass"]["value"] == pytest.approx(ece_equal_mass(*pair), abs=1e-3)
+    assert metrics["aurc"]["value"] == pytest.approx(aurc(*pair), abs=1e-3)
+    assert len(state) == len(stats) and state.sequences == (labels != -100).any(1).sum() == 171
+    null = null_ece(stats.confidence, repetitions=4000, seed=1)
+    many = filled(items, labels, repetitions=4000).metrics()["ece"]
+    assert (many["null"], many["null_q95"]) == (pytest.approx(null[0], rel=0.03), pytest.approx(null[1], rel=0.04))
+    assert {type(number) for numbers in metrics.values() for number in numbers.values()} == {float}
+
+
+def test_reliability_and_histogram_are_those_of_the_flat_tokens():
+    items, labels = sequences(200)
+    stats, state = flat(items), filled(items, labels)
+    for n_bins in (15, 10):
+        ours, bins = state.reliability(n_bins), reliability_bins(stats.confidence, stats.correct, n_bins)
+        for name in ("edges", "count", "confidence", "accuracy"):
+            np.testing.assert_allclose(ours[name], getattr(bins, name), atol=1e-13)
+        low, high, used = np.array(ours["band_low"]), np.array(ours["band_high"]), bins.count > 0
+        np.testing.assert_array_equal(np.isnan(low), ~used)
+        # The mean confidence lies inside what a calibrated model shows.
+        assert (low <= bins.confidence)[used].all() and (bins.confidence <= high)[used].all()
+    correct, incorrect = state.histogram(20)
+    np.testing.assert_array_equal(correct, np.histogram(stats.confidence[stats.correct], 20, (0, 1))[0])
+    np.testing.assert_array_equal(incorrect, np.histogram(stats.confidence[~stats.correct], 20, (0, 1))[0])
+    assert {type(count) for count in correct + incorrect + ours["count"]} == {int}
+
+
+def test_groups_are_the_metrics_of_their_tokens():
+    items, labels = sequences(120, length=20)
+    kept = ~np.isnan(items).any(-1)
+    rank = np.where(kept, np.cumsum(kept, 1), 0)
+    count = np.where(kept, COUNTS[labels % V], -1)
+    members = {
+        ("end_of_sequence", "end of sequence"): kept & (labels == EOS),
+        ("end_of_sequence", "other tokens"): kept & (labels != EOS),
+    }
+    members |= {("frequency", "0"): count == 0, ("frequency", "1-9"): (count >= 1) & (count <= 9)}
+    members |= {("frequency", f"{low}-{10 * low - 1}"): (count >= low) & (count < 10 * low) for low in (10, 100, 1000, 10**6)}
+    members |= {("position", "1"): rank == 1}
+    members |= {("position", f"{low}-{2 * low - 1}"): (rank >= low) & (rank < 2 * low) for low in (2, 4, 8, 16)}
+    groups = {(group["kind"], group["name"]): group for group in filled(items, labels).groups()}
+    assert list(groups) == [key for key, mask in members.items() if mask.any()]
+    for key, group in groups.items():
+        stats = flat(items[members[key]])
+        expected = {"n": len(stats), "accuracy": stats.correct.mean(), "nll": stats.nll.mean(), "brier": stats.brier.mean()}
+        expected |= {"perplexity": math.exp(stats.nll.mean()), "ece": ece(stats.confidence, stats.correct)}
+        expected |= {"signed_gap": signed_gap(stats.confidence, stats.correct)}
+        assert {name: group[name] for name in expected} == pytest.approx(expected, abs=1e-12), key
+        assert {type(group[name]) for name in expected} == {int, float}
+    for kind in ("end_of_sequence", "frequency", "position"):
+        assert sum(group["n"] for group in groups.values() if group["kind"] == kind) == kept.sum()
+    plain = TokenCalibration()
+    plain.update(items, labels)
+    assert {group["kind"] for group in plain.groups()} == {"position"}
+
+
+# Splits, padding, merging, saving
+
+
+@settings(deadline=None, max_examples=20)
+@given(cuts=st.lists(st.integers(0, 600), max_size=8), left=st.integers(0, 3), right=st.integers(0, 3))
+def test_no_split_into_batches_and_no_padding_changes_a_number(cuts, left, right):
+    items, labels = sequences(600, length=5)  # 514 with tokens: two whole blocks and a part
+    padded = np.pad(items, ((0, 0), (left, right), (0, 0)), constant_values=np.nan)
+    padded_labels = np.pad(labels, ((0, 0), (left, right)), constant_values=-100)
+    whole, split = filled(items, labels), filled(padded, padded_labels, cuts)
+    one, two = whole.metrics(), split.metrics()
+    same_within(one, two)
+    for name, numbers in one.items():
+        for end in numbers.keys() - {"value"}:
+            assert numbers[end] == two[name][end], (name, end)  # bit for bit
+    same_within(whole.reliability(), split.reliability())
+    assert whole.histogram() == split.histogram()
+    same_groups(whole.groups(), split.groups())
+
+
+def test_merged_halves_have_the_sums_of_the_whole_and_an_interval_like_it():
+    items, labels = sequences(800, length=6)
+    whole = filled(items, labels, repetitions=1000)
+    first, second = (
+        filled(items[:300], labels[:300], repetitions=1000),
+        filled(items[300:], labels[300:], repetitions=1000, seed=1),
+    )
+    before = first.metrics()
+    merged = first + second
+    assert first.metrics() == before  # the operands stay as they were
+    assert (len(merged), merged.sequences) == (len(whole), whole.sequences)
+    one, two = whole.metrics(), merged.metrics()
+    same_within({k: {"value": v["value"]} for k, v in one.items()}, {k: {"value": v["value"]} for k, v in two.items()})
+    same_groups(whole.groups(), merged.groups())
+    for name in ("nll", "accuracy", "signed_gap", "perplexity"):
+        width = one[name]["high"] - one[name]["low"]
+        assert two[name]["low"] == pytest.approx(one[name]["low"], abs=0.15 * width)
+        assert two[name]["high"] == pytest.approx(one[name]["high"], abs=0.15 * width)
+    assert (merged + filled(items[:0], labels[:0], repetitions=1000)).metrics() == two
+
+
+def test_a_merged_state_goes_on_with_weights_that_were_not_used():
+    items, labels = sequences(40)
+    merged = filled(items, labels) + filled(items, labels)
+    merged.update(items, labels)
+    weights = merged._all_replicates() - (filled(items, labels) + filled(items, labels))._all_replicates()
+    assert not np.allclose(weights, filled(items, labels)._all_replicates())
+    assert merged.sequences == 3 * filled(items, labels).sequences
+
+
+def test_states_of_other_settings_do_not_merge():
+    items, labels = sequences(5)
+    state = filled(items, labels)
+    for name, value in {"eos_token_id": None, "token_counts": COUNTS + 1, "repetitions": 51}.items():
+        with pytest.raises(ValueError, match=f"the same {name}"):
+            state + filled(items, labels, **{name: value})
+    with pytest.raises(TypeError):
+        state + 1
+
+
+@pytest.mark.parametrize("given", [{}, {"eos_token_id": None, "token_counts": None}])
+def test_a_saved_state_goes_on_as_if_it_had_never_been_saved(given):
+    items, labels = sequences(400, length=6)
+    state, file = filled(items[:300], labels[:300], **given), io.BytesIO()
+    np.savez(file, **state.state_dict())
+    file.seek(0)
+    with np.load(file, allow_pickle=False) as saved:
+        restored = TokenCalibration.from_state_dict(saved)
+    assert restored.metrics() == state.metrics() and restored.groups() == state.groups()
+    state.update(items[300:], labels[300:])
+    restored.update(items[300:], labels[300:])
+    same_within(restored.metrics(), state.metrics())
+    assert len(restored) == len(state) and restored.sequences == state.sequences
+
+
+def test_a_foreign_state_is_refused():
+    state = TokenCalibration(repetitions=5).state_dict()
+    with pytest.raises(ValueError, match="keys"):
+        TokenCalibration.from_state_dict({"groups": state["groups"]})
+    with pytest.raises(ValueError, match=r"replicates of shape \[5, 19\], got \[4, 19\]"):
+        TokenCalibration.from_state_dict(state | {"replicates": np.zeros((4, 19))})
+
+
+# Precision and memory
+
+
+@pytest.mark.parametrize(
+    ("n", "kind"), [(10_000_000, "constant"), (400_000, "skewed"), pytest.param(10_000_000, "skewed", marks=pytest.mark.slow)]
+)
+def test_ece_of_a_long_stream_is_exact_and_memory_constant(n, kind):
+    rng = np.random.default_rng(0)
+    # Equal confidences round the same way each time: plain sums drift fastest there.
+    confidence = np.full(n, 0.9999371) if kind == "constant" else rng.beta(5, 0.1, n)
+    correct = rng.random(n) < confidence - 0.01
+    nll = rng.exponential(size=n)
+    state, size = TokenCalibration(repetitions=4), 50 * 200
+    items = np.empty((50, 200, 4))
+    labels = np.zeros((50, 200), dtype=np.int64)
+    early = 0
+    tracemalloc.start()
+    try:
+        for start in range(0, n, size):
+            rows = slice(start, start + size)
+            for column, values in enumerate((confidence, correct, nll, confidence)):
+                items[..., column] = values[rows].reshape(50, 200)
+            state.update(items, labels)
+            early = early or tracemalloc.get_traced_memory()[0]
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < early + 100_000 and peak < 8e6
+    assert sum(value.nbytes for value in state.state_dict().values() if isinstance(value, np.ndarray)) < 5e5
+
+    bins = np.maximum(np.ceil(confidence * 15).astype(int) - 1, 0)
+    sums = [abs(math.fsum(confidence[bins == b]) - int(correct[bins == b].sum())) for b in range(15)]
+    metrics = state.metrics()
+    assert abs(metrics["ece"]["value"] - math.fsum(sums) / n) < 1e-13
+    assert abs(metrics["nll"]["value"] - math.fsum(nll) / n) < 1e-13
+    assert len(state) == n and state.sequences == n // 200
+
+
+def test_one_token_at_a_time_is_as_exact():
+    state = TokenCalibration(repetitions=1)
+    rng = np.random.default_rng(0)
+    nll = rng.exponential(size=2000) * 10.0 ** rng.integers(-8, 8, 2000)
+    for value in nll:
+        state.update([[[0.1, 0.0, value, 0.3]]], [[0]])
+    assert state.metrics()["nll"]["value"] == pytest.approx(math.fsum(nll) / 2000, rel=3e-16)
+    assert state.metrics()["ece"]["value"] == pytest.approx(0.1, abs=1e-16)
+
+
+def test_statistics_of_a_vocabulary_of_32k_need_no_logits():
+    state, g = TokenCalibration(repetitions=20), torch.Generator().manual_seed(0)
+    confidence, correct, peaks = [], [], []
+    for _ in range(6):
+        logits, labels = torch.randn(2, 20, 32_000, generator=g) * 3, torch.randint(0, 32_000, (2, 20), generator=g)
+        labels[0, :10] = logits[0, :10].argmax(-1)
+        items = item_statistics(logits, labels).numpy()
+        p = logits.double().softmax(-1).max(-1)
+        confidence.append(p.values.flatten())
+        correct.append((p.indices == labels).flatten())
+        tracemalloc.start()
+        state.update(items, labels.numpy())
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert max(peaks) < 2e6  # a batch of logits has 10 MB in float64
+    direct = ece(torch.cat(confidence).numpy(), torch.cat(correct).numpy())
+    assert state.metrics()["ece"]["value"] == pytest.approx(direct, abs=1e-12)
+
+
+def test_aurc_of_many_tokens_needs_no_table_of_their_number():
+    items = np.tile([[0.3, 0.0, 1.0, 0.5], [0.6, 1.0, 1.0, 0.5], [0.9, 0.0, 1.0, 0.5], [0.9, 1.0, 1.0, 0.5]], (1, 1, 1))
+    state = TokenCalibration(repetitions=1)
+    state.update(items, np.zeros((1, 4), dtype=int))
+    for _ in range(21):
+        state = state + state
+    n, cells = len(state), state._cells
+    tracemalloc.start()
+    ours = state.metrics()["aurc"]["value"]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert n == 4 * 2**21 and peak < 40e6
+    right, wrong = (cells.correct[cells.count > 0][::-1], (cells.count - cells.correct)[cells.count > 0][::-1])
+    rate = np.repeat(wrong / (right + wrong), right + wrong)
+    assert ours == pytest.approx((np.cumsum(rate) / np.arange(1, n + 1)).mean(), abs=1e-12)
+
+
+# Intervals
+
+
+def simulated(n_sequences, gap, cluster, seed, length=15):
+    """Tokens whose probability of being right is confidence − gap, shifted together by up to ± cluster per sequence."""
+    rng = np.random.default_rng(seed)
+    shift = rng.uniform(-cluster, cluster, (n_sequences, 1))
+    confidence = rng.uniform(0.6, 0.9, (n_sequences, length))
+    correct = rng.random(confidence.shape) < confidence - gap - shift
+    nll = 1 + 5 * shift + rng.uniform(-0.1, 0.1, confidence.shape)
+    items = np.stack([confidence, correct, nll, nll / 2], -1)
+    items[np.arange(length) >= rng.integers(length // 2, length + 1, n_sequences)[:, None]] = np.nan
+    return items, np.zeros(confidence.shape, dtype=np.int64)
+
+
+def coverage(datasets, n_sequences, gap, cluster, repetitions):
+    """Return how often the intervals over sequences, and that of nll over tokens, hold the truth, and the mean width ratio."""
+    truth = {"accuracy": 0.75 - gap, "nll": 1.0, "brier": 0.5, "perplexity": math.e, "signed_gap": gap, "ece": gap}
+    hits, over_tokens, ratio = dict.fromkeys(truth, 0), 0, 0.0
+    for seed in range(datasets):
+        items, labels = simulated(n_sequences, gap, cluster, (gap > 0, seed))
+        state = filled(items, labels, repetitions=repetitions, seed=seed)
+        metrics = state.metrics()
+        for name, value in truth.items():
+            hits[name] += metrics[name]["low"] <= value <= metrics[name]["high"]
+        low, high = bootstrap_interval("nll", flat(items), repetitions=200, seed=seed)
+        over_tokens += low <= 1.0 <= high
+        ratio += (metrics["nll"]["high"] - metrics["nll"]["low"]) / (high - low) / datasets
+    return {name: count / datasets for name, count in hits.items()}, over_tokens / datasets, ratio
+
+
+@pytest.mark.parametrize(
+    ("datasets", "repetitions", "margin"), [(60, 200, 0.1), pytest.param(400, 1000, 0.04, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("gap", [0.0, 0.2])
+def test_intervals_over_sequences_cover_the_truth_where_tokens_of_one_are_alike_and_those_over_tokens_do_not(
+    datasets, repetitions, margin, gap
+):
+    hits, over_tokens, ratio = coverage(datasets, 80, gap, 0.1, repetitions)
+    for name, share in hits.items():
+        assert 0.95 - margin <= share <= 1.0, (name, hits)
+    assert over_tokens < 0.6 and ratio > 2.5
+
+
+def test_without_correlation_the_interval_is_that_over_tokens():
+    items, labels = simulated(3000, 0.1, 0.0, 0)
+    metrics = filled(items, labels, repetitions=1000).metrics()
+    stats = flat(items)
+    for name in ("accuracy", "nll", "brier", "ece", "signed_gap"):
+        low, high = bootstrap_interval(name, stats, repetitions=1000)
+        width = high - low
+        assert metrics[name]["low"] == pytest.approx(low, abs=0.2 * width), name
+        assert metrics[name]["high"] == pytest.approx(high, abs=0.2 * width), name
+
+
+def test_whole_sequences_off_in_turn_are_no_evidence_against_calibration_on_average():
+    # The null of independent tokens is exceeded far more often than in 5 % of the cases, the one over sequences is not.
+    beyond = excluded = 0
+    for seed in range(100):
+        metrics = filled(*simulated(60, 0.0, 0.1, (2, seed), length=60), repetitions=200, seed=seed).metrics()
+        beyond += metrics["ece"]["value"] > metrics["ece"]["null_q95"]
+        excluded += metrics["ece"]["low"] > 0
+    assert excluded <= 12 < beyond
+
+
+def test_perplexity_is_exp_of_nll_with_its_interval():
+    metrics = filled(*sequences()).metrics()
+    for end in ("value", "low", "high"):
+        assert metrics["perplexity"][end] == pytest.approx(math.exp(metrics["nll"][end]), rel=1e-14)
+
+
+@pytest.mark.parametrize("correct", [0.0, 1.0])
+def test_an_accuracy_of_0_or_1_keeps_an_interval(correct):
+    items = np.tile([0.9, correct, 0.1, 0.1], (12, 50, 1))
+    accuracy = filled(items, np.zeros((12, 50), dtype=int)).metrics()["accuracy"]
+    low, high = wilson_interval(12 * correct, 12)  # 12 sequences rather than 600 tokens
+    assert accuracy == {"value": correct, "low": pytest.approx(low), "high": pytest.approx(high)}
+
+
+def test_one_sequence_has_no_interval_and_two_have_one():
+    items, labels = simulated(2, 0.1, 0.1, 0)
+    assert not any("low" in numbers for numbers in filled(items[:1], labels[:1]).metrics().values())
+    with_interval = [name for name, numbers in filled(items, labels).metrics().items() if "low" in numbers]
+    assert with_interval == ["accuracy", "nll", "perplexity", "brier", "ece", "signed_gap"]
+
+
+def test_seeds_give_other_replicates_and_the_same_values():
+    one, same, other = (filled(*sequences(), seed=seed).metrics() for seed in (3, 3, 4))
+    assert one == same
+    assert one["nll"]["value"] == other["nll"]["value"] and one["nll"]["low"] != other["nll"]["low"]
+
+
+# Refusals
+
+
+def test_nothing_added_has_no_result():
+    state = TokenCalibration(eos_token_id=EOS)
+    state.update(np.full((3, 4, 4), np.nan), np.full((3, 4), -100))
+    state.update(np.empty((0, 4, 4)), np.empty((0, 4), dtype=int))
+    assert len(state) == state.sequences == 0 and state.groups() == []
+    for call in (state.metrics, state.reliability):
+        with pytest.raises(ValueError, match=r"expected at least one (token|prediction), got none; call update\(\)"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda items, labels: (items[0], labels), ValueError, r"expected items \[S, T, 4\]"),
+        (lambda items, labels: (items[:, :-1], labels), ValueError, r"shift and pad the labels"),
+        (lambda items, labels: (items, labels.astype(float)), TypeError, "integer labels"),
+        (lambda items, labels: (items.astype(str), labels), TypeError, "float items"),
+        (lambda items, labels: (items, np.full_like(labels, -100)), ValueError, r"labels in \[0, 40\) .* got -100"),
+        (lambda items, labels: (items, np.full_like(labels, V)), ValueError, "got 40; shift the labels"),
+        (lambda items, labels: (items * [1, 1, 1, np.nan], labels), ValueError, "partly NaN"),
+        (lambda items, labels: (items * [1, 1, np.inf, 1], labels), ValueError, "finite nll"),
+        (lambda items, labels: (items * [2, 1, 1, 1], labels), ValueError, "confidence from 0 to 1"),
+        (lambda items, labels: (np.add(items, [0, 0.5, 0, 0]), labels), ValueError, "True and False"),
+    ],
+)
+def test_wrong_batches_are_refused_whole(change, error, message):
+    items, labels = simulated(6, 0.1, 0.1, 0)
+    state = filled(items, labels)
+    before = state.state_dict()
+    with pytest.raises(error, match=message):
+        state.update(*change(items, labels))
+    for name, value in state.state_dict().items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"eos_token_id": 1.5}, TypeError, "integer eos_token_id"),
+        ({"eos_token_id": -1}, ValueError, "eos_token_id of at least 0"),
+        ({"token_counts": [0.5]}, TypeError, "integer token_counts"),
+        ({"token_counts": [[1]]}, ValueError, r"token_counts \[V\]"),
+        ({"token_counts": [1, -1]}, ValueError, r"token_counts \[V\]"),
+        ({"repetitions": 0}, ValueError, "repetitions of at least 1"),
+        ({"seed": -1}, ValueError, "seed of at least 0"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, error, message):
+    with pytest.raises(error, match=message):
+        TokenCalibration(**settings)
+
+
+def test_bins_that_do_not_divide_the_cells_are_refused():
+    state = filled(*sequences())
+    for call in (state.reliability, state.histogram):
+        with pytest.raises(ValueError, match=f"divides {CELLS}, got 7"):
+            call(7)
