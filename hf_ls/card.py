@@ -83,7 +83,7 @@ def model_card(report: CalibrationReport) -> str:
         temperature=f"{tempered.temperature:.6g}" if tempered and not baked else None,
         published=plain(published.name) if published else None,
         epsilon=report.smoothing["epsilon"],
-        smoothing=smoothing_lines(report.smoothing, len(report.label_names)),
+        smoothing=[] if report.smoothing["epsilon"] is None else smoothing_lines(report.smoothing, len(report.label_names)),
         base=_base(report),
         licence=plain(report.dataset["licence"]) if report.dataset["licence"] else None,
         sizes=_sizes(report),
@@ -112,7 +112,7 @@ def _base(report: CalibrationReport) -> str:
     """The base model as a link, or the last part of a local path: the rest is nobody else's business."""
     name = report.base_model
     if not name:
-        return "none, trained from scratch"
+        return "none, trained from scratch" if report.training else "not known"
     return link(name, name) if hub_id(name) else plain(Path(name).name or name)
 
 
@@ -134,11 +134,16 @@ def _summary(report: CalibrationReport) -> str:
     labels = [plain(name) for name in report.label_names]
     shown = ", ".join(labels[:20]) + (f" and {len(labels) - 20} more" if len(labels) > 20 else "")
     kind = _TASKS[report.task][1] + (f" with {len(labels)} labels ({shown})" if labels else "")
-    summary = f"A {kind}, " + (f"fine-tuned from {_base(report)}" if report.base_model else "trained from scratch")
+    origin = f"fine-tuned from {_base(report)}" if report.base_model else "trained from scratch"
+    summary = f"A {kind}, {origin if report.training else 'evaluated here without training'}"
     row = report.published_row
     if row is None:
         return summary + "."
     how = f"with label smoothing (epsilon = {row.epsilon:g})" if row.epsilon else "without label smoothing"
+    if row.epsilon is None:
+        how = "(whether label smoothing was used is not known)"
+    elif not report.training:
+        how = f"(trained {how}, as its user says)"
     baked = ", with a temperature baked into its weights" if row.temperature != 1 else ""
     quality = "".join(f"{plain(metric.replace('_', ' '))} {row.show(metric)}, " for metric in row.quality)
     per_token = ("token ", " per token") if row.is_token else ("", "")

@@ -7,7 +7,7 @@ Does not own: the numbers of one item (`statistics`), their sums (`metrics`), th
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,16 +26,14 @@ from hf_ls.smoothing import Smoothing
 from hf_ls.statistics import item_statistics
 from hf_ls.token_temperature import TokenTemperature
 
-if TYPE_CHECKING:
-    _Trainer = Trainer  # what the mixin is mixed into
-else:
-    _Trainer = object
-
 _METRICS = ("nll", "brier", "ece", "accuracy", "signed_gap")
 
 
-class CalibratedEvaluation(_Trainer):
+class CalibratedEvaluation(Trainer):
     """What `LabelSmoothingMixin` does in `evaluate` and `predict`.
+
+    A Trainer itself, so that it comes before the Trainer in `class Mine(Theirs, LabelSmoothingMixin, Trainer)` too; else
+    Python would put Trainer's own evaluation first there, and the metrics would be missing in silence.
 
     Attributes:
         temperature: divides the logits of the evaluation statistics, and of nothing else.

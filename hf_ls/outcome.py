@@ -110,7 +110,7 @@ def evaluate_tokens(trainer: Any, tokens: DatasetDict, texts: DatasetDict, metri
             generated, references = _decode(trainer, output.predictions), texts[split]["target"]
             extra = text_metrics(generated, references, metrics, seed=training.seed)
             extra["sequence_ece"] = {"value": trainer.sequence_calibration.compute()["ece"]}
-            output.metrics |= {f"{prefix}_{metric}": found["value"] for metric, found in extra.items()}
+            output.metrics.update({f"{prefix}_{metric}": found["value"] for metric, found in extra.items()})
             if training.should_save:
                 _save_generations(Path(training.output_dir), split, texts[split]["source"], references, generated)
         _write_metrics(trainer, prefix, output.metrics)

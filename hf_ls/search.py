@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
@@ -18,11 +18,6 @@ from hf_ls.criterion import Criterion, OnlineState, parse_params
 from hf_ls.objectives import Objective
 from hf_ls.smoothing import Smoothing
 
-if TYPE_CHECKING:
-    _Trainer = Trainer  # what the mixin is mixed into
-else:
-    _Trainer = object
-
 # The arguments which decide the training loss.
 _LOSS_SETTINGS = (
     *("label_smoothing_factor", "label_smoothing_convention", "label_smoothing_schedule", "label_smoothing_final_factor"),
@@ -31,7 +26,7 @@ _LOSS_SETTINGS = (
 )
 
 
-class SearchableLoss(_Trainer):
+class SearchableLoss(Trainer):
     """What `LabelSmoothingMixin` does with its arguments.
 
     A stock Trainer makes its smoother once, so that `hyperparameter_search` over `label_smoothing_factor` trains every trial

@@ -8,9 +8,13 @@ Source: Guo et al. 2017.
 
 from __future__ import annotations
 
+import math
+import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -134,17 +138,66 @@ def bake_temperature(model: PreTrainedModel, temperature: float, inputs: Mapping
         for parameter in parameters:
             parameter.div_(t)
         after = _logits_of(model, batch)
-        tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(head.weight.dtype, 3e-2)
-        error = (after.double() * t - before.double()).abs().max()
-        if not error <= tolerance * before.double().abs().max():
+        error, allowed = _error(before, after, t)
+        if not error <= allowed:
             for parameter, values in zip(parameters, original, strict=True):
                 parameter.copy_(values)
             raise ValueError(
-                f"expected logits / {t:.6g} after scaling {name}, got an error of {float(error):.3g}: "
+                f"expected logits / {t:.6g} after scaling {name}, got an error of {error:.3g}: "
                 "the logits are not linear in that layer; use apply_temperature on the logits instead"
             )
     baked = getattr(model.config, "calibration_temperature", 1.0)
     setattr(model.config, "calibration_temperature", baked * t)  # noqa: B010, no declared field of the config
+
+
+def bake_folder(folder: str | os.PathLike[str], temperature: float, inputs: Mapping[str, Any] | None = None) -> None:
+    """Bake T into the classifier saved in a folder, so that whoever loads it with plain transformers gets logits / T.
+
+    Loads it with `AutoModelForSequenceClassification`, bakes, saves beside it, loads that again and compares the logits; only
+    then do the new files replace the old ones, and the folder itself is loaded once more. A folder whose config says that this
+    very T is in its weights already (a resumed run) stays as it is.
+
+    inputs: as `bake_temperature`.
+
+    Raises: ValueError for a reloaded model with other logits, the folder then being as it was; as `bake_temperature`.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    t = _check_temperature(temperature)
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    if t != 1.0 and math.isclose(getattr(model.config, "calibration_temperature", 1.0), t, rel_tol=1e-9):
+        return
+    batch = _example_inputs(model) if inputs is None else dict(inputs)
+    with _evaluating(model), torch.no_grad():
+        before = _logits_of(model, batch)
+    bake_temperature(model, t, batch)
+
+    def check(place: str | os.PathLike[str]) -> None:
+        reloaded = AutoModelForSequenceClassification.from_pretrained(place).eval()
+        with torch.no_grad():
+            error, allowed = _error(before, _logits_of(reloaded, batch), t)
+        if not error <= allowed:
+            raise ValueError(
+                f"expected the model saved in {place} to give logits / {t:.6g} when loaded again, got an error of {error:.3g}: "
+                "not all of its weights are saved; keep T = 1 and apply_temperature"
+            )
+
+    with tempfile.TemporaryDirectory(dir=folder, prefix="_bake") as made:
+        model.save_pretrained(made)
+        check(made)
+        for file in sorted(Path(made).iterdir(), reverse=True):  # the weights before the config
+            os.replace(file, Path(folder, file.name))
+    check(folder)
+
+
+def _error(before: torch.Tensor, after: torch.Tensor, temperature: float) -> tuple[float, float]:
+    """The largest error of after · T against before, and what rounding in this precision allows."""
+    import torch
+
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(after.dtype, 3e-2)
+    before = before.double()
+    return float((after.double() * temperature - before).abs().max()), tolerance * float(before.abs().max())
 
 
 def _example_inputs(model: Any) -> dict[str, torch.Tensor]:

@@ -66,8 +66,9 @@ class LabelSmoothingMixin(TrainerCard, SearchableLoss, CalibratedEvaluation):
 
     Attributes: distillation, mixup: of the training under way or the last one, None where there is none.
 
-    Raises: ValueError for `compute_loss_func`, two different epsilons, two target-softening techniques, tasks without one label per prediction
-    (multi-label, regression, question answering), and a model whose own loss is no cross entropy of its logits.
+    Raises: ValueError for `compute_loss_func`, two different epsilons, two target-softening techniques, tasks without one
+    label per prediction (multi-label, regression, question answering), and a model whose own loss is no cross entropy of its
+    logits.
     """
 
     _arguments_class: type[TrainingArguments] = LabelSmoothingArguments
@@ -200,7 +201,7 @@ class LabelSmoothingMixin(TrainerCard, SearchableLoss, CalibratedEvaluation):
     def _training_terms(
         self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, num_items_in_batch: Any, share: Tensor | None = None
     ) -> Tensor:
-        """The parts of the training loss in the order of the log, each example counted by its share; [2], or [3] with a teacher."""
+        """The parts of the training loss in the order of the log, each item counted by its share; [2], [3] with a teacher."""
         smoothing = self.smoothing.at(self.state.global_step, self.state.max_steps)
         terms: tuple[Tensor, ...] = self.criterion.terms(logits, labels, smoothing)
         if self.distillation is not None and teacher_logits is not None:

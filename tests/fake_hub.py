@@ -52,7 +52,7 @@ class _Handler(BaseHTTPRequestHandler):
             try:
                 yaml.safe_load(header)  # as strict as the Hub: no Python objects
             except yaml.YAMLError as error:
-                return self._reply(str(error).encode(), 400)
+                return self._reply(json.dumps({"errors": [{"message": str(error)}]}).encode(), 400)
             return self._reply(b"{}")
         repo, what = "/".join(parts[2:4]), parts[4]
         if what == "preupload":

@@ -138,7 +138,7 @@ def megatron(rank: int, sizes: tuple[int, ...]) -> dict[str, Any]:
     p = z.softmax(1)
     here, s = torch.tensor(range(sum(sizes))).split(sizes)[rank], 0.1 * sizes[rank] / (sizes[rank] - 1)
     loss = ((1 - s) * -p.gather(1, y[:, None]).log().squeeze(1) - s * p[:, here].log().mean(1)).mean()
-    own = torch.nn.functional.one_hot(y, sum(sizes))[:, here]
+    own = torch.nn.functional.one_hot(y, sum(sizes))[:, here].to(z)
     gradient = p[:, here] - (1 - s) * own - s / sizes[rank]
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, (loss, gradient))

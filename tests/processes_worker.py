@@ -29,7 +29,7 @@ LENGTHS = (40, 3, 12, 5, 8, 4, 17) * 3
 UNEVEN = (40, 3, 4, 30, 5, 6, 2)
 
 
-def with_ignored_start(rows: Rows, n: int = 4) -> Rows:
+def with_ignored_start(rows: Rows, n: int) -> Rows:
     """The first n rows without any label: the whole first batch of some processes."""
     for row in rows.rows[:n]:
         row["labels"][:] = -100
@@ -40,7 +40,7 @@ MODELS: dict[str, tuple[Any, Any, Any]] = {
     "bert": (tiny_bert, classification_rows(21), classification_rows(23, seed=3)),
     "t5": (tiny_t5, seq2seq_rows(LENGTHS), seq2seq_rows(UNEVEN, seed=3)),
     "llama": (tiny_llama, token_rows(LENGTHS), token_rows(UNEVEN, seed=3)),
-    "llama late": (tiny_llama, with_ignored_start(token_rows(LENGTHS)), with_ignored_start(token_rows(UNEVEN, seed=3))),
+    "llama late": (tiny_llama, with_ignored_start(token_rows(LENGTHS), 4), with_ignored_start(token_rows(UNEVEN, seed=3), 1)),
 }
 GLOBAL_BATCH, STEPS, LEARNING_RATE = 8, 4, 0.1
 METRICS = ("loss", "nll", "brier", "ece", "accuracy", "signed_gap")

@@ -19,9 +19,10 @@ from huggingface_hub import EvalResult, ModelCard
 from test_card import HOSTILE, headings, rendered
 from test_report import make_report
 
-from hf_ls import LabelSmoothingArguments, LabelSmoothingTrainer, Schedule, Smoothing
+from hf_ls import LabelSmoothingArguments, LabelSmoothingTrainer, Objective, Schedule, Smoothing
 from hf_ls.card import MARKER, model_card
 from hf_ls.card_metadata import eval_results
+from hf_ls.distillation import smoothing_evidence
 from hf_ls.report import one_line
 from hf_ls.trainer_card import REPORT, last_evaluation
 
@@ -53,7 +54,7 @@ def section(card: ModelCard, title: str) -> str:
 
 @pytest.fixture(scope="module")
 def uploads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What is on the fake Hub after the pushes of `push_worker.py`: repository -> README.md."""
+    """What is on the fake Hub after the pushes of `push_worker.py`: repository -> README.md, beside the stock card."""
     folder = tmp_path_factory.mktemp("push")
     with fake_hub() as (address, files):
         environment = os.environ | {
@@ -63,12 +64,15 @@ def uploads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         command = [sys.executable, str(TESTS / "push_worker.py"), str(folder)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr[-3000:]
+    assert files.pop("me/stock") == {}  # refused before anything was uploaded
     assert all("model.safetensors" in found for found in files.values())
-    return {repo: found["README.md"].decode() for repo, found in files.items()}
+    stock = {"stock": (folder / "stock" / "README.md").read_text(), "refusal": (folder / "stock.txt").read_text()}
+    return stock | {repo: found["README.md"].decode() for repo, found in files.items()}
 
 
 def test_trap_12_the_stock_card_loses_the_metrics_and_is_no_yaml(uploads: dict[str, str]) -> None:
-    stock = uploads["me/stock"]
+    stock = uploads["stock"]
+    assert "Invalid metadata in README.md" in uploads["refusal"] and "numpy" in uploads["refusal"]
     assert "!!binary" in stock and "python/object" in stock
     with pytest.raises(yaml.YAMLError):
         yaml.safe_load(stock.split("---")[1])
@@ -136,6 +140,8 @@ def test_trap_12_epsilon_is_claimed_only_where_it_was_used(tmp_path: Path) -> No
 
     focal = card_of(made(tmp_path / "d", label_smoothing_objective="focal", label_smoothing_objective_params='{"gamma": 3}'))
     assert "training objective: focal" in focal.text and "gamma 3" in focal.text and "effective epsilon: 0" in focal.text
+    z_loss = card_of(made(tmp_path / "e", objective=Objective("smoothed_ce", z_loss=1e-4)))
+    assert "z loss 0.0001" in z_loss.text
 
 
 def test_the_smoothing_is_stated_in_full(tmp_path: Path) -> None:
@@ -233,7 +239,7 @@ def test_names_are_shown_and_not_obeyed(hostile: str, tmp_path: Path) -> None:
     assert not [t for t in tokens if t.type in ("fence", "code_block", "ordered_list_open", "blockquote_open", "hr")]
 
 
-def test_trl_and_adapters_get_the_same_card(tmp_path: Path) -> None:
+def test_adapters_are_named(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     base = tmp_path / "base"
     tiny_bert().save_pretrained(base)
@@ -243,3 +249,29 @@ def test_trl_and_adapters_get_the_same_card(tmp_path: Path) -> None:
     assert card.data.library_name == "peft" and card.data.base_model is None  # a folder here is no id
     assert "base model: base" in card.text and str(tmp_path) not in card.text
     assert card.data.pipeline_tag == "text-classification"
+
+
+def test_what_softens_the_targets_together_is_named(tmp_path: Path) -> None:
+    kwargs = dict(label_smoothing_factor=0.1, mixup_alpha=0.2, allow_combined_softening=True)
+    text = section(card_of(made(tmp_path, **kwargs)), "Label smoothing")
+    assert "label smoothing (ε = 0.1), embedding mixup (α = 0.2" in text
+    assert smoothing_evidence(tmp_path) == "epsilon = 0.1 in README.md"  # what a student of this model is told
+
+
+def test_trl_writes_the_same_card_with_every_checkpoint(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    from datasets import Dataset
+    from test_evaluating import save_tokenizer, texts
+
+    from hf_ls.sft import LabelSmoothingSFTConfig, LabelSmoothingSFTTrainer
+
+    save_tokenizer(tmp_path / "tokenizer")
+    tokenizer = tf.AutoTokenizer.from_pretrained(tmp_path / "tokenizer", eos_token="[SEP]")
+    config = LabelSmoothingSFTConfig(
+        output_dir=str(tmp_path / "out"), label_smoothing_factor=0.1, max_steps=1, save_steps=1, use_cpu=True, report_to="none", bf16=False,
+    )  # fmt: skip
+    data = Dataset.from_dict({"text": texts(8, 0)})
+    LabelSmoothingSFTTrainer(model=tiny_llama(), args=config, train_dataset=data, processing_class=tokenizer).train()
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert "effective epsilon: 0.1" in card.text and {"trl", "sft", "label-smoothing"} <= set(card.data.tags)
+    assert card.data.pipeline_tag == "text-generation" and card.data.eval_results is None

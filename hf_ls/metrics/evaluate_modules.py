@@ -209,3 +209,9 @@ class Aurc(CalibrationMetric):
     """The area under the risk-coverage curve."""
 
     function = staticmethod(core.aurc)
+
+
+class EAurc(CalibrationMetric):
+    """The area under the risk-coverage curve, less that of the best ranking with as many errors."""
+
+    function = staticmethod(core.e_aurc)

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from hf_ls.metrics.core import CELLS, PredictionStatistics, bin_index, row_chunks
+from hf_ls.metrics.core import PredictionStatistics, bin_index, row_chunks
 from hf_ls.metrics.ties import aurc_from_groups, equal_mass_index, tie_groups
 from hf_ls.metrics.validation import Floats, Integers, check_confidence, check_count
 
 STATISTICS = ("accuracy", "nll", "brier", "signed_gap", "aurc", "ece", "ece_equal_mass")
+_DRAWN = 960  # cells of confidence, each with one binomial draw
 
 
 def _check_level(level: float) -> float:
@@ -62,16 +63,16 @@ def calibrated_hits(count: Integers, p: Floats, index: Integers, n_bins: int, re
 def _calibrated_hits(confidence: Floats, index: Integers, n_bins: int, repetitions: int, seed: int) -> Integers:
     """Draw correct_i ~ Bernoulli(confidence_i) and return the hits per bin [repetitions, n_bins].
 
-    Draws one binomial per (bin, cell of width 1/15360): within a cell the probabilities differ so little
-    that the variance is off by a factor below 1 + 1e-4, and the cost no longer grows with n.
+    Draws one binomial per (bin, cell of width 1/960): within a cell the probabilities differ so little that the variance
+    is off by a factor below 1 + 1/960, and the cost no longer grows with n.
     """
-    key, group, count = np.unique(index * CELLS + bin_index(confidence, CELLS), return_inverse=True, return_counts=True)
+    key, group, count = np.unique(index * _DRAWN + bin_index(confidence, _DRAWN), return_inverse=True, return_counts=True)
     p = np.minimum(np.bincount(group, weights=confidence) / count, 1.0)
-    return calibrated_hits(count, p, key // CELLS, n_bins, repetitions, seed)
+    return calibrated_hits(count, p, key // _DRAWN, n_bins, repetitions, seed)
 
 
-def _null_noise(confidence: Floats, index: Integers, n_bins: int, repetitions: int, seed: int) -> Floats:
-    """Draw the mean gap (confidence − correct) of each bin [repetitions, n_bins] when calibration is perfect."""
+def null_gaps(confidence: Floats, index: Integers, n_bins: int, repetitions: int, seed: int) -> Floats:
+    """Draw the sum of confidence − correct over n of each bin [repetitions, n_bins] when calibration is perfect."""
     total = np.bincount(index, weights=confidence, minlength=n_bins)
     return (total - _calibrated_hits(confidence, index, n_bins, repetitions, seed)) / confidence.size
 
@@ -84,7 +85,7 @@ def null_ece(confidence: Any, n_bins: int = 15, repetitions: int = 1000, seed: i
     """
     values = check_confidence(confidence, np.zeros(np.shape(confidence), dtype=bool))[0]
     n_bins, repetitions = check_count(n_bins, "n_bins"), check_count(repetitions, "repetitions")
-    draws = np.abs(_null_noise(values, bin_index(values, n_bins), n_bins, repetitions, seed)).sum(axis=1)
+    draws = np.abs(null_gaps(values, bin_index(values, n_bins), n_bins, repetitions, seed)).sum(axis=1)
     return float(draws.mean()), float(np.quantile(draws, 0.95))
 
 
@@ -126,47 +127,60 @@ def _tail_above(distance: float, alpha: float) -> float:
     return low
 
 
-def _shrunken_direction(gap: Floats, variance: Floats, share: Floats) -> Floats:
-    """Return how the true gap is likely spread over the bins [B], as signed shares whose absolute values add up to 1.
+def _directions(gap: Floats, variance: Floats, share: Floats, repetitions: int, seed: int) -> Floats:
+    """Draw how the true gap may be spread over the bins [R, B], as signed shares whose absolute values add up to 1.
 
-    Empirical Bayes: the mean gap of each bin, gap / share, is drawn towards that of all bins by as much as its own
-    sampling variance, against the variance between bins of DerSimonian and Laird 1986, makes likely. The observed gaps
-    would spread a small error too unevenly, because noise is uneven.
+    Empirical Bayes: the mean gap of each bin, gap / share, is drawn from its posterior: it lies towards the mean gap of
+    all bins by as much as its own sampling variance, against the variance between bins of DerSimonian and Laird 1986, makes
+    likely. The observed gaps themselves would spread the error too unevenly, because noise is uneven.
     """
     used = share > 0
-    level, noise = gap[used] / share[used], variance[used] / share[used] ** 2
-    weight = 1.0 / np.maximum(noise, 1e-12)
+    level, noise = gap[used] / share[used], np.maximum(variance[used] / share[used] ** 2, 1e-12)
+    weight = 1.0 / noise
     centre = (weight * level).sum() / weight.sum()
     spare = weight.sum() - (weight**2).sum() / weight.sum()
     excess = (weight * (level - centre) ** 2).sum() - (used.sum() - 1)
     between = max(0.0, float(excess / spare)) if spare > 1e-9 * weight.sum() else 0.0
-    direction = np.zeros(gap.size)
-    direction[used] = share[used] * (centre + between / (between + noise + 1e-300) * (level - centre))
-    size = np.abs(direction).sum()
-    return direction / size if size > 0 else share / share.sum()
+    weight = 1.0 / (noise + between)
+    centre, of_centre = (weight * level).sum() / weight.sum(), 1.0 / weight.sum()
+    kept = between / (between + noise)
+    z = np.random.default_rng((seed, 1)).standard_normal((repetitions, 1 + int(used.sum())))
+    draws = (1.0 - kept) * (centre + np.sqrt(of_centre) * z[:, :1]) + kept * level + np.sqrt(kept * noise) * z[:, 1:]
+    directions = np.zeros((repetitions, gap.size))
+    directions[:, used] = share[used] * draws
+    return directions / np.abs(directions).sum(axis=1, keepdims=True)
 
 
-def ece_interval(gap: Floats, share: Floats, noise: Floats, null: Floats, level: float = 0.95) -> tuple[float, float]:
+def ece_interval(
+    gap: Floats, share: Floats, noise: Floats, null: Floats, *, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
     """Return an interval (low, high) for the true binned calibration error Σ_b |γ_b|, where γ_b = E[(c − a)·1[bin b]].
 
     gap: estimates of γ [B], mean confidence − correct over all rows, 0 for the rows of other bins. share: of rows per bin
     [B]. noise: draws [R, B] of the sampling error of gap. null: draws [R, B] of gap when calibration is perfect.
 
     Σ|gap_b| is biased upward, most where the true error is small, so no interval around it covers. Instead a test is
-    inverted over one parameter: the error θ spread over the bins as `_shrunken_direction` estimates. θ belongs to the
-    interval if Σ|gap_b| is not in the tails of Σ|θ·direction_b + noise_b|; θ = 0 is tested against `null`, with the whole
-    of 1 − level above. What the tails are near 0: `_tail_above`.
+    inverted over one parameter: the error θ spread over the bins as `_directions` finds likely. θ belongs to the
+    interval if Σ|gap_b| is not in the tails of Σ|θ·direction_b + error_b|. The error is `noise`; where `null` is the wider
+    one, as below an under-confident model, its variance goes from that of `null` at θ = 0 to that of `noise` at the observed
+    value. θ = 0 is tested against `null` with the whole of 1 − level above; for the tails near 0 see `_tail_above`.
     """
     alpha = 1.0 - _check_level(level)
     value = float(np.abs(gap).sum())
     null_values = np.abs(null).sum(axis=1)
-    direction = _shrunken_direction(gap, (noise.var(axis=0) + null.var(axis=0)) / 2, share)
+    if value == 0.0 and not null_values.any():  # certain and always right
+        return 0.0, 0.0
+    directions = _directions(gap, (noise.var(axis=0) + null.var(axis=0)) / 2, share, len(noise), seed)
     consistent = value <= np.quantile(null_values, level)
     widest = value + 5.0 * float(np.sqrt((noise**2).sum(axis=1).mean())) + float(null_values.mean())
 
+    falling = value > 0 and bool((null**2).sum() > (noise**2).sum())
+
     def slack(theta: float) -> float:
         """Return by how far the value lies inside the region of θ; below 0 outside."""
-        draws = np.abs(theta * direction + noise).sum(axis=1)
+        part = min(1.0, theta / value) if falling else 1.0
+        error = np.sqrt(1.0 - part) * null + np.sqrt(part) * noise
+        draws = np.abs(theta * directions + error).sum(axis=1)
         spread = float(draws.std())
         distance = (float(draws.mean()) - float(null_values.mean())) / spread if spread > 0 else np.inf
         above = _tail_above(max(0.0, distance), alpha)
@@ -257,7 +271,8 @@ def bootstrap_interval(
             index = equal_mass_index(count, n_bins)[group]
         gap, share, covariance = _gap_moments(stats, index, n_bins)
         noise = rng.multivariate_normal(np.zeros(n_bins), covariance, size=repetitions, method="eigh")
-        return ece_interval(gap, share, noise, _null_noise(stats.confidence, index, n_bins, repetitions, seed), level)
+        null = null_gaps(stats.confidence, index, n_bins, repetitions, seed)
+        return ece_interval(gap, share, noise, null, level=level, seed=seed)
 
     resample = _statistic_of_rows(statistic, stats)
     values = np.empty(repetitions)

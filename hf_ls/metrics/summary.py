@@ -11,6 +11,7 @@ from typing import Any
 from hf_ls.metrics.core import (
     PredictionStatistics,
     aurc,
+    e_aurc,
     ece,
     ece_classwise,
     ece_equal_mass,
@@ -30,7 +31,7 @@ def summarise(
     "high"}}.
 
     95 % intervals: Wilson for accuracy, `bootstrap_interval` for the others; `ece_classwise`, `mce`,
-    `rmsce_debiased` and `smooth_ece` have none. `ece` also carries "null" and "null_q95", the mean and 95 %
+    `e_aurc`, `rmsce_debiased` and `smooth_ece` have none. `ece` also carries "null" and "null_q95", the mean and 95 %
     quantile for a perfectly calibrated model (`null_ece`). `smooth_ece` is absent where relplot is not
     installed. All values are plain Python floats; nll in nats.
 
@@ -50,6 +51,7 @@ def summarise(
         "rmsce_debiased": rmsce_debiased(*pair, n_bins),
         "signed_gap": signed_gap(*pair),
         "aurc": aurc(*pair),
+        "e_aurc": e_aurc(*pair),
     }
     if importlib.util.find_spec("relplot") is not None:
         values["smooth_ece"] = smooth_ece(*pair)

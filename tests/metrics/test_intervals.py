@@ -66,19 +66,58 @@ def test_intervals_of_means_equal_scipy_up_to_sampling(statistic):
     assert high == pytest.approx(theirs.high, abs=0.05 * width)
 
 
-@pytest.mark.parametrize(("statistic", "direct"), [("ece", ece), ("ece_equal_mass", ece_equal_mass), ("aurc", aurc)])
-def test_resamples_are_the_metric_on_resampled_rows(statistic, direct):
+def test_resamples_are_the_metric_on_resampled_rows():
     stats = drawn(300, gap=0.15)
     stats = PredictionStatistics(np.round(stats.confidence, 2), stats.correct, stats.nll, stats.brier)  # many ties
     rng = np.random.default_rng(5)
     rows = rng.integers(0, 300, (200, 300))
-    values = [direct(stats.confidence[row], stats.correct[row]) for row in rows]
-    low, high = np.quantile(values, [0.05, 0.95])
-    if statistic != "aurc":  # the basic interval mirrors the quantiles at the value
-        value = direct(stats.confidence, stats.correct)
-        low, high = 2 * value - high, 2 * value - low
-    ours = bootstrap_interval(statistic, stats, repetitions=200, level=0.9, seed=5)
+    low, high = np.quantile([aurc(stats.confidence[row], stats.correct[row]) for row in rows], [0.05, 0.95])
+    ours = bootstrap_interval("aurc", stats, repetitions=200, level=0.9, seed=5)
     assert ours == (pytest.approx(low, abs=1e-12), pytest.approx(high, abs=1e-12))
+
+
+@pytest.mark.parametrize("statistic", ["ece", "ece_equal_mass"])
+def test_far_from_calibration_the_ece_interval_is_that_of_the_signed_gap(statistic):
+    # Every bin is over-confident by far more than its error, so that the ECE is the mean gap.
+    stats = drawn(20_000, gap=0.3)
+    low, high = bootstrap_interval(statistic, stats)
+    theirs = bootstrap_interval("signed_gap", stats)
+    assert (low, high) == pytest.approx(theirs, abs=0.08 * (theirs[1] - theirs[0]))
+
+
+def test_ece_intervals_are_nested_in_level_and_do_not_depend_on_the_order_of_rows():
+    stats, order = drawn(800, gap=0.05), np.random.default_rng(1).permutation(800)
+    shuffled = PredictionStatistics(stats.confidence[order], stats.correct[order], stats.nll[order], stats.brier[order])
+    (low_99, high_99), (low_95, high_95), (low_80, high_80) = (
+        bootstrap_interval("ece", stats, level=level) for level in (0.99, 0.95, 0.8)
+    )
+    assert low_99 <= low_95 <= low_80 < high_80 < high_95 < high_99
+    assert bootstrap_interval("ece", shuffled) == pytest.approx((low_95, high_95), abs=1e-6)
+
+
+def test_the_low_end_of_the_ece_is_0_exactly_where_the_consistency_test_passes():
+    passed = []
+    for seed in range(60):
+        stats = drawn(400, gap=0.02, seed=seed)
+        consistent = ece(stats.confidence, stats.correct) <= null_ece(stats.confidence, seed=seed)[1]
+        passed.append(consistent)
+        low, _ = bootstrap_interval("ece", stats, seed=seed)
+        assert low == 0.0 if consistent else low >= 0.0
+    assert 5 < sum(passed) < 55
+
+
+def test_ece_intervals_of_degenerate_samples_are_finite_and_ordered():
+    for confidence, correct, expected in [
+        ([1.0] * 5, [True] * 5, (0.0, 0.0)),
+        ([1.0] * 5, [False] * 5, (1.0, 1.0)),
+        ([0.7], [True], None),
+        ([0.2, 0.9], [True, False], None),
+    ]:
+        c = np.array(confidence)
+        low, high = bootstrap_interval("ece", PredictionStatistics(c, np.array(correct), c, c))
+        assert 0.0 <= low <= high
+        if expected is not None:
+            assert (low, high) == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("statistic", ["ece", "ece_equal_mass"])
@@ -91,10 +130,69 @@ def test_ece_interval_covers_zero_for_a_calibrated_model_and_excludes_it_for_a_b
         assert 0.0 <= low <= high
         assert direct(stats.confidence, stats.correct) > 0  # a percentile interval would cover 0 in no case
         covered += low == 0.0
-    assert covered >= 88  # nominal 95; 88 is 3 standard deviations below
-    bad = [bootstrap_interval(statistic, drawn(500, gap=0.2, seed=seed), repetitions=200) for seed in range(20)]
+    assert 88 <= covered <= 99  # nominal 95; 88 is 3 standard deviations below
+    bad = [bootstrap_interval(statistic, drawn(500, gap=0.2, seed=seed), repetitions=200) for seed in range(60)]
     assert all(low > 0.05 for low, _ in bad)
-    assert sum(low <= 0.2 <= high for low, high in bad) >= 15
+    assert sum(low <= 0.2 <= high for low, high in bad) >= 52
+
+
+def expit(x):
+    return 1 / (1 + np.exp(-x))
+
+
+# P(right | confidence c), and the distribution of confidences: nothing of it comes from the interval.
+TRUTHS = {
+    "calibrated": lambda c: c,
+    "mildly over-confident": lambda c: expit(0.85 * np.log(c / (1 - c))),
+    "strongly over-confident": lambda c: expit(0.5 * np.log(c / (1 - c))),
+    "mildly under-confident": lambda c: expit(1.2 * np.log(c / (1 - c))),
+    "strongly under-confident": lambda c: expit(1.8 * np.log(c / (1 - c)) + 0.2),
+    "constant gap": lambda c: c - 0.03,
+    "wave": lambda c: np.clip(c + 0.06 * np.sin(25 * c), 0, 1),
+}
+
+
+def confidences(n, rng):
+    return 0.3 + 0.7 * rng.beta(4, 1.5, n)
+
+
+def true_ece(right):
+    """Σ_b |E (c − P(right | c))·1[bin b]| over the 15 bins, by quadrature over the quantiles of the confidence."""
+    c = 0.3 + 0.7 * scipy.stats.beta(4, 1.5).ppf((np.arange(2_000_000) + 0.5) / 2_000_000)
+    return np.abs(np.bincount(np.ceil(15 * c).astype(int) - 1, weights=c - right(c))).sum() / c.size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [500, 2000, 10_000])
+@pytest.mark.parametrize("name", TRUTHS)
+def test_coverage_of_the_ece_interval_over_1000_repetitions(name, n):
+    right = TRUTHS[name]
+    truth = 0.0 if name == "calibrated" else true_ece(right)
+    inside = above = 0
+    for seed in range(1000):
+        rng = np.random.default_rng((n, list(TRUTHS).index(name), seed))
+        confidence = confidences(n, rng)
+        correct = rng.random(n) < right(confidence)
+        stats = PredictionStatistics(confidence, correct, confidence, confidence)
+        low, high = bootstrap_interval("ece", stats, repetitions=500, seed=seed)
+        inside += low <= truth <= high
+        above += low > truth
+    print(f"\n{name}, n = {n}: true ECE {truth:.4f}, covered {inside / 10:.1f} %, interval above it {above / 10:.1f} %")
+    assert 0.93 <= inside / 1000 <= 0.97  # 1000 repetitions, since 500 scatter by 1 % and 1000 by 0.7 %
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [100, 500, 2000])
+@pytest.mark.parametrize("gap", [0.0, 0.15])
+def test_coverage_of_the_nll_interval_over_500_repetitions(n, gap):
+    c = 0.5 + gap + (0.5 - gap) * (np.arange(1_000_000) + 0.5) / 1_000_000
+    truth = -((c - gap) * np.log(c) + (1 - c + gap) * np.log1p(-c)).mean()
+    inside = 0
+    for seed in range(500):
+        low, high = bootstrap_interval("nll", drawn(n, gap=gap, seed=(n, seed)), repetitions=500, seed=seed)
+        inside += low <= truth <= high
+    print(f"\nn = {n}, gap {gap}: true NLL {truth:.4f}, covered {inside / 5:.1f} %")
+    assert 0.93 <= inside / 500 <= 0.97
 
 
 def test_null_ece_is_what_calibrated_outcomes_give():

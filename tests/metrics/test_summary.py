@@ -9,6 +9,7 @@ import pytest
 from hf_ls.metrics import (
     PredictionStatistics,
     aurc,
+    e_aurc,
     ece,
     ece_classwise,
     ece_equal_mass,
@@ -47,6 +48,7 @@ def test_values_are_those_of_the_functions(data):
         "rmsce_debiased": rmsce_debiased(*pair),
         "signed_gap": signed_gap(*pair),
         "aurc": aurc(*pair),
+        "e_aurc": e_aurc(*pair),
         "smooth_ece": smooth_ece(*pair),
     }
     assert {name: row["value"] for name, row in summarise(*data, repetitions=20).items()} == expected

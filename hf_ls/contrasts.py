@@ -1,0 +1,238 @@
+"""What a comparison is made of: variants, their results, measurements, contrasts, the verdict, and all of it as JSON.
+
+Owns the dataclasses and their text form. Does not own a number in them (`comparison`, `paired`) or the rule of the
+verdict (`verdict`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_ls.metrics.core import PredictionStatistics
+
+Kind = Literal["smooth", "temperature", "no_difference"]
+
+BASELINE = "baseline"
+TEST = "test"
+# Of every variant and set, in this order; task metrics of `Result.extra` follow. "null_ece" and "null_ece_q95" are the
+# mean and 95 % quantile of the ECE which a calibrated model with the same confidences shows at this n.
+METRICS = (
+    "accuracy", "nll", "brier", "ece", "null_ece", "null_ece_q95", "smooth_ece", "rmsce_debiased", "aurc", "e_aurc", "signed_gap",
+)  # fmt: skip
+CONTRASTED = ("accuracy", "nll", "brier", "ece", "aurc", "e_aurc")
+
+
+@dataclass(frozen=True, order=True)
+class Variant:
+    """One way to train and to post-process: a column of the comparison.
+
+    name: "baseline" (hard labels), "smoothed", or the name of an objective, such as "online" or "max_sup".
+    epsilon: ε of its convention; 0 for the baseline and for objectives without one.
+    tempered: whether a temperature was fitted on validation and divides the logits.
+
+    Raises:
+        ValueError: an empty name, an ε that is not finite, or a baseline with ε ≠ 0.
+    """
+
+    name: str
+    epsilon: float
+    tempered: bool
+
+    def __post_init__(self) -> None:
+        """Check the fields, and make the numbers what JSON gives back."""
+        if not self.name or not np.isfinite(self.epsilon) or (self.name == BASELINE and self.epsilon != 0):
+            raise ValueError(
+                f"expected a name and a finite epsilon, 0 for the baseline, got {self.name!r} and {self.epsilon}; "
+                "call a smoothed variant 'smoothed'"
+            )
+        object.__setattr__(self, "epsilon", float(self.epsilon))
+        object.__setattr__(self, "tempered", bool(self.tempered))
+
+    @property
+    def label(self) -> str:
+        """The variant in words: "baseline", "smoothed ε=0.1 + temperature"."""
+        epsilon = f" ε={self.epsilon:g}" if self.epsilon else ""
+        return f"{self.name}{epsilon}{' + temperature' if self.tempered else ''}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One variant trained with one seed, measured on every set.
+
+    variant, seed: the cell. temperature: what divided the logits, 1.0 for a variant which is not tempered.
+    validation_nll: nats against hard labels, with that temperature; of a tempered variant from cross-fitting (the
+        temperature of one half measured on the other), so that fitting one is no advantage.
+    statistics: set name -> per-prediction statistics in the order of that set. "test" is judged, others are columns.
+    cluster: set name -> the sentence (integer) of each token [n], resampled together; None: each prediction its own.
+    extra: set name -> {task metric: value}, e.g. {"test": {"exact_match": 0.8}}.
+    labels: set name -> labels [n], compared only, so that a set in another order is refused; None: not checked.
+    """
+
+    variant: Variant
+    seed: int
+    temperature: float
+    validation_nll: float
+    statistics: Mapping[str, PredictionStatistics]
+    cluster: Mapping[str, NDArray[Any]] | None = None
+    extra: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    labels: Mapping[str, NDArray[Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One metric of one variant on one set.
+
+    per_seed: its value for each of `Comparison.seeds`. mean: over seeds.
+    low, high: t interval of the mean over seeds; None with one seed.
+    per_seed_low, per_seed_high: for each seed, the interval over examples; None for metrics without a sound one.
+    """
+
+    variant: Variant
+    set: str
+    metric: str
+    per_seed: list[float]
+    mean: float
+    low: float | None
+    high: float | None
+    per_seed_low: list[float] | None = None
+    per_seed_high: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """One metric of a variant less that of a reference, on the same examples with the same seeds.
+
+    per_seed: the difference variant − reference for each of `Comparison.seeds`. mean: over seeds.
+    per_seed_low, per_seed_high: for each seed, the paired interval over examples (None for task metrics).
+    seed_low, seed_high: t interval over seeds, for these examples; None with one seed.
+    low, high: the interval which covers both, examples and seeds; with one seed, examples only; None for a task
+        metric with one seed. p: its two-sided p-value. p_holm: corrected for the number of smoothed variants which
+        are set against this reference (1 for the baseline's temperature).
+    lower_is_better: of the metric.
+    """
+
+    variant: Variant
+    reference: Variant
+    set: str
+    metric: str
+    lower_is_better: bool
+    per_seed: list[float]
+    mean: float
+    low: float | None
+    high: float | None
+    p: float | None
+    p_holm: float | None
+    seed_low: float | None
+    seed_high: float | None
+    per_seed_low: list[float] | None
+    per_seed_high: list[float] | None
+
+    def finding(self, level: float = 0.95, *, corrected: bool = True) -> Literal["better", "worse", "none"]:
+        """Whether the variant is measurably better or worse than the reference, by p_holm (or p) ≤ 1 − level."""
+        p = self.p_holm if corrected else self.p
+        if p is None or self.low is None or self.high is None or p > 1.0 - level:
+            return "none"
+        return "better" if (self.low + self.high < 0) == self.lower_is_better else "worse"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to do, and why.
+
+    kind: "smooth", "temperature" (use temperature scaling instead) or "no_difference".
+    variant: what to use: the picked smoothed variant, the baseline with temperature, or the baseline.
+    epsilon: of the picked variant if kind is "smooth", else None.
+    sentence: the verdict in one plain sentence. evidence: sentences with the numbers behind it.
+    caveats: sentences on what the numbers do not cover, possibly none.
+    """
+
+    kind: Kind
+    variant: Variant
+    epsilon: float | None
+    sentence: str
+    evidence: list[str]
+    caveats: list[str]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything a comparison has to show; equal to itself after `from_json(to_json())`.
+
+    seeds: in the order of every per_seed list. variants: in the order of the table. sets: set name -> n.
+    clusters: set name -> number of clusters which were resampled, for sets with clusters.
+    level, repetitions: of all intervals. temperatures, validation_nll: variant label -> value per seed.
+    picked: the smoothed variant with the lowest mean validation NLL; None if none was compared.
+    """
+
+    seeds: list[int]
+    variants: list[Variant]
+    sets: dict[str, int]
+    clusters: dict[str, int]
+    level: float
+    repetitions: int
+    temperatures: dict[str, list[float]]
+    validation_nll: dict[str, list[float]]
+    picked: Variant | None
+    measurements: list[Measurement]
+    contrasts: list[Contrast]
+    verdict: Verdict
+
+    def measurement(self, variant: Variant, metric: str, set: str = TEST) -> Measurement:
+        """The measurement of a metric. Raises: ValueError if there is none."""
+        found = [m for m in self.measurements if (m.variant, m.metric, m.set) == (variant, metric, set)]
+        if not found:
+            raise ValueError(f"expected a measured metric, got {metric!r} of {variant.label!r} on {set!r}; see metrics()")
+        return found[0]
+
+    def contrast(self, variant: Variant, reference: Variant, metric: str, set: str = TEST) -> Contrast:
+        """The contrast of a metric. Raises: ValueError if there is none."""
+        wanted = (variant, reference, metric, set)
+        found = [c for c in self.contrasts if (c.variant, c.reference, c.metric, c.set) == wanted]
+        if not found:
+            pair = f"{variant.label!r} less {reference.label!r}"
+            raise ValueError(
+                f"expected a contrast that was measured, got {metric!r} of {pair} on {set!r}; "
+                "the references are baseline and baseline + temperature"
+            )
+        return found[0]
+
+    def metrics(self, set: str = TEST) -> list[str]:
+        """The names of the metrics measured on a set, in order."""
+        return list(dict.fromkeys(m.metric for m in self.measurements if m.set == set))
+
+    def consistent(self, variant: Variant, set: str = TEST) -> list[bool]:
+        """For each seed: is the ECE no larger than 95 % of those of a calibrated model (the consistency test)?"""
+        value, limit = (self.measurement(variant, metric, set).per_seed for metric in ("ece", "null_ece_q95"))
+        return [bool(v <= q) for v, q in zip(value, limit, strict=True)]
+
+    def to_json(self) -> str:
+        """The comparison as JSON text."""
+        return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: text which is not JSON, or unknown or missing keys.
+        """
+        try:
+            fields = json.loads(text)
+            fields["variants"] = [Variant(**v) for v in fields["variants"]]
+            fields["picked"] = Variant(**fields["picked"]) if fields["picked"] else None
+            fields["measurements"] = [Measurement(**m | {"variant": Variant(**m["variant"])}) for m in fields["measurements"]]
+            fields["contrasts"] = [
+                Contrast(**c | {"variant": Variant(**c["variant"]), "reference": Variant(**c["reference"])})
+                for c in fields["contrasts"]
+            ]
+            fields["verdict"] = Verdict(**fields["verdict"] | {"variant": Variant(**fields["verdict"]["variant"])})
+            return cls(**fields)
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"expected a comparison written by to_json, got {error}; was it by another version?") from error

@@ -1,0 +1,214 @@
+"""Differences between variants that were measured on the same examples with the same seeds, and how sure they are.
+
+Owns the paired bootstrap (one draw of examples, or of whole clusters, serves every variant and seed), the t interval
+over seeds, the interval which covers both, and the Holm correction. Does not own the metrics (`metrics.core`), the
+interval of an ECE (`metrics.intervals`), or what is compared with what (`comparison`).
+
+Example i counts w_i ~ Poisson(1) times in a replicate, so that memory does not grow with n. Source: Hanley and MacGibbon
+2006; Cameron, Gelbach and Miller 2008 for clusters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from scipy.stats import t as student
+
+from hf_ls.metrics.core import PredictionStatistics, aurc, bin_index, e_aurc
+from hf_ls.metrics.intervals import ece_interval, null_gaps, wilson_interval
+from hf_ls.metrics.ties import tie_groups
+from hf_ls.metrics.validation import Floats, Integers
+
+RESAMPLED = ("accuracy", "nll", "brier", "signed_gap", "aurc", "e_aurc", "ece")
+N_BINS = 15
+_UNITS = 4096  # examples or clusters per block of weights: 33 MB at 1000 repetitions
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean over seeds of paired differences; the fields are those of `comparison.Contrast`."""
+
+    per_seed: list[float]
+    mean: float
+    low: float | None
+    high: float | None
+    p: float | None
+    seed_low: float | None
+    seed_high: float | None
+    per_seed_low: list[float] | None
+    per_seed_high: list[float] | None
+
+
+def ranking_influence(confidence: Floats, correct: Any) -> tuple[Floats, Floats]:
+    """Return the influence of each row [n] on `aurc` and on `e_aurc`: what n times its weight adds to the metric, to first order.
+
+    With errors e in descending order of confidence, R_i the error rate among the first i, and A the AURC:
+    R_j − A + Σ_{i ≥ j} (e_j − R_i) / i, averaged over ties; for the excess, plus log(1 − r)·(e_j − r) at the error rate r,
+    since the best AURC is r + (1 − r)·log(1 − r). Both sum to 0.
+    """
+    _, count, right, group = tie_groups(confidence, correct)
+    size = count[::-1]
+    rate = np.repeat(((count - right) / count)[::-1], size)
+    position = np.arange(1, rate.size + 1)
+    risk = np.cumsum(rate) / position
+    later = np.cumsum((1.0 / position)[::-1])[::-1]
+    later_risk = np.cumsum((risk / position)[::-1])[::-1]
+    starts = np.cumsum(size) - size
+    first, second = (np.add.reduceat(part, starts) / size for part in (risk - later_risk, later))
+    errors, where = 1.0 - correct, count.size - 1 - group
+    of_aurc = first[where] - risk.mean() + errors * second[where]
+    r = errors.mean()
+    return of_aurc, of_aurc + (np.log1p(-r) if r < 1 else 0.0) * (errors - r)
+
+
+class Resamples:
+    """What every metric of `RESAMPLED` becomes when the examples of one set are drawn anew, for several models alike.
+
+    cells: the models' statistics, all of the same examples in the same order. cluster: integers [n] or None.
+    Attributes: units: number of examples or clusters; values [M, 7] and draws [M, R, 7], in the order of `RESAMPLED`.
+    """
+
+    def __init__(self, cells: Sequence[PredictionStatistics], cluster: Any, *, repetitions: int, seed: int) -> None:
+        """Draw the weights block by block, and add up what each model needs."""
+        n = len(cells[0])
+        unit = np.arange(n) if cluster is None else np.unique(np.asarray(cluster), return_inverse=True)[1].ravel()
+        self.units, self.clustered = int(unit.max()) + 1, cluster is not None
+        self._cells, self._seed = cells, seed
+        self._nulls = [null_gaps(c.confidence, bin_index(c.confidence, N_BINS), N_BINS, repetitions, seed) for c in cells]
+        ranking = [ranking_influence(stats.confidence, stats.correct) for stats in cells]
+        self.values = np.array([_point(stats) for stats in cells])
+        order = np.argsort(unit, kind="stable")
+        ends = np.searchsorted(unit[order], np.arange(0, self.units + _UNITS, _UNITS))
+        count, sums = np.zeros(repetitions), np.zeros((len(cells), repetitions, len(RESAMPLED) - 1 + N_BINS))
+        for block, (start, end) in enumerate(pairwise(ends)):
+            rows = order[start:end]
+            local, width = unit[rows] - block * _UNITS, min(_UNITS, self.units - block * _UNITS)
+            weights = np.random.default_rng((seed, block)).poisson(1.0, size=(repetitions, width)).astype(np.float64)
+            count += weights @ np.bincount(local, minlength=width)
+            for model, (stats, influence) in enumerate(zip(cells, ranking, strict=True)):
+                sums[model] += weights @ _per_unit(stats, influence, rows, local, width)
+        kept = count > 0
+        means = sums[:, kept] / count[kept, None]
+        self.gap_draws = means[:, :, -N_BINS:]
+        self.draws = np.concatenate([means[:, :, :-N_BINS], np.abs(self.gap_draws).sum(axis=2, keepdims=True)], axis=2)
+        ranked = [RESAMPLED.index("aurc"), RESAMPLED.index("e_aurc")]
+        self.draws[:, :, ranked] += self.values[:, None, ranked]
+
+    def interval(self, model: int, metric: str, level: float) -> tuple[float, float]:
+        """Return the interval (low, high) of one metric of one model over examples.
+
+        Percentile; of an ECE that of `metrics.intervals.ece_interval`; of an accuracy of 0 or 1 Wilson's over units.
+        """
+        column, stats = RESAMPLED.index(metric), self._cells[model]
+        value, draws = self.values[model, column], self.draws[model, :, column]
+        if metric == "accuracy" and value in (0.0, 1.0):  # every resample is alike there
+            low, high = wilson_interval(value * self.units, self.units, level)
+            return float(low), float(high)
+        if metric == "ece":
+            index = bin_index(stats.confidence, N_BINS)
+            share = np.bincount(index, minlength=N_BINS) / len(stats)
+            gap = np.bincount(index, weights=stats.confidence - stats.correct, minlength=N_BINS) / len(stats)
+            noise = (self.gap_draws[model] - gap) * self._widening
+            null = self._nulls[model][: len(draws)]
+            if self.clustered and np.abs(noise).sum(axis=1).mean() > np.abs(null).sum(axis=1).mean():
+                null = noise  # tokens of one sequence are off together: that alone is no evidence
+            return ece_interval(gap, share, noise, null, level=level, seed=self._seed)
+        low, high = np.quantile(draws, [(1.0 - level) / 2, (1.0 + level) / 2])
+        return float(low), float(high)
+
+    def null_ece(self, model: int) -> tuple[float, float]:
+        """Return the mean and the 95 % quantile of the ECE of a calibrated model with these confidences."""
+        draws = np.abs(self._nulls[model]).sum(axis=1)
+        return float(draws.mean()), float(np.quantile(draws, 0.95))
+
+    @property
+    def _widening(self) -> float:
+        return float(np.sqrt(self.units / max(self.units - 1, 1)))
+
+    def difference(self, models: Sequence[int], references: Sequence[int], metric: str, level: float) -> Difference:
+        """Return models − references, each a list with one model per seed, for one metric.
+
+        Per seed: the percentile interval of the paired difference; for ece the basic one, because both values are biased.
+        Over examples and seeds: mean ± t·sqrt(v_e + v_s), where v_e is the bootstrap variance of the mean over seeds when
+        the shared examples are drawn anew, and v_s that over seeds divided by their number; the degrees of freedom are
+        Satterthwaite's. A part of the variance is counted in both, so that the interval errs on the wide side. With one
+        seed v_s is not known and left out.
+        """
+        column = RESAMPLED.index(metric)
+        values = self.values[list(models), column] - self.values[list(references), column]
+        draws = self.draws[list(models), :, column] - self.draws[list(references), :, column]
+        ends = np.quantile(draws, [(1.0 - level) / 2, (1.0 + level) / 2], axis=1)
+        centre = values.mean()
+        if metric == "ece":
+            ends = 2 * values - ends[::-1]
+            centre = 2 * centre - draws.mean()
+        over_examples = float(draws.mean(axis=0).var()) * self._widening**2
+        seed_low, seed_high = seed_interval(values, level)
+        low, high, p = _combined(float(centre), over_examples, self.units, values, level)
+        return Difference(values.tolist(), float(values.mean()), low, high, p, seed_low, seed_high, *ends.tolist())
+
+
+def seed_difference(values: Sequence[float], references: Sequence[float], level: float) -> Difference:
+    """Return values − references, one of each per seed, of a metric known only as a number: all intervals are over seeds."""
+    per_seed = np.asarray(values, dtype=np.float64) - np.asarray(references, dtype=np.float64)
+    low, high = seed_interval(per_seed, level)
+    p = None if low is None else _combined(float(per_seed.mean()), 0.0, 2, per_seed, level)[2]
+    return Difference(per_seed.tolist(), float(per_seed.mean()), low, high, p, low, high, None, None)
+
+
+def seed_interval(values: Any, level: float) -> tuple[float | None, float | None]:
+    """Return the t interval of the mean over seeds, mean ± t_{S−1}·s / sqrt(S); (None, None) with one seed."""
+    values = np.asarray(values, dtype=np.float64)
+    if values.size < 2:
+        return None, None
+    half = student.ppf((1.0 + level) / 2, values.size - 1) * values.std(ddof=1) / np.sqrt(values.size)
+    return float(values.mean() - half), float(values.mean() + half)
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Return p-values corrected so that one or more false findings among them all stay below the level; None stays None.
+
+    The k-th smallest of m becomes max over the smaller ones of (m − k + 1)·p, at most 1. Source: Holm 1979.
+    """
+    known = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
+    corrected: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for rank, (p, i) in enumerate(known):
+        largest = max(largest, min(1.0, (len(known) - rank) * p))
+        corrected[i] = largest
+    return corrected
+
+
+def _combined(centre: float, over_examples: float, units: int, values: Floats, level: float) -> tuple[float, float, float]:
+    """Return (low, high, p) of a mean with a variance over examples and one over seeds."""
+    over_seeds = float(values.var(ddof=1)) / values.size if values.size > 1 else 0.0
+    variance = over_examples + over_seeds
+    if variance == 0.0:
+        return centre, centre, 1.0 if centre == 0.0 else 0.0
+    shares = over_examples**2 / max(units - 1, 1) + (over_seeds**2 / (values.size - 1) if values.size > 1 else 0.0)
+    freedom = variance**2 / shares
+    half = float(student.ppf((1.0 + level) / 2, freedom)) * variance**0.5
+    return centre - half, centre + half, float(2 * student.sf(abs(centre) / variance**0.5, freedom))
+
+
+def _point(stats: PredictionStatistics) -> list[float]:
+    index, n = bin_index(stats.confidence, N_BINS), len(stats)
+    gap = np.bincount(index, weights=stats.confidence - stats.correct, minlength=N_BINS) / n
+    means = [stats.correct.mean(), stats.nll.mean(), stats.brier.mean(), gap.sum()]
+    ranking = [function(stats.confidence, stats.correct) for function in (aurc, e_aurc)]
+    return [float(value) for value in (*means, *ranking, np.abs(gap).sum())]
+
+
+def _per_unit(
+    stats: PredictionStatistics, influence: tuple[Floats, Floats], rows: Integers, unit: Integers, units: int
+) -> Floats:
+    """Add up rows per unit [units, 6 + B]: the numbers whose means are the metrics (or influences), and the gap per bin."""
+    confidence, correct = stats.confidence[rows], stats.correct[rows]
+    gap = confidence - correct
+    numbers = (correct, stats.nll[rows], stats.brier[rows], gap, *(part[rows] for part in influence))
+    cells = np.bincount(unit * N_BINS + bin_index(confidence, N_BINS), weights=gap, minlength=units * N_BINS)
+    return np.column_stack([*(np.bincount(unit, weights=n, minlength=units) for n in numbers), cells.reshape(units, N_BINS)])
