@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hf_ls.losses import SmoothedCrossEntropy as SmoothedCrossEntropy
     from hf_ls.losses import smoothed_cross_entropy as smoothed_cross_entropy
     from hf_ls.objectives import Objective as Objective
+    from hf_ls.pipelines import probabilities as probabilities
     from hf_ls.seq2seq import LabelSmoothingSeq2SeqTrainer as LabelSmoothingSeq2SeqTrainer
     from hf_ls.sft import LabelSmoothingSFTConfig as LabelSmoothingSFTConfig
     from hf_ls.sft import LabelSmoothingSFTTrainer as LabelSmoothingSFTTrainer
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "probabilities": "pipelines",
     "Schedule": "smoothing",
     "Smoothing": "smoothing",
     "Objective": "objectives",

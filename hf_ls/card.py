@@ -84,6 +84,7 @@ def model_card(report: CalibrationReport) -> str:
         published=plain(published.name) if published else None,
         epsilon=report.smoothing["epsilon"],
         smoothing=[] if report.smoothing["epsilon"] is None else smoothing_lines(report.smoothing, len(report.label_names)),
+        techniques=in_words(report.training.get("techniques") or []),
         base=_base(report),
         licence=plain(report.dataset["licence"]) if report.dataset["licence"] else None,
         sizes=_sizes(report),

@@ -17,7 +17,7 @@ from typing import Any, Literal, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
-from hf_ls.arguments import LabelSmoothingSeq2SeqArguments
+from hf_ls.arguments import LabelSmoothingSeq2SeqArguments, techniques_of
 from hf_ls.data import EMBEDDED_DATASET, EMBEDDED_MODEL
 from hf_ls.g2p import EMBEDDED_G2P
 from hf_ls.text_metrics import TEXT_METRICS
@@ -40,6 +40,7 @@ _TASKS_OF = {
     "generation_max_length": ("seq2seq",),
     "generation_num_beams": ("seq2seq",),
 }
+_TASKS_OF |= dict.fromkeys(("mixup_alpha", "mixup_per"), ("text-classification",))
 _DATASET_TASKS = {EMBEDDED_DATASET: ("text-classification",), EMBEDDED_G2P: ("seq2seq", "causal-lm")}
 
 
@@ -290,10 +291,14 @@ def _check(config: Config) -> None:
         raise ValueError(
             "expected load_best_model_at_end with early_stopping_patience, got False; set it and metric_for_best_model"
         )
-    if run.with_baseline and training.label_smoothing_factor == 0 and training.label_smoothing_objective == "smoothed_ce":
+    if run.with_baseline and not techniques_of(training):
         raise ValueError(
             "expected label_smoothing_factor > 0 with with_baseline, got 0, which is the baseline itself; set one of them"
         )
+    if not training.distillation_teacher:
+        for name in ("distillation_alpha", "distillation_temperature"):
+            if getattr(training, name) != LabelSmoothingSeq2SeqArguments.__dataclass_fields__[name].default:
+                raise ValueError(f"expected distillation_teacher with {name}, got none; add --teacher, or drop {name}")
 
 
 def _check_task(config: Config) -> None:

@@ -31,7 +31,7 @@ def regime(report: CalibrationReport) -> str:
     """
     row = report.baseline or report.rows[0]
     interval, confidence = _gap_interval(report, row), row.value("accuracy") + row.value("signed_gap")
-    who = f"The model of row '{one_line(row.name)}' (epsilon {row.epsilon:g})"
+    who = f"The model of row '{one_line(row.name)}' (epsilon {row.epsilon_text})"
     facts = (
         f"mean confidence {confidence:.3f}, accuracy {row.show('accuracy')}, signed gap {row.show('signed_gap')}, {report.size}"
     )

@@ -10,12 +10,14 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
+from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, SchedulerType, set_seed
 from transformers.training_args import OptimizerNames
 
@@ -24,8 +26,9 @@ from hf_ls.checkpoint import CheckpointMark, check_resumable, last_complete_chec
 from hf_ls.config import Config
 from hf_ls.files import write_atomically
 from hf_ls.launch import announce
-from hf_ls.loading import Data, load_data, load_model, load_tokenizer, load_tokens
+from hf_ls.loading import Data, load_data, load_distillation_teacher, load_model, load_tokenizer, load_tokens
 from hf_ls.outcome import OUTCOME, Outcome, evaluate_classes, evaluate_tokens, run_name
+from hf_ls.pictures import PENULTIMATE, penultimate
 from hf_ls.publish import REPORT, folder_of, publish
 from hf_ls.report import CalibrationReport
 from hf_ls.sequence_data import token_counts
@@ -37,11 +40,12 @@ _TRAINING_SETTINGS = (
     *("label_smoothing_factor", "label_smoothing_convention", "label_smoothing_schedule", "label_smoothing_final_factor"),
     *("label_smoothing_warmup_steps", "label_smoothing_objective", "label_smoothing_objective_params", "seed", "data_seed"),
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "max_grad_norm", "num_train_epochs"),
+    *("distillation_teacher", "distillation_alpha", "distillation_temperature", "mixup_alpha", "mixup_per"),
     *("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "fp16", "bf16"),
 )
 
 
-def finetune(config: Config) -> CalibrationReport | None:
+def finetune(config: Config, callbacks: Sequence[Any] = ()) -> CalibrationReport | None:
     """Run one configuration and leave checkpoints, metrics, `calibration.json`, plots and a model card in its output_dir.
 
     Returns the report on the main process, None on the others and after a dry run.
@@ -72,11 +76,13 @@ def finetune(config: Config) -> CalibrationReport | None:
             label_smoothing_factor=0.0,
             label_smoothing_objective="smoothed_ce",
             label_smoothing_objective_params=None,
+            distillation_teacher=None,
+            mixup_alpha=0.0,
             output_dir=str(folder_of(config) / "baseline"),
             push_to_hub=False,
         )
-        runs["baseline"] = _run(baseline, data, tokens, tokenizer)
-    runs[run_name(training)] = _run(config, data, tokens, tokenizer)
+        runs["baseline"] = _run(baseline, data, tokens, tokenizer, callbacks)
+    runs[run_name(training)] = _run(config, data, tokens, tokenizer, callbacks)
     return publish(config, data, runs) if training.should_save else None
 
 
@@ -129,7 +135,7 @@ def _prepare_output(config: Config) -> None:
         write_atomically(folder / _SETTINGS, json.dumps(settings, indent=1))
 
 
-def _run(config: Config, data: Data, tokens: DatasetDict, tokenizer: Any) -> Outcome:
+def _run(config: Config, data: Data, tokens: DatasetDict, tokenizer: Any, more: Sequence[Any] = ()) -> Outcome:
     """Train one model (or take up where it stopped), evaluate it, save it."""
     training, patience, folder, task = (
         config.training,
@@ -141,7 +147,7 @@ def _run(config: Config, data: Data, tokens: DatasetDict, tokenizer: Any) -> Out
         announce(f"{folder} is complete: its outcome is used as it is")
         return Outcome.load(folder)
     set_seed(training.seed)
-    callbacks: list[Any] = [CheckpointMark(smoothing_of(training), training.save_total_limit)]
+    callbacks: list[Any] = [CheckpointMark(smoothing_of(training), training.save_total_limit), *more]
     training.save_total_limit = None  # the callback deletes old checkpoints once the new one is complete
     if patience is not None:
         callbacks.append(EarlyStoppingCallback(patience))
@@ -154,6 +160,7 @@ def _run(config: Config, data: Data, tokens: DatasetDict, tokenizer: Any) -> Out
         data_collator=task.collator(tokenizer, model),
         processing_class=tokenizer,
         callbacks=callbacks,
+        teacher=load_distillation_teacher(config, tokenizer),
     )
     if task.per_token and not task.has_classes:
         trainer.token_counts = token_counts(tokens["train"], model.config.get_text_config().vocab_size)
@@ -168,8 +175,22 @@ def _run(config: Config, data: Data, tokens: DatasetDict, tokenizer: Any) -> Out
         outcome = evaluate_classes(trainer, tokens)
     trainer.save_model()
     if training.should_save:
+        if task.has_classes and not task.per_token and outcome.split is not None:
+            _save_penultimate(trainer, tokens[outcome.split], folder)
         outcome.save(folder)
     return outcome
+
+
+def _save_penultimate(trainer: Any, tokens: Dataset, folder: Path) -> None:
+    """What the pictures of the classifier need, from the first 2,000 examples; sharded models and adapted heads have none."""
+    wanted = ("input_ids", "attention_mask", "token_type_ids", "labels", "label")
+    columns = [name for name in wanted if name in tokens.column_names]
+    rows = tokens.select(range(min(len(tokens), 2000))).select_columns(columns)
+    try:
+        found = penultimate(trainer.model, DataLoader(rows, trainer.args.eval_batch_size, collate_fn=trainer.data_collator))
+        found.save(folder / PENULTIMATE)
+    except ValueError as error:
+        announce(f"no picture of the classes: {error}")
 
 
 def _checkpoint(training: LabelSmoothingArguments, folder: Path, smoothing: Smoothing) -> str | None:

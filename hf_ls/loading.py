@@ -22,6 +22,7 @@ from hf_ls.data import (
     model_path,
     tokenise,
 )
+from hf_ls.distillation import load_teacher
 from hf_ls.g2p import EMBEDDED_G2P, g2p_tokenizer, load_g2p
 from hf_ls.sequence_data import (
     SequenceData,
@@ -91,6 +92,15 @@ def load_tokens(config: Config, data: Data, tokenizer: Any) -> DatasetDict:
     return tokenise_seq2seq(data.splits, tokenizer, settings.max_length, max_target_length=settings.max_target_length, **affixes)
 
 
+def load_distillation_teacher(config: Config, tokenizer: Any) -> Any:
+    """The teacher which the settings name, or None; it must read the student's token ids."""
+    name = config.training.distillation_teacher
+    if name is None:
+        return None
+    trusted = {"trust_remote_code": config.model.trust_remote_code}
+    return load_teacher(model_path(name), TASKS[config.run.task].auto_model, tokenizer, **trusted)
+
+
 def load_model(config: Config, data: Data, tokenizer: Any) -> Any:
     """The model of the task, pretrained or with random weights, label names in its config, and adapters if asked for."""
     settings, task = config.model, TASKS[config.run.task]
@@ -111,6 +121,8 @@ def load_model(config: Config, data: Data, tokenizer: Any) -> Any:
             ignore_mismatched_sizes=settings.ignore_mismatched_sizes,
             **changes,
         )
+        if config.training.do_train and hasattr(model.config, "calibration_temperature"):  # these weights will change
+            del model.config.calibration_temperature
     if settings.peft == "none":
         return model
     from peft import LoraConfig, TaskType, get_peft_model

@@ -63,7 +63,9 @@ def run_name(training: LabelSmoothingArguments) -> str:
     """The name of a run's row: what it trains on, "baseline" being the plain cross entropy."""
     if training.label_smoothing_objective != "smoothed_ce":
         return training.label_smoothing_objective
-    return "smoothed" if training.label_smoothing_factor else "baseline"
+    if training.label_smoothing_factor:
+        return "smoothed"
+    return "distilled" if training.distillation_teacher else "mixup" if training.mixup_alpha else "baseline"
 
 
 def evaluate_classes(trainer: Any, tokens: DatasetDict) -> Outcome:

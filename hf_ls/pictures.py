@@ -171,7 +171,7 @@ def optimal_gap(report: CalibrationReport, name: str) -> float | None:
     row = next(row for row in report.rows if row.name == name)
     if row.epsilon == report.smoothing["epsilon"]:
         return report.smoothing["optimal_logit_gap"]
-    if row.epsilon <= 0 or report.smoothing["prior"] != "uniform" or not report.label_names:
+    if not row.epsilon or row.epsilon < 0 or report.smoothing["prior"] != "uniform" or not report.label_names:
         return None
     from hf_ls.smoothing import Smoothing
 

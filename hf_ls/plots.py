@@ -71,7 +71,7 @@ def loss_curve(report: CalibrationReport) -> Figure:
     ]
     if not panels:
         raise ValueError(f"expected 'step' with one of {_CURVES} in history, got none; skip this plot")
-    epsilons = {row.name: row.epsilon for row in report.rows}
+    epsilons = {row.name: row.epsilon_text for row in report.rows}
     colours, objective = _colours(report), False
     with _style():
         figure = _new_figure(0.6 + 4.1 * len(panels), 3.7)
@@ -84,7 +84,7 @@ def loss_curve(report: CalibrationReport) -> Figure:
                 if key == "loss":
                     style, objective = {"lw": 0.9, "ls": (0, (4, 2))}, True
                 what = "objective" if key == "loss" else "nll"
-                label = f"{_label(name)} (ε = {epsilons[name]:g}): {what}"
+                label = f"{_label(name)} (ε = {epsilons[name]}): {what}"
                 ax.plot(*zip(*run[key], strict=True), color=colours[name], label=label, **style)
             ax.set_title(title, loc="left", fontweight="bold")
             ax.set_xlabel("optimizer step")
@@ -217,7 +217,7 @@ def groups(report: CalibrationReport) -> Figure:
                     values = [found.get(name, {}).get(metric) for name in names]
                     points = [math.nan if value is None else value for value in values]
                     dashes = "-" if row.temperature == 1 else (0, (4, 2))
-                    label = f"{_label(row.name)} (ε = {row.epsilon:g})"
+                    label = f"{_label(row.name)} (ε = {row.epsilon_text})"
                     ax.plot(range(len(names)), points, color=colours[row.name], ls=dashes, lw=1.6, marker="o", ms=4, label=label)
                     ax.grid(axis="y", color=_LIGHT, lw=0.8)
             ticks = [f"{re.sub('[0-9]+', _rounded_down, _label(name))}\n{_short(n)}" for name, n in names.items()]
@@ -314,7 +314,7 @@ def _title(ax: Axes, row: CalibrationRow, facts: str) -> None:
     ax.set_title(facts, loc="left", pad=5)
     above: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "bottom"}
     ax.annotate(_label(row.name), (0, 1), (0, 17), fontweight="bold", fontsize=9.5, **above)
-    settings = f"ε = {row.epsilon:g}" + ("" if row.temperature == 1 else f", T = {row.temperature:.3g}")
+    settings = f"ε = {row.epsilon_text}" + ("" if row.temperature == 1 else f", T = {row.temperature:.3g}")
     ax.annotate(settings, (1, 1), (0, 17), ha="right", color=_GREY, **above)
 
 

@@ -16,23 +16,24 @@ import numpy as np
 from accelerate import PartialState
 from huggingface_hub import HfApi
 from rich.console import Console
-from transformers import AutoModelForSequenceClassification, SchedulerType
+from transformers import SchedulerType
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_ls import __version__
-from hf_ls.arguments import LabelSmoothingArguments, smoothing_of
+from hf_ls.arguments import LabelSmoothingArguments, smoothing_of, techniques_of
 from hf_ls.card import write_card
 from hf_ls.config import Config
 from hf_ls.criterion import parse_params
 from hf_ls.data import ClassificationData
 from hf_ls.findings import regime, verdict
 from hf_ls.outcome import GENERATIONS, OUTCOME, PREDICTIONS, Outcome
+from hf_ls.pictures import PENULTIMATE, Penultimate, write_pictures
 from hf_ls.plots import write_plots
 from hf_ls.report import CalibrationReport
 from hf_ls.sequence_data import SequenceData
 from hf_ls.tables import group_table, table
 from hf_ls.tasks import TASKS
-from hf_ls.temperature import bake_temperature
+from hf_ls.temperature import bake_folder
 
 REPORT = "calibration.json"
 
@@ -76,11 +77,27 @@ def publish(config: Config, data: ClassificationData | SequenceData, runs: dict[
         console.print(groups)
     console.print(regime(report), verdict(report), sep="\n", markup=False, highlight=False)
     write_plots(report, folder / "plots")
+    _write_pictures(report, folder)
     write_card(report, folder)
     console.print(f"Report, plots and card: {folder}", markup=False, highlight=False, soft_wrap=True)
     if training.push_to_hub:
         _push(training, folder)
     return report
+
+
+def _write_pictures(report: CalibrationReport, folder: Path) -> None:
+    """Those pictures for which the runs left predictions and features."""
+    folders = {row.name: folder / "baseline" if row.name == "baseline" else folder for row in report.rows if row.temperature == 1}
+    folders = {name: path if path.is_dir() else folder for name, path in folders.items()}
+    predictions, features = {}, {}
+    for name, path in folders.items():
+        if (path / PREDICTIONS).is_file():
+            with np.load(path / PREDICTIONS) as arrays:
+                split = report.dataset["split"]
+                predictions[name] = (arrays[f"logits_{split}"], arrays[f"labels_{split}"])
+        if (path / PENULTIMATE).is_file():
+            features[name] = Penultimate.load(path / PENULTIMATE)
+    write_pictures(report, folder / "plots", predictions=predictions, features=features)
 
 
 def _push(training: LabelSmoothingArguments, folder: Path) -> None:
@@ -100,6 +117,7 @@ def _push(training: LabelSmoothingArguments, folder: Path) -> None:
             ".*",
             PREDICTIONS,
             OUTCOME,
+            PENULTIMATE,
             f"*_{GENERATIONS}",
             "training_args.bin",
         ],
@@ -110,9 +128,7 @@ def _bake(config: Config, temperature: float) -> None:
     folder = folder_of(config)
     if config.model.peft != "none":
         raise ValueError("expected peft: none with bake_temperature, got adapters; merge them first, then bake")
-    model = AutoModelForSequenceClassification.from_pretrained(folder)
-    bake_temperature(model, temperature)
-    model.save_pretrained(folder)
+    bake_folder(folder, temperature)
 
 
 def _dataset_facts(data: ClassificationData | SequenceData, main: Outcome) -> dict[str, Any]:
@@ -157,6 +173,8 @@ def _training_facts(config: Config, runs: dict[str, Outcome]) -> dict[str, Any]:
         "weight_decay": training.weight_decay,
         "objective": training.label_smoothing_objective,
         "objective_params": parse_params(training.label_smoothing_objective_params),
+        "techniques": techniques_of(training),
+        "teacher": Path(training.distillation_teacher).name if training.distillation_teacher else None,  # not a path here
         "max_length": config.data.max_length,
         "model_config_overrides": config.model.overrides,
         "peft": config.model.peft,

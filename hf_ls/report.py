@@ -48,14 +48,15 @@ class CalibrationRow:
 
     `metrics` is what `metrics.summarise` returns, each {"value", "low", "high"} with the 95 % interval where
     one is sound ("ece" also "null" and "null_q95"); `reliability` holds per bin what the diagram needs, None
-    where a bin is empty; the histograms count confidences in 20 bins (a, b]. `temperature` 1.0 means none.
-    A row of tokens also has "perplexity" and the quality of its task, and `groups` as `TokenCalibration.groups`.
+    where a bin is empty; the histograms count confidences in 20 bins (a, b]. `temperature` 1.0 means none,
+    `epsilon` None that it is not known how the model was trained. A row of tokens also has "perplexity" and the quality of
+    its task, and `groups` as `TokenCalibration.groups`.
 
     Raises: ValueError for a missing metric or key; TypeError for a value which JSON cannot hold.
     """
 
     name: str
-    epsilon: float
+    epsilon: float | None
     temperature: float
     metrics: Mapping[str, Metric]
     reliability: Mapping[str, Sequence[float | None]]
@@ -84,7 +85,7 @@ class CalibrationRow:
     def from_logits(
         cls,
         name: str,
-        epsilon: float,
+        epsilon: float | None,
         temperature: float,
         logits: ArrayLike,
         labels: ArrayLike,
@@ -124,7 +125,7 @@ class CalibrationRow:
     def from_tokens(
         cls,
         name: str,
-        epsilon: float,
+        epsilon: float | None,
         temperature: float,
         tokens: TokenCalibration,
         extra: Mapping[str, Metric] | None = None,
@@ -177,6 +178,11 @@ class CalibrationRow:
         found = self.metrics.get(metric, {})
         low, high = found.get("low"), found.get("high")
         return None if low is None or high is None else (low, high)
+
+    @property
+    def epsilon_text(self) -> str:
+        """Epsilon for tables and labels: "0.1", or "?" where it is not known."""
+        return "?" if self.epsilon is None else f"{self.epsilon:g}"
 
     def show(self, metric: str) -> str:
         """A metric as text: "0.123 [0.110, 0.135]", signed for `signed_gap`, "–" where it is undefined."""
@@ -299,7 +305,7 @@ class CalibrationReport:
     @property
     def smoothed(self) -> CalibrationRow | None:
         """The first row with ε ≠ 0 and no temperature."""
-        return next((row for row in self.rows if row.epsilon != 0 and row.temperature == 1), None)
+        return next((row for row in self.rows if row.epsilon and row.temperature == 1), None)
 
     @property
     def published_row(self) -> CalibrationRow | None:

@@ -22,7 +22,7 @@ from hf_ls.smoothing import Smoothing
 _LOSS_SETTINGS = (
     *("label_smoothing_factor", "label_smoothing_convention", "label_smoothing_schedule", "label_smoothing_final_factor"),
     *("label_smoothing_warmup_steps", "label_smoothing_objective", "label_smoothing_objective_params"),
-    "label_smoothing_logits_free",
+    *("label_smoothing_logits_free", "distillation_alpha", "distillation_temperature", "mixup_alpha", "mixup_per"),
 )
 
 

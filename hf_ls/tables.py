@@ -137,7 +137,7 @@ def _row(row: CalibrationRow, metrics: list[str]) -> list[str]:
     null_ece = "–" if null is None else f"{null:.3f}"
     temperature = "–" if row.temperature == 1 else f"{row.temperature:.2f}"
     shown = (null_ece if metric == "null ece" else row.show(metric) for metric in metrics)
-    return [one_line(row.name), f"{row.epsilon:g}", temperature, *shown]
+    return [one_line(row.name), row.epsilon_text, temperature, *shown]
 
 
 def _number(group: dict[str, Any], metric: str) -> str:

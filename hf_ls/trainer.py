@@ -368,6 +368,13 @@ class LabelSmoothingMixin(TrainerCard, SearchableLoss, CalibratedEvaluation):
             self._step_terms = None
         super().log(logs, *args, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A stock Trainer resumed from the checkpoint of its last step, in mid-epoch, takes one step more than max_steps.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`."""
         self._step_terms = None

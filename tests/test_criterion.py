@@ -17,7 +17,7 @@ from hf_ls.objectives import COMBINES_WITH_EPSILON, OBJECTIVES, Objective, maske
 @pytest.mark.parametrize("name", NAMES)
 def test_every_objective_trains_a_classifier_exactly_under_accumulation(tmp_path, name):
     epsilon = 0.1 if name in COMBINES_WITH_EPSILON else 0.0
-    kwargs = dict(label_smoothing_objective=name, label_smoothing_factor=epsilon)
+    kwargs = dict(allow_combined_softening=True, label_smoothing_objective=name, label_smoothing_factor=epsilon)
     (whole, g1), (parts, g4) = (
         one_step(
             LabelSmoothingTrainer, tiny_bert(), classification_rows(), tmp_path, LabelSmoothingArguments,
@@ -32,7 +32,11 @@ def test_every_objective_trains_a_classifier_exactly_under_accumulation(tmp_path
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_logits_free_and_dense_objectives_are_the_same(tmp_path, name):
-    kwargs = dict(label_smoothing_objective=name, label_smoothing_factor=0.1 if name in COMBINES_WITH_EPSILON else 0.0)
+    kwargs = dict(
+        allow_combined_softening=True,
+        label_smoothing_objective=name,
+        label_smoothing_factor=0.1 if name in COMBINES_WITH_EPSILON else 0.0,
+    )
     (free, g1), (dense, g2) = (
         one_step(
             LabelSmoothingTrainer, tiny_llama(sharpness=10), token_rows(), tmp_path, LabelSmoothingArguments,

@@ -16,8 +16,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hf_ls.metrics.core import bin_index
-from hf_ls.metrics.intervals import calibrated_hits, wilson_interval
+from hf_ls.metrics.core import ReliabilityBins, bin_index
+from hf_ls.metrics.intervals import calibrated_hits, ece_interval, wilson_interval
 from hf_ls.metrics.streaming import StreamingCalibration, check_bins
 from hf_ls.metrics.ties import aurc_from_groups
 from hf_ls.metrics.validation import Floats, Integers, check_count
@@ -187,9 +187,10 @@ class TokenCalibration:
         resamples are no sums, and none at all from a single sequence. With fewer than some thirty sequences every
         interval is too narrow.
 
-        ece: the basic interval (2·value − q_high, 2·value − q_low) clipped at 0 as `bootstrap_interval`; low = 0 if the
-        value is consistent with calibration, that is, not above the 95 % quantile of either "null_q95" or the
-        replicates about their own mean gaps, which allows for whole sequences that are over- or under-confident.
+        ece: the interval of `intervals.ece_interval` for the true error over these bins, with the error of the replicates;
+        low = 0 if the value is consistent with calibration, that is, not above the 95 % quantile of "null_q95" or, where
+        they spread wider, of the replicates about their own mean gaps, which allows for whole sequences that are over- or
+        under-confident.
         "null" and "null_q95" take tokens as independent, correct ~ Bernoulli(confidence). In a teacher-forced pass
         that is right for a model which is calibrated given each prefix, since its gaps are then uncorrelated; gaps
         which are 0 only on average over sequences spread wider.
@@ -215,17 +216,18 @@ class TokenCalibration:
             "aurc": float(aurc_from_groups(count, count - correct)),
         }
         table = {name: {"value": value} for name, value in values.items()}
-        null = np.abs(self._null_hits(N_BINS) - bins.count * np.nan_to_num(bins.confidence)).sum(axis=1) / len(self)
+        null_gaps = (bins.count * np.nan_to_num(bins.confidence) - self._null_hits(N_BINS)) / len(self)
+        null = np.abs(null_gaps).sum(axis=1)
         table["ece"] |= {"null": float(null.mean()), "null_q95": float(np.quantile(null, 0.95))}
         if self._sequences > 1:
-            for name, (low, high) in self._intervals(cells["ece"], table["ece"]["null_q95"]).items():
+            for name, (low, high) in self._intervals(bins, null_gaps).items():
                 table[name] |= {"low": float(low), "high": float(high)}
         return table
 
     def _total(self) -> Floats:
         return (self._groups[0] + self._groups[1])[_FIRST_POSITION:].sum(axis=0)  # each token has one position
 
-    def _intervals(self, ece: float, null_q95: float) -> dict[str, Any]:
+    def _intervals(self, bins: ReliabilityBins, null_gaps: Floats) -> dict[str, Any]:
         """Return (low, high) by name from the replicates which hold a token."""
         sums, total = self._all_replicates(), self._total()
         sums = sums[sums[:, _COUNT] > 0]
@@ -241,10 +243,12 @@ class TokenCalibration:
         if total[_CORRECT] in (0.0, total[_COUNT]):  # every resample is alike there
             hits = self._sequences if total[_CORRECT] else 0
             ends["accuracy"] = np.array(wilson_interval(hits, self._sequences))
-        low, high = np.quantile(np.abs(gap).sum(axis=1), _TAILS)
-        about_mean = np.quantile(np.abs(gap - total[_GAP] / total[_COUNT]).sum(axis=1), 0.95)
-        consistent = ece <= max(null_q95, about_mean)
-        ends["ece"] = np.array([0.0 if consistent else max(0.0, 2 * ece - high), max(0.0, 2 * ece - low)])
+        share = bins.count / len(self)
+        own = share * np.nan_to_num(bins.confidence - bins.accuracy)
+        noise = (gap - own) * np.sqrt(self._sequences / (self._sequences - 1))
+        wider = np.abs(noise).sum(axis=1).mean() > np.abs(null_gaps).sum(axis=1).mean()
+        null = noise if wider else null_gaps[: len(noise)]
+        ends["ece"] = np.array(ece_interval(own, share, noise, null, seed=self.seed))
         return ends
 
     def groups(self) -> list[dict[str, Any]]:
