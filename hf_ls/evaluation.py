@@ -30,7 +30,7 @@ _METRICS = ("nll", "brier", "ece", "accuracy", "signed_gap")
 
 
 class CalibratedEvaluation(Trainer):
-    """What `LabelSmoothingMixin` does in `evaluate` and `predict`.
+    """What `LabelSmoothingMixin` does in `evaluate` and `predict`, always in the order of the dataset.
 
     A Trainer itself, so that it comes before the Trainer in `class Mine(Theirs, LabelSmoothingMixin, Trainer)` too; else
     Python would put Trainer's own evaluation first there, and the metrics would be missing in silence.
@@ -109,6 +109,14 @@ class CalibratedEvaluation(Trainer):
             self._pending = items, labels
         nll = items[..., 2]
         return nll.nanmean() if bool((~nll.isnan()).any()) else nll.new_zeros(())
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        # A stock Trainer groups evaluation by length too: predictions come in another order than the dataset, in silence.
+        strategy, self.args.train_sampling_strategy = self.args.train_sampling_strategy, "random"
+        try:
+            return super()._get_eval_sampler(eval_dataset)
+        finally:
+            self.args.train_sampling_strategy = strategy
 
     def _copies(self) -> int:
         """How many processes in a row see the same batch."""

@@ -15,8 +15,8 @@ from hf_ls.report import CalibrationReport, CalibrationRow, one_line
 Finding = Literal["better", "worse", "overlap", "unknown"]
 
 _WORDING: dict[Finding, str] = {
-    "better": "smoothing is better (the intervals are disjoint)",
-    "worse": "smoothing is worse (the intervals are disjoint)",
+    "better": "{who} is better (the intervals are disjoint)",
+    "worse": "{who} is worse (the intervals are disjoint)",
     "overlap": "no difference shown (the intervals overlap)",
     "unknown": "not decided (no interval)",
 }
@@ -54,7 +54,7 @@ def regime(report: CalibrationReport) -> str:
 
 
 def verdict(report: CalibrationReport) -> str:
-    """Plain sentences: the smoothed run against the baseline.
+    """Plain sentences: the smoothed run (or that of another objective or technique) against the baseline.
 
     One label per example: NLL and ECE against baseline + temperature, if there is such a row. Token tasks: task
     quality, NLL and ECE side by side without temperature, since they can move apart, then NLL and ECE with one each.
@@ -64,7 +64,7 @@ def verdict(report: CalibrationReport) -> str:
     """
     baseline, smoothed = report.baseline, report.smoothed
     if baseline is None or smoothed is None:
-        return "Nothing to compare: a verdict needs a baseline row (epsilon = 0) and a smoothed row."
+        return "Nothing to compare: a verdict needs a baseline row (epsilon = 0) and another one."
     tempered = report.tempered(baseline), report.tempered(smoothed)
     if report.is_token_task:
         quality = [metric for metric in smoothed.quality if metric in baseline.metrics] or ["accuracy"]
@@ -72,8 +72,9 @@ def verdict(report: CalibrationReport) -> str:
     else:
         rival, metrics = tempered[0] or baseline, ["nll", "ece"]
     label = "the baseline" if rival is baseline else "temperature scaling of the baseline"
+    who = f"Smoothing (epsilon {smoothed.epsilon:g})" if smoothed.epsilon else f"Training with {one_line(smoothed.name)}"
     found = [
-        f"Smoothing (epsilon {smoothed.epsilon:g}) against {label}, {one_line(report.dataset['split'])} split, {report.size}",
+        f"{who} against {label}, {one_line(report.dataset['split'])} split, {report.size}",
         *(_clause(smoothed, rival, metric) for metric in metrics),
     ]
     if report.is_token_task:
@@ -110,7 +111,8 @@ def _gap_interval(report: CalibrationReport, row: CalibrationRow) -> tuple[float
 
 
 def _clause(smoothed: CalibrationRow, rival: CalibrationRow, metric: str) -> str:
-    wording = _WORDING[_finding(smoothed, rival, metric)]
+    who = "smoothing" if smoothed.epsilon else one_line(smoothed.name.removesuffix(" + temperature"))
+    wording = _WORDING[_finding(smoothed, rival, metric)].format(who=who)
     title = _title(metric)
     title = title[0].upper() + title[1:] if title.islower() else title
     return f"{title} {smoothed.show(metric)} against {rival.show(metric)} – {wording}"

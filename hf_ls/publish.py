@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def publish(config: Config, data: ClassificationData | SequenceData, runs: dict[
         console.print(groups)
     console.print(regime(report), verdict(report), sep="\n", markup=False, highlight=False)
     write_plots(report, folder / "plots")
-    _write_pictures(report, folder)
+    pictures_of(report, {name: folder if run is main else folder / "baseline" for name, run in runs.items()}, folder / "plots")
     write_card(report, folder)
     console.print(f"Report, plots and card: {folder}", markup=False, highlight=False, soft_wrap=True)
     if training.push_to_hub:
@@ -85,10 +86,8 @@ def publish(config: Config, data: ClassificationData | SequenceData, runs: dict[
     return report
 
 
-def _write_pictures(report: CalibrationReport, folder: Path) -> None:
-    """Those pictures for which the runs left predictions and features."""
-    folders = {row.name: folder / "baseline" if row.name == "baseline" else folder for row in report.rows if row.temperature == 1}
-    folders = {name: path if path.is_dir() else folder for name, path in folders.items()}
+def pictures_of(report: CalibrationReport, folders: Mapping[str, Path], folder: Path) -> list[Path]:
+    """Draw into `folder` those pictures for which the runs left predictions and features; folders: name of a row -> its run."""
     predictions, features = {}, {}
     for name, path in folders.items():
         if (path / PREDICTIONS).is_file():
@@ -97,7 +96,7 @@ def _write_pictures(report: CalibrationReport, folder: Path) -> None:
                 predictions[name] = (arrays[f"logits_{split}"], arrays[f"labels_{split}"])
         if (path / PENULTIMATE).is_file():
             features[name] = Penultimate.load(path / PENULTIMATE)
-    write_pictures(report, folder / "plots", predictions=predictions, features=features)
+    return write_pictures(report, folder, predictions=predictions, features=features)
 
 
 def _push(training: LabelSmoothingArguments, folder: Path) -> None:

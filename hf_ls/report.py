@@ -8,6 +8,7 @@ pictures (`plots`), the card (`card`).
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -304,8 +305,8 @@ class CalibrationReport:
 
     @property
     def smoothed(self) -> CalibrationRow | None:
-        """The first row with ε ≠ 0 and no temperature."""
-        return next((row for row in self.rows if row.epsilon and row.temperature == 1), None)
+        """The first row beside the baseline without temperature: of smoothing, or of another objective or technique."""
+        return next((row for row in self.rows if row is not self.baseline and row.temperature == 1), None)
 
     @property
     def published_row(self) -> CalibrationRow | None:
@@ -315,8 +316,10 @@ class CalibrationReport:
         return next(row for row in self.rows if row.name == self.published)
 
     def tempered(self, row: CalibrationRow) -> CalibrationRow | None:
-        """The temperature-scaled row of the same ε as `row`, if there is one."""
-        return next((r for r in self.rows if r.epsilon == row.epsilon and r.temperature != 1), None)
+        """The temperature-scaled row of the same run, which stands behind `row`, if there is one."""
+        behind = self.rows[self.rows.index(row) + 1 :]
+        run = itertools.takewhile(lambda r: r.temperature != 1 and r.epsilon == row.epsilon, behind)
+        return next(run, None)
 
 
 def one_line(text: str) -> str:

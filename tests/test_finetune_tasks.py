@@ -152,7 +152,8 @@ def test_tags_of_words_from_a_local_file(tmp_path):
     words = ["Berlin", "lies", "in", "Brandenburgishly", "cold", "Prussia"]
     for name, n in (("train", 40), ("test", 20)):
         sentences = [[*words[i % 3 :], f"{name}{i}"] for i in range(n)]
-        rows = ({"tokens": s, "ner_tags": ["place" if word[0].isupper() else "other" for word in s]} for s in sentences)
+        tags = [["place" if w[0].isupper() != (i % 4 == 0) else "other" for w in s] for i, s in enumerate(sentences)]  # noisy
+        rows = ({"tokens": s, "ner_tags": t} for s, t in zip(sentences, tags, strict=True))
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     report = finetune(parse_config([
         *("--task", "token-classification", "--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")),

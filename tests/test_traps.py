@@ -10,7 +10,7 @@ once a newer version has mended it.
  5 predict_with_generate      13 YAML and the command line
  6 the label shift            14 compute_loss_func
  7 the router loss            15 the gathering of all logits
- 8 other tasks
+ 8 other tasks                 16 the order of predictions
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def names(number):
     return [name for name in functions if f"trap_{number:02d}_" in name]
 
 
-@pytest.mark.parametrize("number", range(1, 16))
+@pytest.mark.parametrize("number", range(1, 17))
 def test_every_trap_is_tested_by_number_in_the_stock_code_and_in_ours(number):
     stock = [name for name in names(number) if "stock" in name]
     assert stock, f"no test shows the stock behaviour of trap {number}"
@@ -187,3 +187,31 @@ def test_trap_15_stock_evaluation_gathers_all_logits(tmp_path, monkeypatch):
     trainer.evaluate()
     if (8, 40, 97) not in shapes:
         pytest.skip(MENDED + "logits are reduced first")
+
+
+def order_of_predictions(trainer, rows):
+    """The first input id of each row in the order in which its labels come back."""
+    first = {tuple(row["labels"]): i for i, row in enumerate(rows)}
+    return [first[tuple(label for label in labels.tolist() if label != -100)] for labels in trainer.predict(rows).label_ids]
+
+
+def rows_of_lengths(*lengths):
+    torch.manual_seed(3)
+    rows = token_rows(lengths).rows
+    return [{**row, "labels": [int(y) for y in row["input_ids"]]} for row in rows]
+
+
+def test_trap_16_stock_predictions_come_in_another_order_than_the_dataset_when_training_groups_by_length(tmp_path):
+    rows = rows_of_lengths(4, 9, 5, 8, 3, 7, 6, 2)
+    found = order_of_predictions(stock(tmp_path, tiny_llama(), rows, train_sampling_strategy="group_by_length"), rows)
+    if found == list(range(8)):
+        pytest.skip(MENDED + "evaluation is in the order of the dataset")
+    assert sorted(found) == list(range(8))
+
+
+def test_trap_16_predictions_are_in_the_order_of_the_dataset(tmp_path):
+    rows = rows_of_lengths(4, 9, 5, 8, 3, 7, 6, 2)
+    args = LabelSmoothingArguments(str(tmp_path), train_sampling_strategy="group_by_length", report_to=[], use_cpu=True)
+    trainer = LabelSmoothingTrainer(model=tiny_llama(), args=args, train_dataset=rows, data_collator=collate)
+    assert order_of_predictions(trainer, rows) == list(range(8))
+    assert trainer.args.train_sampling_strategy == "group_by_length"
