@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -23,7 +23,8 @@ from hf_ls.comparison import BASELINE, Comparison, compare
 from hf_ls.config import Config, parse_config
 from hf_ls.criterion import parse_params
 from hf_ls.files import write_atomically
-from hf_ls.publish import folder_of
+from hf_ls.publish import REPORT, folder_of, pictures_of
+from hf_ls.report import CalibrationReport
 
 SETTINGS = "compare.json"
 _GRID = (0.0, 0.05, 0.1, 0.2)
@@ -109,6 +110,11 @@ def parse_compare(argv: Sequence[str]) -> tuple[CompareArguments, Config, list[s
         )
     if config.training.label_smoothing_objective != "smoothed_ce" or config.training.label_smoothing_objective_params:
         raise ValueError("expected objectives in --objectives, got label_smoothing_objective; drop it")
+    if config.training.distillation_teacher or config.training.mixup_alpha:
+        raise ValueError(
+            "expected no distillation_teacher or mixup_alpha, got one: the baseline would be trained with it too; use "
+            "scripts/finetune.py --with_baseline"
+        )
     if config.training.resume_from_checkpoint or config.run.overwrite_output_dir:
         raise ValueError(
             "expected no resume_from_checkpoint or overwrite_output_dir, got one: finished runs in output_dir are always kept; "
@@ -168,9 +174,11 @@ def run_comparison(options: CompareArguments, config: Config, argv: Sequence[str
             if options.epsilon == "auto" and batch[-1] != options.seeds[-1]:
                 dropped |= _drop(predictions, dropped, batch[-1])
         compared = [found for cell, found in predictions.items() if cell.epsilon not in dropped]
-        comparison = compare([result for found in compared for result in found.results()], repetitions=options.repetitions)
+        results = [result for found in compared for result in found.results()]
+        comparison = compare(results, repetitions=options.repetitions)
         facts = _facts(options, config, data, compared, list(dropped.values()), left)
-        write_report(comparison, [result for found in compared for result in found.results()], facts, folder)
+        pictures = _pictures(cells[options.seeds[0]], comparison, folder)
+        write_report(comparison, results, facts, folder, pictures)
     print_comparison(comparison, facts)
     print(f"Report: {folder / 'report.html'}", flush=True)
     return comparison
@@ -324,6 +332,19 @@ def _facts(
             "device": first["device"],
         },
     )
+
+
+def _pictures(cells: Sequence[Cell], comparison: Comparison, folder: Path) -> list[Path]:
+    """Of the baseline and ε = 0.1 (Müller's own), else the ε which validation picked, in one seed; none without such a cell."""
+    wanted = [0.1, *([comparison.picked.epsilon] if comparison.picked else [])]
+    smoothed = next((cell for e in wanted for cell in cells if cell.epsilon == e > 0), None)
+    if smoothed is None:
+        return []
+    folders = [folder / "cells" / cell.name for cell in (cells[0], smoothed)]
+    first, second = (CalibrationReport.load(path / REPORT) for path in folders)
+    both = replace(second, rows=[*first.rows, *second.rows], history=first.history | second.history)
+    names = [BASELINE, smoothed.variant]
+    return pictures_of(both, dict(zip(names, folders, strict=True)), folder / "pictures")
 
 
 def _announce(text: str) -> None:

@@ -6,6 +6,7 @@ looks (`compare_template.html`). Everything passes through the escaping of jinja
 
 from __future__ import annotations
 
+import base64
 import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,6 +35,14 @@ COLUMNS = (
     ("rmsce_debiased", "debiased RMSCE"), ("aurc", "AURC"), ("e_aurc", "E-AURC"), ("signed_gap", "signed gap"),
 )  # fmt: skip
 _AT_MOST_1 = ("accuracy", "ece", "smooth_ece", "rmsce_debiased", "aurc", "e_aurc")
+# By file name: what a picture of one seed shows.
+_PICTURES = {
+    "penultimate.png": "Three classes on the plane of their templates: what the last layer sees, and which class wins there "
+    "(Müller et al. 2019). Smoothing pulls clusters together and to equal distances.",
+    "logit_gap.png": "How far the label's logit lies above the others; dashed: where the smoothed loss is least. "
+    "Without smoothing there is no such point: the gap grows as long as training goes on.",
+    "calibration_steps.png": "Calibration on validation while the model trained.",
+}
 _FOREST = (("nll", "NLL, nats"), ("accuracy", "accuracy"), ("ece", "ECE"))
 _WIDTH, _MARGIN, _LONG_NAME = 340.0, 12.0, 27
 
@@ -60,10 +69,12 @@ class Facts:
     settings: Mapping[str, Any]
 
 
-def write_report(comparison: Comparison, results: Sequence[Result], facts: Facts, folder: Path) -> None:
-    """Write `report.json` and `report.html`, each whole or not at all."""
+def write_report(
+    comparison: Comparison, results: Sequence[Result], facts: Facts, folder: Path, pictures: Sequence[Path] = ()
+) -> None:
+    """Write `report.json` and `report.html`, each whole or not at all; pictures: as in `html`."""
     write_atomically(folder / "report.json", comparison.to_json())
-    write_atomically(folder / "report.html", html(comparison, results, facts))
+    write_atomically(folder / "report.html", html(comparison, results, facts, pictures))
 
 
 def headline(comparison: Comparison) -> tuple[str, str]:
@@ -74,8 +85,8 @@ def headline(comparison: Comparison) -> tuple[str, str]:
     return first, rest[:1].upper() + rest[1:]
 
 
-def html(comparison: Comparison, results: Sequence[Result], facts: Facts) -> str:
-    """The page, readable from 390 px on; every text in it is escaped."""
+def html(comparison: Comparison, results: Sequence[Result], facts: Facts, pictures: Sequence[Path] = ()) -> str:
+    """The page, readable from 390 px on; every text in it is escaped. pictures: PNG files, which become part of the page."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     others = [name for name in comparison.sets if name != TEST]
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
@@ -90,6 +101,9 @@ def html(comparison: Comparison, results: Sequence[Result], facts: Facts) -> str
         forests=forests(comparison, TEST),
         other_forests=[forest for name in others for forest in forests(comparison, name, only=("nll",))],
         diagrams=diagrams(comparison, results),
+        pictures=[
+            {"text": _PICTURES[path.name], "png": base64.b64encode(path.read_bytes()).decode("ascii")} for path in pictures
+        ],
         versions={name: version(name) for name in ("transformers", "torch", "numpy")}
         | {"hf_ls": __version__, "python": platform.python_version()},
     )

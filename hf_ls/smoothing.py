@@ -14,6 +14,12 @@ import torch
 from torch import Tensor
 
 Convention = Literal["all", "wrong"]
+# What ε means in other systems, read in their sources in 2026. Those in _WITHOUT_PAD give no mass to the padding token either.
+_CONVENTION_OF: dict[str, Convention] = {
+    **dict.fromkeys(("torch", "transformers", "liger", "timm", "keras", "optax"), "all"),
+    **dict.fromkeys(("megatron", "nemo", "fairseq", "espnet", "t5x", "tensor2tensor", "opennmt"), "wrong"),
+}
+_WITHOUT_PAD = ("opennmt",)
 ScheduleKind = Literal["constant", "linear", "cosine"]
 
 
@@ -87,6 +93,39 @@ class Smoothing:
             _check_epsilon(self.schedule.final_epsilon, self.allow_negative)
         if self.prior is not None:
             _check_prior(self.prior)
+
+    @classmethod
+    def from_system(
+        cls, system: str, epsilon: float, *, num_classes: int | None = None, pad_token_id: int | None = None
+    ) -> Smoothing:
+        """The same target as `label_smoothing=epsilon` of another system, whose ε may mean something else.
+
+        "all" in torch, transformers, liger, timm, keras, optax; "wrong" in megatron, nemo, fairseq, espnet, t5x and
+        tensor2tensor; "wrong" without the padding token, ε/(K−2), in opennmt (OpenNMT-py before 3). Megatron's own loss has that
+        target on one tensor-parallel rank only. T5X and tensor2tensor subtract the entropy of the target: same gradient.
+
+        >>> Smoothing.from_system("megatron", 0.1).convention
+        'wrong'
+
+        Args: num_classes, pad_token_id: only for opennmt, the size of the vocabulary and the padding id.
+
+        Raises: ValueError for an unknown system, or arguments which the system needs or has no use for.
+        """
+        if system not in _CONVENTION_OF:
+            raise ValueError(f"expected a system among {sorted(_CONVENTION_OF)}, got {system!r}; say the convention yourself")
+        given = num_classes is not None and pad_token_id is not None
+        if given != (system in _WITHOUT_PAD) or (num_classes is None) != (pad_token_id is None):
+            wanted = "num_classes and pad_token_id" if system in _WITHOUT_PAD else "no num_classes or pad_token_id"
+            raise ValueError(f"expected {wanted} with {system}, got {num_classes} and {pad_token_id}; its target needs them so")
+        if num_classes is None or pad_token_id is None:
+            return cls(epsilon, _CONVENTION_OF[system])
+        if not 0 <= pad_token_id < num_classes or num_classes < 3:
+            raise ValueError(
+                f"expected 0 <= pad_token_id < num_classes, got {pad_token_id} and {num_classes}; check the tokenizer"
+            )
+        prior = torch.full((num_classes,), 1 / (num_classes - 1))
+        prior[pad_token_id] = 0
+        return cls(epsilon, _CONVENTION_OF[system], prior)
 
     def at(self, step: int, max_steps: int) -> Smoothing:
         """This smoothing with the constant epsilon which its schedule gives at optimizer step `step` of `max_steps`."""

@@ -122,7 +122,10 @@ def test_the_comparison_holds_every_variant_set_and_seed(done):
     }
     assert comparison.seeds == [0, 1]
     assert comparison.sets == {"test": 90, "nytEditorialSnippets": 40, "other": 3}
-    assert (folder / "report.html").read_text().startswith("<!doctype html>")
+    page = (folder / "report.html").read_text()
+    assert page.startswith("<!doctype html>")
+    pictures = {path.name for path in (folder / "pictures").iterdir()}
+    assert {"penultimate.png", "logit_gap.png"} <= pictures and page.count("data:image/png") == len(pictures)
 
 
 def test_the_numbers_are_those_of_the_cells(done):
@@ -275,6 +278,7 @@ def test_cells_read_a_copy_of_the_config_file(tmp_path, joined):
          "no early_stopping_patience, got one: runs would differ"),
         (["--resume_from_checkpoint", "last"], "finished runs in output_dir are always kept"),
         (["--label_smoothing_objective", "focal"], "objectives in --objectives"),
+        (["--mixup_alpha", "0.2"], "the baseline would be trained with it too"),
         (["--task", "token-classification", "--dataset_name", "x"], "expected task text-classification"),
         (["--sedes", "1"], "expected known settings, got --sedes"),
         (["--jobs", "many"], "--jobs"),

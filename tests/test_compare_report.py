@@ -104,6 +104,20 @@ def test_the_page_loads_nothing_and_runs_nothing(made):
     assert policy.startswith("default-src 'none'") and "script" not in policy
 
 
+def test_pictures_are_part_of_the_page(made, tmp_path):
+    import base64
+
+    path = tmp_path / "logit_gap.png"
+    path.write_bytes(b"\x89PNG of a histogram")
+    page = Page(html(*made, facts(), [path]))
+    (image,) = [attrs for tag, attrs in page.tags if tag == "img"]
+    assert base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) == path.read_bytes()
+    assert "smoothed loss is least" in image["alt"]
+    policy = next(attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy")
+    assert "img-src data:" in policy
+    assert "What smoothing does to the model" not in Page(html(*made, facts())).text
+
+
 def test_the_verdict_comes_first_and_in_words(made):
     comparison, found = made
     page = Page(html(comparison, found, facts()))
