@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import unwrap_model
 
-from hf_ls.losses import logits_of, shift_if, smoothed_terms
+from hf_ls.head import output_embedding
+from hf_ls.losses import check_no_probabilities, logits_of, shift_if, smoothed_terms
 from hf_ls.smoothing import Smoothing
 
 # What context parallelism and padding-free collators call labels which are aligned with the logits already.
@@ -63,10 +64,10 @@ def with_some_label(inputs: dict[str, Any], label_name: str) -> dict[str, Any]:
     return inputs | {name: torch.zeros_like(inputs[name]) for name in (label_name, SHIFTED) if inputs.get(name) is not None}
 
 
-def check_supported(model: nn.Module, label_names: list[str]) -> None:
-    """Refuse tasks in which label smoothing over one softmax has no meaning.
+def check_supported(model: nn.Module, label_names: list[str], class_weight: Tensor | None = None) -> None:
+    """Refuse tasks in which label smoothing over one softmax has no meaning, and class weights for other classes.
 
-    Raises: ValueError for multi-label or regression heads and for models with several label inputs.
+    Raises: ValueError for multi-label or regression heads, models with several label inputs, and class weights of another K.
     """
     config = getattr(model, "config", None)
     problem = getattr(config, "problem_type", None)
@@ -77,6 +78,14 @@ def check_supported(model: nn.Module, label_names: list[str]) -> None:
         )
     if type(model).__name__.endswith("ForSequenceClassification") and getattr(config, "num_labels", 2) < 2:
         raise ValueError("expected num_labels >= 2, got 1, which is a regression head; load the model with num_labels=2 or more")
+    classes = getattr(config, "num_labels", None) if output_embedding(model) is None else None
+    if class_weight is not None and classes is not None and class_weight.shape != (classes,):
+        raise ValueError(f"expected class_weight [{classes}], got {tuple(class_weight.shape)}; one weight per class of the model")
+    if not label_names:  # the Trainer reads them off the signature of forward
+        raise ValueError(
+            f"expected {type(model).__name__}.forward to name its labels, got no such argument; set "
+            "TrainingArguments(label_names=['labels'])"
+        )
     if len(label_names) != 1:
         raise ValueError(
             f"expected one label input, got {label_names}; {type(model).__name__} is not supported, use transformers.Trainer"
@@ -111,7 +120,7 @@ def model_loss_gap(model: nn.Module, inputs: dict[str, Any], label_name: str) ->
     Two forwards in evaluation mode: no dropout, no random numbers drawn. A batch which has only `shift_labels` is compared
     with the NLL without a further shift.
 
-    Raises: ValueError/TypeError as `smoothed_terms`, and when the model returns no logits.
+    Raises: ValueError/TypeError as `smoothed_terms`, and when the model returns no logits, or probabilities instead.
     """
     given = inputs.get(label_name)
     aligned = given is None
@@ -121,6 +130,7 @@ def model_loss_gap(model: nn.Module, inputs: dict[str, Any], label_name: str) ->
     with evaluating(model):
         outputs = model(**bare)
         logits = logits_of(outputs)
+        check_no_probabilities(logits)
         # Before the model sees the labels: wrong ones end in an index error there, or in a crashed GPU.
         unshifted = _mean_nll(logits, labels)
         shifted = _mean_nll(*shift_if(True, logits, labels)) if labels.dim() == 2 and not aligned else None

@@ -11,16 +11,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn
-
-from transformers import HfArgumentParser
+from typing import Any, Literal
 
 from hf_ls.cells import Cell, Spec, cell_config, locked, run_cells
 from hf_ls.compare_data import CompareData, prepare_data
 from hf_ls.compare_report import Facts, print_comparison, write_report
 from hf_ls.compare_results import Predictions, clearly_worse, epsilon_ceiling
 from hf_ls.comparison import BASELINE, Comparison, compare
-from hf_ls.config import Config, parse_config
+from hf_ls.config import Config, _Parser, parse_config
 from hf_ls.criterion import parse_params
 from hf_ls.files import write_atomically
 from hf_ls.publish import REPORT, folder_of, pictures_of
@@ -79,11 +77,6 @@ class CompareArguments:
             raise ValueError(f"expected different names as in name=path.csv, got {[*self.ood_file, *self.ood_sources]}; rename")
         if {"test", "validation", "train"} & set(names):
             raise ValueError(f"expected other names than those of the splits, got {names}; rename")
-
-
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see --help")
 
 
 def parse_compare(argv: Sequence[str]) -> tuple[CompareArguments, Config, list[str]]:

@@ -176,7 +176,7 @@ class _Parser(HfArgumentParser):
     """Errors are exceptions: the script prints them, and tests and other callers can catch them."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see --help")
+        raise ValueError(f"expected settings as --help describes them, got: {message}; see --help")
 
 
 def parse_config(argv: Sequence[str] | None = None) -> Config:
@@ -199,9 +199,7 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
         [*from_file, *argv], return_remaining_strings=True, look_for_args_file=False
     )
     if rest:
-        raise ValueError(
-            f"expected known settings, got {rest[0]}{_nearest(rest[0].lstrip('-').split('=')[0], known)}; see --help"
-        )
+        raise ValueError(f"expected known settings, got {rest[0]}{nearest(rest[0].lstrip('-').split('=')[0], known)}; see --help")
     config = Config(*parsed)
     _check(config)
     return config
@@ -232,8 +230,9 @@ def yaml_arguments(path: Path, known: set[str], without: Collection[str] = ()) -
     """
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except FileNotFoundError as error:
-        raise ValueError(f"expected a config file, got no file at {path}; check the path") from error
+    except OSError as error:
+        found = f"no file at {path}" if isinstance(error, FileNotFoundError) else f"{path}: {error.strerror}"
+        raise ValueError(f"expected a config file, got {found}; check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"expected valid YAML in {path}, got: {' '.join(str(error).split())}; fix that line") from error
     if node is None:
@@ -245,7 +244,7 @@ def yaml_arguments(path: Path, known: set[str], without: Collection[str] = ()) -
     for key_node, value in node.value:
         key = str(key_node.value)
         if key not in known:
-            raise ValueError(f"expected known settings in {path}, got {key!r}{_nearest(key, known)}; see --help")
+            raise ValueError(f"expected known settings in {path}, got {key!r}{nearest(key, known)}; see --help")
         if key in seen:
             raise ValueError(f"expected each setting once in {path}, got {key!r} twice; remove one")
         seen.add(key)
@@ -267,7 +266,8 @@ def _argument(path: Path, key: str, node: yaml.Node) -> list[str]:
     return [f"--{key}={json.dumps(value)}"]
 
 
-def _nearest(name: str, known: set[str]) -> str:
+def nearest(name: str, known: Collection[str]) -> str:
+    """The known name which is most like this one, as a question; empty if none is."""
     matches = difflib.get_close_matches(name, sorted(known), n=1)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 

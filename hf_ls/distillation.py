@@ -163,7 +163,7 @@ def load_teacher(name_or_path: str, auto_model: Any, tokenizer: Any = None, **kw
                 f"expected the teacher {name_or_path} to have the student's vocabulary, got {len(own)} against {len(tokenizer)} "
                 "tokens, or other ids: it would read other words; use a teacher and a student with one tokenizer"
             )
-    return auto_model.from_pretrained(name_or_path, **kwargs)
+    return auto_model.from_pretrained(name_or_path, **{"use_safetensors": True} | kwargs)  # a pickle can run code
 
 
 def check_label_space(teacher: nn.Module, student: nn.Module) -> None:

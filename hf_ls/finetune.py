@@ -24,12 +24,13 @@ from transformers.training_args import OptimizerNames
 from hf_ls.arguments import LabelSmoothingArguments, smoothing_of
 from hf_ls.checkpoint import CheckpointMark, check_resumable, last_complete_checkpoint
 from hf_ls.config import Config
+from hf_ls.explain import read_json
 from hf_ls.files import write_atomically
 from hf_ls.launch import announce
-from hf_ls.loading import Data, load_data, load_distillation_teacher, load_model, load_tokenizer, load_tokens
+from hf_ls.loading import Data, check_tokens, load_data, load_distillation_teacher, load_model, load_tokenizer, load_tokens
 from hf_ls.outcome import OUTCOME, Outcome, evaluate_classes, evaluate_tokens, run_name
 from hf_ls.pictures import PENULTIMATE, penultimate
-from hf_ls.publish import REPORT, folder_of, publish
+from hf_ls.publish import REPORT, check_push, folder_of, publish
 from hf_ls.report import CalibrationReport
 from hf_ls.sequence_data import token_counts
 from hf_ls.smoothing import Smoothing
@@ -64,11 +65,14 @@ def finetune(config: Config, callbacks: Sequence[Any] = ()) -> CalibrationReport
     tokenizer = load_tokenizer(config)
     with training.main_process_first(desc="tokens"):
         tokens = load_tokens(config, data, tokenizer)
+    # Before anything is written: a model which cannot be had must not cost an earlier run, or leave a folder behind.
+    model = load_model(config, data, tokenizer)
+    check_tokens(tokens, tokenizer, model)
     if config.run.dry_run:
-        model = load_model(config, data, tokenizer)
         announce(f"dry run: {_sizes(tokens)}; {type(model).__name__}, {model.num_parameters():,} weights; settings are sound")
         return None
-    _prepare_output(config)
+    _prepare_output(config, model)
+    del model
     runs = {}
     if config.run.with_baseline:
         baseline = _with_training(
@@ -104,14 +108,16 @@ def settings_of(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(fields, default=str))
 
 
-def _prepare_output(config: Config) -> None:
+def _prepare_output(config: Config, model: Any) -> None:
     """Refuse to mix two runs in one folder, and note the settings of this one.
 
-    Raises: ValueError for an earlier run in the folder, or for resuming one with other settings.
+    Raises: ValueError for an earlier run in the folder, or for resuming one with other settings or of another model.
     """
     training, folder = config.training, folder_of(config)
     earlier = sorted(str(path) for name in (_SETTINGS, REPORT, "checkpoint-*") for path in folder.glob(name))
     settings = settings_of(config)
+    if training.push_to_hub and training.should_save:
+        check_push(config)
     if earlier and not training.resume_from_checkpoint:
         if not config.run.overwrite_output_dir:
             raise ValueError(
@@ -122,7 +128,7 @@ def _prepare_output(config: Config) -> None:
         if training.should_save:
             shutil.rmtree(folder)
     elif (folder / _SETTINGS).is_file():
-        saved = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
+        saved = read_json(folder / _SETTINGS, "start afresh in another output_dir")
         different = [
             f"{name}: {saved.get(name)} then, {value} now" for name, value in settings.items() if saved.get(name) != value
         ]
@@ -130,6 +136,8 @@ def _prepare_output(config: Config) -> None:
             raise ValueError(
                 f"expected the settings of the run in {folder}, got {'; '.join(different)}; restore them or start afresh"
             )
+    if training.resume_from_checkpoint not in (None, "last"):
+        check_resumable(training.resume_from_checkpoint, smoothing_of(training), model)
     PartialState().wait_for_everyone()
     if training.should_save:
         write_atomically(folder / _SETTINGS, json.dumps(settings, indent=1))
@@ -165,7 +173,7 @@ def _run(config: Config, data: Data, tokens: DatasetDict, tokenizer: Any, more: 
     if task.per_token and not task.has_classes:
         trainer.token_counts = token_counts(tokens["train"], model.config.get_text_config().vocab_size)
     if training.do_train:
-        result = trainer.train(resume_from_checkpoint=_checkpoint(training, folder, trainer.smoothing))
+        result = trainer.train(resume_from_checkpoint=_checkpoint(training, folder, trainer.smoothing, model))
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
         trainer.save_state()
@@ -193,13 +201,13 @@ def _save_penultimate(trainer: Any, tokens: Dataset, folder: Path) -> None:
         announce(f"no picture of the classes: {error}")
 
 
-def _checkpoint(training: LabelSmoothingArguments, folder: Path, smoothing: Smoothing) -> str | None:
+def _checkpoint(training: LabelSmoothingArguments, folder: Path, smoothing: Smoothing, model: Any) -> str | None:
     wanted = training.resume_from_checkpoint
     checkpoint = last_complete_checkpoint(folder) if wanted == "last" else wanted
     if checkpoint is None and wanted == "last":
         announce(f"no complete checkpoint in {folder}: training starts from the first step")
     if checkpoint is not None:
-        check_resumable(checkpoint, smoothing)
+        check_resumable(checkpoint, smoothing, model)
         announce(f"resuming from {checkpoint}")
     return checkpoint
 
