@@ -23,19 +23,19 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from hf_ls.arguments import LabelSmoothingArguments
-from hf_ls.card import write_card
+from hf_ls.card import check_card, write_card
 from hf_ls.card_metadata import eval_results, hub_id
-from hf_ls.config import _help, _Parser
+from hf_ls.config import _help, _Parser, nearest
 from hf_ls.data import EMBEDDED_DATASET, check_overlap, load_snippets, model_path, tokenise
 from hf_ls.explain import loading, uploading
 from hf_ls.files import write_atomically
 from hf_ls.findings import regime
 from hf_ls.label_matching import LabelMatch, match_labels, permutation_warning
 from hf_ls.launch import announce
-from hf_ls.outcome import PREDICTIONS, evaluate_classes, evaluate_tokens
+from hf_ls.outcome import OUTCOME, PREDICTIONS, evaluate_classes, evaluate_tokens
 from hf_ls.plots import write_plots
 from hf_ls.posthoc import compare_posthoc
-from hf_ls.publish import REPORT, _versions
+from hf_ls.publish import REPORT, SETTINGS, _versions
 from hf_ls.reading import check_texts, read_files, read_hub
 from hf_ls.report import CalibrationReport, one_line
 from hf_ls.sequence_data import IGNORE_INDEX, tokenise_words
@@ -102,6 +102,18 @@ class EvaluateArguments:
             )
         if os.path.realpath(self.output_dir) == os.path.realpath(self.model_name_or_path):
             raise ValueError("expected an output_dir beside the model, got its own folder; its report would be lost")
+        trained = [name for name in (SETTINGS, OUTCOME) if Path(self.output_dir, name).exists()]
+        if trained:
+            raise ValueError(f"expected an output_dir beside that of a run, got one with {trained[0]}; its report would be lost")
+        if self.update_card and not (self.dataset_id or hub_id(self.dataset_name)):
+            source = self.dataset_name or Path(self.test_file or "").name
+            raise ValueError(
+                f"expected data with an id on the Hub to update a card, got {source!r}; set dataset_id, or write_card"
+            )
+        if self.update_card and not (Path(self.update_card).exists() or hub_id(self.update_card)):
+            raise ValueError(f"expected update_card as a README.md, a folder or a Hub id, got {self.update_card!r}; check it")
+        if self.write_card:
+            check_card(self.output_dir)
         if self.epsilon is not None and not 0 <= self.epsilon < 1:
             raise ValueError(f"expected 0 <= epsilon < 1, got {self.epsilon}; leave it out where it is not known")
         for name in ("max_length", "max_samples", "batch_size"):
@@ -115,7 +127,11 @@ def parse_evaluation(argv: Sequence[str] | None = None) -> EvaluateArguments:
 
     Raises: ValueError for unknown ones and as `EvaluateArguments`.
     """
-    (settings,) = _Parser(EvaluateArguments, allow_abbrev=False).parse_args_into_dataclasses(args=argv, look_for_args_file=False)  # type: ignore[arg-type]
+    parser = _Parser(EvaluateArguments, allow_abbrev=False)  # type: ignore[arg-type]
+    settings, *_, rest = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True, look_for_args_file=False)
+    if rest:
+        known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
+        raise ValueError(f"expected known settings, got {rest[0]}{nearest(rest[0].lstrip('-').split('=')[0], known)}; see --help")
     return settings
 
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 _PACKAGE = Path(__file__).parent
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EIO)
-_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token which may {may}"
+_LOG_IN = "log in with `hf auth login`, or give a token which may do this (HF_TOKEN, hub_token)"
 
 
 def one_sentence(error: BaseException) -> str | None:
@@ -112,6 +112,8 @@ def _cause(error: BaseException) -> str:
         return "a pickle, which could run any code"
     if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
         return "weights of other sizes"
+    if "Repo id must" in str(error):
+        return "no such folder, and no name of the Hub"
     if "trust_remote_code" in str(error):
         return "a repository with code of its own"
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
@@ -127,7 +129,7 @@ def _advice(error: BaseException, remedy: str) -> str:
     if any(isinstance(found, OfflineModeIsEnabled) for found in chain) or "offline" in str(error).lower():
         return "unset HF_HUB_OFFLINE, or give a folder; without a network, download it beforehand with `hf download`"
     if statuses & {401, 403} or any(isinstance(found, LocalTokenNotFoundError) for found in chain):
-        return _LOG_IN.format(may="do this (hub_token)")
+        return _LOG_IN
     if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
         return "set ignore_mismatched_sizes to start with a new head"
     if "trust_remote_code" in str(error):

@@ -22,6 +22,7 @@ from transformers import EarlyStoppingCallback, SchedulerType, set_seed
 from transformers.training_args import OptimizerNames
 
 from hf_ls.arguments import LabelSmoothingArguments, smoothing_of
+from hf_ls.card import check_card
 from hf_ls.checkpoint import CheckpointMark, check_resumable, last_complete_checkpoint
 from hf_ls.config import Config
 from hf_ls.explain import read_json
@@ -30,13 +31,12 @@ from hf_ls.launch import announce
 from hf_ls.loading import Data, check_tokens, load_data, load_distillation_teacher, load_model, load_tokenizer, load_tokens
 from hf_ls.outcome import OUTCOME, Outcome, evaluate_classes, evaluate_tokens, run_name
 from hf_ls.pictures import PENULTIMATE, penultimate
-from hf_ls.publish import REPORT, check_push, folder_of, publish
+from hf_ls.publish import REPORT, SETTINGS, check_push, folder_of, publish
 from hf_ls.report import CalibrationReport
 from hf_ls.sequence_data import token_counts
 from hf_ls.smoothing import Smoothing
 from hf_ls.tasks import TASKS
 
-_SETTINGS = "settings.json"
 _TRAINING_SETTINGS = (
     *("label_smoothing_factor", "label_smoothing_convention", "label_smoothing_schedule", "label_smoothing_final_factor"),
     *("label_smoothing_warmup_steps", "label_smoothing_objective", "label_smoothing_objective_params", "seed", "data_seed"),
@@ -111,10 +111,12 @@ def settings_of(config: Config) -> dict[str, Any]:
 def _prepare_output(config: Config, model: Any) -> None:
     """Refuse to mix two runs in one folder, and note the settings of this one.
 
-    Raises: ValueError for an earlier run in the folder, or for resuming one with other settings or of another model.
+    Raises: ValueError for an earlier run in the folder, for resuming one with other settings or of another model, for a README.md
+    written by hand, and for deleting what is not the run's.
     """
     training, folder = config.training, folder_of(config)
-    earlier = sorted(str(path) for name in (_SETTINGS, REPORT, "checkpoint-*") for path in folder.glob(name))
+    check_card(folder)
+    earlier = sorted(str(path) for name in (SETTINGS, REPORT, "checkpoint-*") for path in folder.glob(name))
     settings = settings_of(config)
     if training.push_to_hub and training.should_save:
         check_push(config)
@@ -124,11 +126,12 @@ def _prepare_output(config: Config, model: Any) -> None:
                 f"expected an output_dir without an earlier run, got {earlier[0]}; use --resume_from_checkpoint last, "
                 "--overwrite_output_dir, or another output_dir"
             )
+        _check_deletable(config, folder)
         PartialState().wait_for_everyone()  # every process has looked before the first one deletes
         if training.should_save:
             shutil.rmtree(folder)
-    elif (folder / _SETTINGS).is_file():
-        saved = read_json(folder / _SETTINGS, "start afresh in another output_dir")
+    elif (folder / SETTINGS).is_file():
+        saved = read_json(folder / SETTINGS, "start afresh in another output_dir")
         different = [
             f"{name}: {saved.get(name)} then, {value} now" for name, value in settings.items() if saved.get(name) != value
         ]
@@ -140,7 +143,21 @@ def _prepare_output(config: Config, model: Any) -> None:
         check_resumable(training.resume_from_checkpoint, smoothing_of(training), model)
     PartialState().wait_for_everyone()
     if training.should_save:
-        write_atomically(folder / _SETTINGS, json.dumps(settings, indent=1))
+        write_atomically(folder / SETTINGS, json.dumps(settings, indent=1))
+
+
+def _check_deletable(config: Config, folder: Path) -> None:
+    """Refuse to delete a folder in which somebody works, or what this run reads.
+
+    Raises: ValueError.
+    """
+    names = [*config.data.files.values(), config.model.model_name_or_path, config.model.tokenizer_name, config.data.dataset_name]
+    read = [Path(name) for name in [*names, config.training.distillation_teacher] if name and Path(name).exists()]
+    for path in (Path.cwd(), Path.home(), *read):
+        if path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"expected a folder of a run alone to delete, got {folder} with {path} in it; give another output_dir"
+            )
 
 
 def _run(config: Config, data: Data, tokens: DatasetDict, tokenizer: Any, more: Sequence[Any] = ()) -> Outcome:

@@ -38,6 +38,7 @@ from hf_ls.tasks import TASKS
 from hf_ls.temperature import bake_folder
 
 REPORT = "calibration.json"
+SETTINGS = "settings.json"  # of a training run
 
 
 def folder_of(config: Config) -> Path:

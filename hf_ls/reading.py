@@ -53,7 +53,10 @@ def read_hub(name: str, config: str | None = None) -> DatasetDict:
 
     Raises: ValueError when there is none, or it may not or cannot be read.
     """
-    with loading(f"the dataset {name} on the Hub or in a folder", "check dataset_name and dataset_config_name"):
+    with loading(
+        f"the dataset {name} on the Hub or in a folder",
+        "check dataset_name and dataset_config_name, and HF_TOKEN if it is private",
+    ):
         return load_dataset(name, config)
 
 

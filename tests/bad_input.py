@@ -25,6 +25,7 @@ class Place:
     folder: Path
     models: dict[str, str]  # kind -> folder
     patch: pytest.MonkeyPatch
+    undo: list[Callable[[], Any]] = field(default_factory=list)
 
     def write(self, **files: str | bytes) -> None:
         """Files by name, with "_" before the suffix: train_csv."""

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import bad_input_core
 import bad_input_files
+import bad_input_outside
 import pytest
 import torch
 from bad_input import CSV, Place, Row, finetune
 from helpers import tiny_bert
 from test_evaluating import save_tokenizer
 
-ROWS: list[Row] = [*bad_input_core.ROWS, *bad_input_files.ROWS]
+ROWS: list[Row] = [*bad_input_core.ROWS, *bad_input_files.ROWS, *bad_input_outside.ROWS]
 NAMES = {0: "bad", 1: "good"}
 
 
@@ -23,7 +24,12 @@ NAMES = {0: "bad", 1: "good"}
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Saved models by kind."""
     labels = {"id2label": NAMES, "label2id": {name: i for i, name in NAMES.items()}}
-    made = {"good": tiny_bert(2, **labels), "five": tiny_bert(5), "wide": tiny_bert(2, hidden_size=48, **labels)}
+    made = {
+        "good": tiny_bert(2, **labels),
+        "five": tiny_bert(5),
+        "headless": tiny_bert(2).bert,
+        "wide": tiny_bert(2, hidden_size=48, **labels),
+    }
     folders = {}
     for name, model in made.items():
         folder = tmp_path_factory.mktemp(name)
@@ -51,6 +57,15 @@ def _earlier_run(model: str, folder: Path) -> Path:
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
 def test_bad_input(row: Row, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = Place(tmp_path, models, monkeypatch)
+    try:
+        check(row, place)
+    finally:
+        for undo in place.undo:
+            undo()
+
+
+def check(row: Row, place: Place) -> None:
+    """The error, its sentence, and the folder as it was."""
     row.given(place)
     before = place.snapshot()
     if row.error is None:
@@ -66,7 +81,7 @@ def test_bad_input(row: Row, models: dict[str, str], tmp_path: Path, monkeypatch
             text, error = text.removeprefix("error: "), error.__context__
         assert type(error) is row.error, repr(error)
         assert re.search(row.sentence, text, re.DOTALL), text
-        assert re.match(r"expected .+, got.+; .+", text, re.DOTALL), text
+        assert re.match(r"(\[Errno \d+\] )?expected .+, got.+; .+", text, re.DOTALL), text
     after = place.snapshot()
     if row.may_add is not None:
         after = {path: content for path, content in after.items() if path in before or not re.match(row.may_add, path)}
