@@ -30,13 +30,17 @@ _FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".p
 
 @dataclass(frozen=True)
 class ClassificationData:
-    """Splits with an integer `label` column, and what is known about where they come from."""
+    """Splits with an integer `label` column, and what is known about where they come from.
+
+    example: an input which a card may show; None for data which may be private.
+    """
 
     splits: DatasetDict
     label_names: tuple[str, ...]
     name: str
     hub_id: str | None
     licence: str | None
+    example: str | None = None
 
 
 def model_path(name: str) -> str:
@@ -79,9 +83,8 @@ def load_snippets(sources: Iterable[str] = ()) -> ClassificationData:
         {"text": text, "label": ClassLabel(names=list(SNIPPET_LABELS)), "rater_counts": counts, "source": text, "id": text}
     )
     splits = {split: Dataset.from_list(part, features=features) for split, part in _stratified(documents).items()}
-    return ClassificationData(
-        DatasetDict(splits), SNIPPET_LABELS, "human-rated snippets (VADER ground truth)", None, "MIT, C.J. Hutto 2016"
-    )
+    name, licence = "human-rated snippets (VADER ground truth)", "MIT, C.J. Hutto 2016"
+    return ClassificationData(DatasetDict(splits), SNIPPET_LABELS, name, None, licence, splits["test"][0]["text"])
 
 
 def _stratified(documents: dict[tuple[str, str], list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:

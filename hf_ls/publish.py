@@ -61,7 +61,7 @@ def publish(config: Config, data: ClassificationData | SequenceData, runs: dict[
         task=TASKS[config.run.task].hub_task,
         model_name=training.hub_model_id or folder_of(config).name,
         base_model=None if config.model.model_type else config.model.model_name_or_path,
-        dataset=_dataset_facts(data, main),
+        dataset=_dataset_facts(config, data, main),
         label_names=list(data.label_names),
         smoothing=_smoothing_facts(training, main.num_classes),
         rows=[row for run in runs.values() for row in run.rows],
@@ -130,7 +130,7 @@ def _bake(config: Config, temperature: float) -> None:
     bake_folder(folder, temperature)
 
 
-def _dataset_facts(data: ClassificationData | SequenceData, main: Outcome) -> dict[str, Any]:
+def _dataset_facts(config: Config, data: ClassificationData | SequenceData, main: Outcome) -> dict[str, Any]:
     sizes = {f"n_{name}": len(part) for name, part in data.splits.items() if name != "test"}
     facts = {
         "name": data.name,
@@ -140,7 +140,9 @@ def _dataset_facts(data: ClassificationData | SequenceData, main: Outcome) -> di
         "class_counts": main.class_counts,
         "licence": data.licence,
     }
-    return facts | sizes | ({} if main.n_sequences is None else {"n_sequences": main.n_sequences})
+    example = None if data.example is None else config.data.source_prefix + data.example + config.data.source_suffix
+    known = {"n_sequences": main.n_sequences, "example": example}
+    return facts | sizes | {name: value for name, value in known.items() if value is not None}
 
 
 def _smoothing_facts(training: LabelSmoothingArguments, num_classes: int) -> dict[str, Any]:
@@ -163,7 +165,7 @@ def _training_facts(config: Config, runs: dict[str, Outcome]) -> dict[str, Any]:
     return {
         "seeds": [training.seed],
         "steps": last[-1].get("step") if last else None,
-        "epochs": training.num_train_epochs,
+        "epochs": round(last[-1]["epoch"], 2) if last and "epoch" in last[-1] else None,
         "global_batch": training.per_device_train_batch_size
         * training.gradient_accumulation_steps
         * PartialState().num_processes,

@@ -29,7 +29,8 @@ class SequenceData:
     """Splits with the columns of a task, and what is known about where they come from.
 
     Columns: `source` and `target` (seq2seq, or prompt and completion), `text` (causal-lm), `tokens` and `tags`
-    (token-classification; `label_names` are those of the tags, and empty for the other tasks).
+    (token-classification; `label_names` are those of the tags, and empty for the other tasks). `example` as in
+    `ClassificationData`.
     """
 
     splits: DatasetDict
@@ -37,6 +38,7 @@ class SequenceData:
     name: str
     hub_id: str | None
     licence: str | None
+    example: str | None = None
 
 
 def read_splits(
