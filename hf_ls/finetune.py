@@ -66,6 +66,7 @@ def finetune(config: Config, callbacks: Sequence[Any] = ()) -> CalibrationReport
         tokens = load_tokens(config, data, tokenizer)
     if config.run.dry_run:
         model = load_model(config, data, tokenizer)
+        load_distillation_teacher(config, tokenizer)
         announce(f"dry run: {_sizes(tokens)}; {type(model).__name__}, {model.num_parameters():,} weights; settings are sound")
         return None
     _prepare_output(config)
