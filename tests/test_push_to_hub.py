@@ -23,8 +23,8 @@ from hf_ls import LabelSmoothingArguments, LabelSmoothingTrainer, Objective, Sch
 from hf_ls.card import MARKER, model_card
 from hf_ls.card_metadata import eval_results
 from hf_ls.distillation import smoothing_evidence
-from hf_ls.report import one_line
-from hf_ls.trainer_card import REPORT, last_evaluation
+from hf_ls.report import REPORT, one_line
+from hf_ls.trainer_card import last_evaluation
 
 TESTS = Path(__file__).parent
 SECTIONS = ["Evaluation", "Label smoothing", "Training", "Limitations", "Versions"]
