@@ -13,10 +13,10 @@ import pytest
 import torch
 import transformers as tf
 import yaml
+from card_reading import HOSTILE, headings, rendered
 from fake_hub import fake_hub
 from helpers import CLASSES, VOCAB, arguments, classification_rows, collate, tiny_bert, tiny_llama, token_rows
 from huggingface_hub import EvalResult, ModelCard
-from test_card import HOSTILE, headings, rendered
 from test_report import make_report
 
 from hf_ls import LabelSmoothingArguments, LabelSmoothingTrainer, Objective, Schedule, Smoothing
