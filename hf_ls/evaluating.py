@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
+from hf_ls.alignment import IGNORE_INDEX
 from hf_ls.arguments import LabelSmoothingArguments
 from hf_ls.card import write_card
 from hf_ls.card_metadata import eval_results, hub_id
@@ -35,7 +36,7 @@ from hf_ls.outcome import PREDICTIONS, evaluate_classes, evaluate_tokens
 from hf_ls.plots import write_plots
 from hf_ls.posthoc import compare_posthoc
 from hf_ls.report import REPORT, CalibrationReport, one_line, package_versions
-from hf_ls.sequence_data import IGNORE_INDEX, tokenise_words
+from hf_ls.sequence_data import tokenise_words
 from hf_ls.tables import table
 from hf_ls.tasks import TASKS
 

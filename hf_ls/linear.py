@@ -17,7 +17,7 @@ from torch import Tensor
 from hf_ls import linear_cuda
 from hf_ls.linear_chunks import Needs, RowsAndGradients, chunk_loop
 from hf_ls.linear_cuda import Backend, Engine
-from hf_ls.linear_objective import Objective, Observer, RowLoss, exact_dtype
+from hf_ls.linear_objective import Observer, RowLoss, RowObjective, exact_dtype
 from hf_ls.losses import Reduction, check_finite, check_options, check_range
 from hf_ls.smoothing import Smoothing
 
@@ -39,7 +39,7 @@ def linear_smoothed_cross_entropy(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    objective: Objective | None = None,
+    objective: RowObjective | None = None,
     ignore_index: int = -100,
     token_weight: Tensor | None = None,
     reduction: Reduction = "mean",
@@ -109,7 +109,7 @@ def linear_smoothed_terms(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    objective: Objective | None = None,
+    objective: RowObjective | None = None,
     ignore_index: int = -100,
     token_weight: Tensor | None = None,
     reduction: Reduction = "mean",

@@ -15,12 +15,12 @@ import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, LargeList, List, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
+from hf_ls.alignment import IGNORE_INDEX
 from hf_ls.data import FORMATS, check_overlap, with_validation
 from hf_ls.priors import count_labels
 
 logger = logging.getLogger(__name__)
 
-IGNORE_INDEX = -100
 SequenceTask = Literal["seq2seq", "causal-lm", "token-classification"]
 
 

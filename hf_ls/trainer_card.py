@@ -24,7 +24,7 @@ from hf_ls.card import MARKER, is_generated, model_card, smoothing_lines
 from hf_ls.card_metadata import HUB_METRICS, hub_id
 from hf_ls.files import write_atomically
 from hf_ls.head import output_embedding
-from hf_ls.markdown import in_words, link, plain, table
+from hf_ls.markdown import in_words, link, markdown_table, plain
 from hf_ls.report import REPORT, CalibrationReport, one_line, package_versions
 from hf_ls.softening import techniques
 
@@ -142,7 +142,9 @@ def trainer_card(trainer: Any, given: Mapping[str, Any]) -> str:
         summary=f"A {plain(type(trainer.accelerator.unwrap_model(trainer.model)).__name__)}, {origin}."
         + (f" Data: {', '.join(titles)}." if titles else ""),
         evaluated=where,
-        table=table([["metric", "value"], *([key.replace("_", " "), f"{number:.4f}"] for key, number in metrics.items())], 1)
+        table=markdown_table(
+            [["metric", "value"], *([key.replace("_", " "), f"{number:.4f}"] for key, number in metrics.items())], 1
+        )
         if metrics
         else None,
         smoothing=smoothing,
