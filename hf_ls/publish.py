@@ -6,8 +6,6 @@ Does not own: training (`finetune`), evaluation (`outcome`), numbers and picture
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +18,6 @@ from rich.console import Console
 from transformers import SchedulerType
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_ls import __version__
 from hf_ls.arguments import LabelSmoothingArguments, smoothing_of, techniques_of
 from hf_ls.card import write_card
 from hf_ls.config import Config
@@ -30,13 +27,11 @@ from hf_ls.findings import regime, verdict
 from hf_ls.outcome import GENERATIONS, OUTCOME, PREDICTIONS, Outcome
 from hf_ls.pictures import PENULTIMATE, Penultimate, write_pictures
 from hf_ls.plots import write_plots
-from hf_ls.report import CalibrationReport
+from hf_ls.report import REPORT, CalibrationReport, package_versions
 from hf_ls.sequence_data import SequenceData
 from hf_ls.tables import group_table, table
 from hf_ls.tasks import TASKS
 from hf_ls.temperature import bake_folder
-
-REPORT = "calibration.json"
 
 
 def folder_of(config: Config) -> Path:
@@ -67,7 +62,7 @@ def publish(config: Config, data: ClassificationData | SequenceData, runs: dict[
         rows=[row for run in runs.values() for row in run.rows],
         training=_training_facts(config, runs),
         history={name: run.history for name, run in runs.items()},
-        versions=_versions(),
+        versions=package_versions(),
         published=published,
     )
     folder = folder_of(config)
@@ -182,8 +177,3 @@ def _training_facts(config: Config, runs: dict[str, Outcome]) -> dict[str, Any]:
         "num_processes": PartialState().num_processes,
         "train_runtime_s": round(sum(seconds), 1) if len(seconds) == len(runs) else None,
     }
-
-
-def _versions() -> dict[str, str]:
-    packages = {name: importlib.metadata.version(name) for name in ("transformers", "torch", "accelerate", "datasets")}
-    return {"hf_ls": __version__, **packages, "python": platform.python_version()}
