@@ -155,14 +155,15 @@ def _summary(report: CalibrationReport) -> str:
     )
 
 
-def smoothing_lines(facts: Mapping[str, Any], k: int) -> list[str]:
-    """What is true of a smoothing, one fact a line: `facts` as `CalibrationReport.smoothing`, k classes (0: a vocabulary)."""
+def smoothing_lines(facts: Mapping[str, Any], k: int, classes: str = "") -> list[str]:
+    """What is true of a smoothing, one fact a line: `facts` as `CalibrationReport.smoothing`, k classes (0: a vocabulary, or as
+    `classes` says)."""
     epsilon, uniform = facts["epsilon"], facts["prior"] == "uniform"
     if facts["convention"] == "wrong":
         where = f"`wrong`: the mass goes to the {f'{k - 1} other classes' if k else 'other tokens'} only"
         where += f"; the same as {epsilon * k / (k - 1):.4g} in the convention `all`" if k and uniform else ""
     else:
-        who = f"{k} classes" if k else "tokens of the vocabulary"
+        who = classes or (f"{k} classes" if k else "tokens of the vocabulary")
         where = f"`all`: the mass goes to all {who}, the label's own included, as in PyTorch"
     lines = [
         f"effective epsilon: {epsilon:g}",

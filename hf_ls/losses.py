@@ -199,13 +199,15 @@ class SmoothedCrossEntropy(nn.Module):
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """The logits in a `ModelOutput`, dict, tuple or tensor.
+    """The logits in a `ModelOutput`, dict, tuple or tensor; start and end logits [B, T] stacked to [B, 2, T].
 
     Raises: ValueError when there are none; TypeError for any other type.
     """
     if isinstance(outputs, Tensor):
         return outputs
     if isinstance(outputs, Mapping):
+        if isinstance(outputs.get("start_logits"), Tensor) and isinstance(outputs.get("end_logits"), Tensor):
+            return torch.stack([outputs["start_logits"], outputs["end_logits"]], 1)
         if not isinstance(outputs.get("logits"), Tensor):
             raise ValueError(
                 f"expected `logits` in the model's outputs, got {list(outputs)}; use a model with one classification head"
@@ -281,6 +283,11 @@ def _check_shapes(logits: Tensor, labels: Tensor) -> None:
         raise TypeError(f"expected floating-point logits, got {logits.dtype}; pass the scores before the softmax")
     if labels.is_floating_point() or labels.dtype == torch.bool or labels.is_complex():
         raise TypeError(f"expected integer labels, got {labels.dtype}; cast class ids to long")
+    if labels.shape == logits.shape:
+        raise ValueError(
+            f"expected one label per row of logits {tuple(logits.shape)}, got one per class; use labels.argmax(-1) if each row "
+            "has exactly one class, or transformers.Trainer for multi-label classification"
+        )
     if labels.shape != logits.shape[:-1]:
         raise ValueError(
             f"expected labels {tuple(logits.shape[:-1])} for logits {tuple(logits.shape)}, got {tuple(labels.shape)}; "

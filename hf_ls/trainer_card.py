@@ -149,7 +149,7 @@ def trainer_card(trainer: Any, given: Mapping[str, Any]) -> str:
         else None,
         smoothing=smoothing,
         settings=_settings(trainer, base),
-        limitations=_limitations(metrics, smoothed),
+        limitations=_limitations(metrics, smoothed, trainer._spans),
         versions=[f"{plain(key)} {plain(number)}" for key, number in package_versions().items()],
     )
     return str(card).rstrip() + "\n"
@@ -238,21 +238,28 @@ def _smoothing(trainer: Any) -> tuple[bool, bool, list[str]]:
         vocabulary = output_embedding(trainer.model) is not None
         config = trainer.model.config.get_text_config()
         k = config.vocab_size if vocabulary else config.num_labels
+        spans = trainer._spans  # the classes are the tokens of one text, not of a vocabulary nor the config's two outputs
         uniform = smoothing.prior is None
-        fixed = uniform and smoothing.schedule is None and criterion.plain
+        fixed = uniform and not spans and smoothing.schedule is None and criterion.plain
         gap = smoothing.optimal_logit_gap(k) if fixed and smoothing.epsilon > 0 else None
         facts = {
             "epsilon": smoothing.epsilon,
             "convention": smoothing.convention,
-            "prior": "uniform" if uniform else _prior(smoothing.prior),
+            "prior": "uniform over the tokens of each text, none for padding"
+            if spans
+            else "uniform"
+            if uniform
+            else _prior(smoothing.prior),
             "schedule": None
             if smoothing.schedule is None
             else vars(smoothing.schedule) | {"epsilon of the first, middle and last step": [round(e, 6) for e in epsilons]},
-            "excluded": "positions with the label −100 (padding, prompts)",
+            "excluded": "answers outside of the text given to the model"
+            if spans
+            else "positions with the label −100 (padding, prompts)",
             "optimal_logit_gap": gap,
             "max_confidence": smoothing.max_confidence(k) if gap is not None else None,
         }
-        lines += smoothing_lines(facts, 0 if vocabulary else k)
+        lines += smoothing_lines(facts, 0 if vocabulary or spans else k, "tokens of the text" if spans else "")
     found = techniques(smoothing, criterion, trainer.distillation, trainer.mixup)
     if trainer.distillation is not None or trainer.mixup is not None:
         lines.append(f"what softens the targets, all together: {plain(', '.join(found))}")
@@ -350,8 +357,12 @@ def _settings(trainer: Any, base: str | None) -> list[str]:
     return [f"base model: {origin}", *(f"{key}: {in_words(value)}" for key, value in facts.items() if value is not None)]
 
 
-def _limitations(metrics: Mapping[str, float], smoothed: bool) -> list[str]:
+def _limitations(metrics: Mapping[str, float], smoothed: bool, spans: bool) -> list[str]:
     lines = ["No intervals, baseline or temperature were measured: no claim is made that smoothing helped or harmed."]
+    if metrics and spans:
+        lines.append(
+            "accuracy, nll, brier and ece are of start and end positions, each counted for itself, not of whole answers."
+        )
     if "ece" in metrics:
         lines.append(
             "A perfectly calibrated model would not show an ECE of 0 on a sample. ECE depends on the bins; NLL and Brier do not."

@@ -215,7 +215,6 @@ def test_schedule_moves_epsilon_with_the_step(tmp_path):
         (lambda: tiny_bert(problem_type="multi_label_classification"), "multi_label"),
         (lambda: tiny_bert(problem_type="regression"), "regression"),
         (lambda: tiny_bert(num_labels=1), "num_labels"),
-        (lambda: tf.BertForQuestionAnswering(tiny_bert().config), "start_positions"),
     ],
 )
 def test_trap_08_tasks_without_one_class_are_refused(tmp_path, model, match):
