@@ -1,7 +1,8 @@
 """Which label a logit predicts, and whether a model's loss is a cross entropy at all.
 
-Owns: the refusal of unsuitable tasks, decoder inputs, and the first-batch check against the model's own loss.
-Does not own: the loss (`losses`), when the check runs and what other processes see (`trainer`).
+Owns: the refusal of unsuitable tasks and labels, decoder inputs, and the first-batch check against the model's own loss.
+Does not own: the loss (`losses`), when the check runs and what other processes see (`trainer`), start and end positions
+(`question_answering`).
 
 The rule is explicit. A batch with `shift_labels` is aligned already. Else labels are shifted if the model's own loss is
 the cross entropy with a shift, and not if it is the one without; a model whose loss is neither is refused.
@@ -9,6 +10,7 @@ the cross entropy with a shift, and not if it is the one without; a model whose 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +27,8 @@ from hf_ls.smoothing import Smoothing
 # What context parallelism and padding-free collators call labels which are aligned with the logits already.
 SHIFTED = "shift_labels"
 IGNORE_INDEX = -100
+# Losses over all alignments of labels to audio frames; the ends of the names of the classes.
+_ALIGNING = ("ForCTC", "ForRNNT", "ForTDT")
 
 
 class LossGap(NamedTuple):
@@ -64,32 +68,75 @@ def with_some_label(inputs: dict[str, Any], label_name: str) -> dict[str, Any]:
     return inputs | {name: torch.zeros_like(inputs[name]) for name in (label_name, SHIFTED) if inputs.get(name) is not None}
 
 
-def check_supported(model: nn.Module, label_names: list[str], class_weight: Tensor | None = None) -> None:
-    """Refuse tasks in which label smoothing over one softmax has no meaning, and class weights for other classes.
+def integer_labels(inputs: dict[str, Any], label_name: str, aligned: bool = False) -> Tensor:
+    """The labels of a batch as they are given; `aligned` prefers its `shift_labels`.
 
-    Raises: ValueError for multi-label or regression heads, models with several label inputs, and class weights of another K.
+    Raises: ValueError for a batch without labels, TypeError for floats: multi-label or soft targets, regression.
     """
-    config = getattr(model, "config", None)
-    problem = getattr(config, "problem_type", None)
-    if problem in ("multi_label_classification", "regression"):
+    labels = labels_in(inputs, SHIFTED if aligned and inputs.get(SHIFTED) is not None else label_name)
+    if labels is None:
         raise ValueError(
-            f"expected one class per example, got problem_type={problem!r}; use transformers.Trainer, or set "
+            f"expected `{label_name}` in the batch, got {sorted(inputs)}; name the label column so, or set "
+            "TrainingArguments(label_names=[...])"
+        )
+    if labels.is_floating_point():
+        given = f"expected integer labels, got {labels.dtype} {tuple(labels.shape)}"
+        if labels.dim() > 1 and labels.shape[-1] > 1:
+            raise TypeError(
+                f"{given}: one column per class is multi-label or soft targets; use transformers.Trainer (soft targets: with "
+                "hf_ls.SmoothedCrossEntropy), or take argmax(-1) if each example has exactly one class"
+            )
+        raise TypeError(f"{given}; cast class ids to long, or use transformers.Trainer for regression")
+    return labels
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model inside PEFT, DDP and the like."""
+    inner: Any = unwrap_model(model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
+def check_supported(model: nn.Module, label_names: list[str], class_weight: Tensor | None = None, *, spans: bool = False) -> None:
+    """Refuse tasks in which label smoothing over one softmax has no meaning; `spans`: two positions are the labels.
+
+    Raises: ValueError for multi-label and regression heads, for losses over alignments (CTC, transducers), for models with
+    no or several label inputs, and for class weights of another K.
+    """
+    inner = base_model(model)
+    name, config = type(inner).__name__, getattr(model, "config", None)
+    problem = getattr(config, "problem_type", None)
+    if problem == "multi_label_classification":
+        raise ValueError(
+            f"expected one class per example, got problem_type={problem!r}: its classes are separate yes/no decisions, no "
+            "distribution whose mass could be spread; use transformers.Trainer, or set "
             "config.problem_type='single_label_classification' if each example has exactly one class"
         )
-    if type(model).__name__.endswith("ForSequenceClassification") and getattr(config, "num_labels", 2) < 2:
-        raise ValueError("expected num_labels >= 2, got 1, which is a regression head; load the model with num_labels=2 or more")
-    classes = getattr(config, "num_labels", None) if output_embedding(model) is None else None
+    if problem == "regression":
+        raise ValueError(
+            f"expected classes, got problem_type={problem!r}: a number has no distribution to smooth; use transformers.Trainer, "
+            "or load the model with num_labels=2 or more and problem_type='single_label_classification'"
+        )
+    if "Classification" in name and getattr(config, "num_labels", 2) < 2:
+        raise ValueError(
+            f"expected num_labels >= 2, got {config.num_labels} in {name}, which is a regression head; use transformers.Trainer, "  # type: ignore[union-attr]
+            "or load the model with num_labels=2 or more"
+        )
+    if any(kind.__name__.endswith(_ALIGNING) for kind in type(inner).__mro__):
+        raise ValueError(
+            f"expected one label per logit, got {name}, whose loss sums over alignments of the labels to audio frames; use "
+            "transformers.Trainer, or an encoder-decoder speech model such as Whisper"
+        )
+    if not label_names:
+        parameters = inspect.signature(inner.forward).parameters
+        usual = [key for key in ("labels", "start_positions", "end_positions") if key in parameters] or ["labels"]
+        raise ValueError(
+            f"expected a label input, got none which the Trainer knows of {name}; set TrainingArguments(label_names={usual})"
+        )
+    if len(label_names) != 1 and not spans:
+        raise ValueError(f"expected one label input, got {label_names}; {name} is not supported, use transformers.Trainer")
+    classes = getattr(config, "num_labels", None) if output_embedding(model) is None and not spans else None
     if class_weight is not None and classes is not None and class_weight.shape != (classes,):
         raise ValueError(f"expected class_weight [{classes}], got {tuple(class_weight.shape)}; one weight per class of the model")
-    if not label_names:  # the Trainer reads them off the signature of forward
-        raise ValueError(
-            f"expected {type(model).__name__}.forward to name its labels, got no such argument; set "
-            "TrainingArguments(label_names=['labels'])"
-        )
-    if len(label_names) != 1:
-        raise ValueError(
-            f"expected one label input, got {label_names}; {type(model).__name__} is not supported, use transformers.Trainer"
-        )
 
 
 def decoder_inputs(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> dict[str, Any]:
@@ -134,9 +181,8 @@ def model_loss_gap(model: nn.Module, inputs: dict[str, Any], label_name: str) ->
         # Before the model sees the labels: wrong ones end in an index error there, or in a crashed GPU.
         unshifted = _mean_nll(logits, labels)
         shifted = _mean_nll(*shift_if(True, logits, labels)) if labels.dim() == 2 and not aligned else None
-        own = _own_loss(model, {**bare, **targets})
-    low = torch.finfo(logits.dtype).eps > 1e-6 or any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
-    return LossGap(own, unshifted, shifted, 2e-2 if low else 1e-4)
+        own = own_loss(model, {**bare, **targets})
+    return LossGap(own, unshifted, shifted, loss_tolerance(model, logits))
 
 
 @torch.no_grad()
@@ -150,7 +196,7 @@ def counts_first_label(model: nn.Module, inputs: dict[str, Any], label_name: str
     first = torch.full_like(labels, IGNORE_INDEX)
     first[:, 0] = labels[labels != IGNORE_INDEX][0]
     with evaluating(model):
-        own = _own_loss(model, {**bare, label_name: first})
+        own = own_loss(model, {**bare, label_name: first})
     return own is not None and math.isfinite(own) and own > 1e-3  # else NaN or 0: a mean over nothing
 
 
@@ -192,12 +238,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _own_loss(model: nn.Module, inputs: dict[str, Any]) -> float | None:
+def own_loss(model: nn.Module, inputs: dict[str, Any]) -> float | None:
+    """The model's own loss without the auxiliary one of its router, nats; None if it returns none."""
     outputs = model(**inputs)
     own = outputs.get("loss") if isinstance(outputs, dict) else None
-    if own is not None and isinstance(outputs, dict) and outputs.get("aux_loss") is not None:
-        own = own - getattr(model.config, "router_aux_loss_coef", 0.0) * outputs["aux_loss"]
-    return None if own is None else float(own)
+    return None if own is None else float(own - router_loss(model, outputs))
+
+
+def router_loss(model: Any, outputs: Any) -> Tensor | float:
+    """The auxiliary loss of a mixture-of-experts model as its own loss counts it; 0 for other models."""
+    auxiliary = outputs.get("aux_loss") if isinstance(outputs, dict) else None
+    coefficient = getattr(model.config, "router_aux_loss_coef", None) if auxiliary is not None else None
+    return 0.0 if auxiliary is None or coefficient is None else coefficient * auxiliary
+
+
+def loss_tolerance(model: nn.Module, logits: Tensor) -> float:
+    """How far two ways to compute a loss may be apart, relative: half precision or better."""
+    low = torch.finfo(logits.dtype).eps > 1e-6 or any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
+    return 2e-2 if low else 1e-4
 
 
 def _mean_nll(logits: Tensor, labels: Tensor) -> float:

@@ -30,13 +30,17 @@ _SNIPPETS = Path(__file__).parent / "embedded" / "vader_human.jsonl.gz"
 
 @dataclass(frozen=True)
 class ClassificationData:
-    """Splits with an integer `label` column, and what is known about where they come from."""
+    """Splits with an integer `label` column, and what is known about where they come from.
+
+    example: an input which a card may show; None for data which may be private.
+    """
 
     splits: DatasetDict
     label_names: tuple[str, ...]
     name: str
     hub_id: str | None
     licence: str | None
+    example: str | None = None
 
 
 def model_path(name: str) -> str:
@@ -79,9 +83,8 @@ def load_snippets(sources: Iterable[str] = ()) -> ClassificationData:
         {"text": text, "label": ClassLabel(names=list(SNIPPET_LABELS)), "rater_counts": counts, "source": text, "id": text}
     )
     splits = {split: Dataset.from_list(part, features=features) for split, part in _stratified(documents).items()}
-    return ClassificationData(
-        DatasetDict(splits), SNIPPET_LABELS, "human-rated snippets (VADER ground truth)", None, "MIT, C.J. Hutto 2016"
-    )
+    name, licence = "human-rated snippets (VADER ground truth)", "MIT, C.J. Hutto 2016"
+    return ClassificationData(DatasetDict(splits), SNIPPET_LABELS, name, None, licence, splits["test"][0]["text"])
 
 
 def _stratified(documents: dict[tuple[str, str], list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
@@ -151,16 +154,20 @@ def read_splits(
     Raises: ValueError as `read_files` and `read_hub`, and for data without a train split or too small to be cut.
     """
     if files:
-        return _with_validation(read_files(files), fraction, seed), ", ".join(Path(path).name for path in files.values()), None
+        return with_validation(read_files(files), fraction, seed), ", ".join(Path(path).name for path in files.values()), None
     if dataset_name:
         loaded = read_hub(dataset_name, dataset_config)
-        return _with_validation(loaded, fraction, seed), dataset_name, None if Path(dataset_name).exists() else dataset_name
+        return with_validation(loaded, fraction, seed), dataset_name, None if Path(dataset_name).exists() else dataset_name
     raise ValueError(
         f"expected dataset_name or train_file, got neither; use dataset_name: {EMBEDDED_DATASET} for the embedded data"
     )
 
 
-def _with_validation(loaded: DatasetDict, fraction: float, seed: int) -> DatasetDict:
+def with_validation(loaded: DatasetDict, fraction: float, seed: int) -> DatasetDict:
+    """The splits by their usual names, validation cut from train where there is none.
+
+    Raises: ValueError without a train split, and for one row to be cut.
+    """
     names = {"validation": ("validation", "valid", "dev", "val"), "test": ("test",), "train": ("train",)}
     found = {split: next((alias for alias in aliases if alias in loaded), None) for split, aliases in names.items()}
     if found["train"] is None:

@@ -22,6 +22,7 @@ from hf_ls.linear_objective import Observer, observe
 from hf_ls.metrics.streaming import StreamingCalibration
 from hf_ls.metrics.tokens import TokenCalibration
 from hf_ls.processes import gather_once, reshard, without_repeats
+from hf_ls.question_answering import check_both_positions
 from hf_ls.smoothing import Smoothing
 from hf_ls.statistics import item_statistics
 from hf_ls.token_temperature import TokenTemperature
@@ -45,6 +46,7 @@ class CalibratedEvaluation(Trainer):
     token_counts: np.ndarray | None = None
     token_calibration: TokenCalibration | None = None
     model: Any
+    _spans: bool = False  # the labels are a start and an end position, each an item of the metrics
     _statistics: StreamingCalibration | None = None
     _tokens: TokenCalibration | None = None
     _fit: TokenTemperature | None = None
@@ -135,6 +137,8 @@ class CalibratedEvaluation(Trainer):
     ) -> Any:
         """As `Trainer.prediction_step`, keeping four numbers per item for the exact calibration sums."""
         self._pending = None
+        if self._spans:
+            check_both_positions(inputs)
         if inputs.get(SHIFTED) is not None and inputs.get(self.label_names[0]) is None:  # the Trainer asks for labels by name
             labels = nn.functional.pad(inputs[SHIFTED], (1, 0), value=IGNORE_INDEX)[:, :-1]
             inputs = {**inputs, self.label_names[0]: labels}
@@ -148,7 +152,7 @@ class CalibratedEvaluation(Trainer):
         found = self._gather_once(rows).cpu().numpy().astype(np.float64)
         confidence, correct, nll, brier = found[~np.isnan(found).any(-1)].T[:4]
         self._statistics.update(confidence, correct.astype(bool), nll, brier)
-        if labels.dim() == 2:
+        if labels.dim() == 2 and not self._spans:
             if self._tokens is None:
                 self._tokens = TokenCalibration(
                     eos_token_id=end_of_sequence(self.model, self.processing_class), token_counts=self.token_counts

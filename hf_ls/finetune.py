@@ -31,8 +31,8 @@ from hf_ls.launch import announce
 from hf_ls.loading import Data, check_tokens, load_data, load_distillation_teacher, load_model, load_tokenizer, load_tokens
 from hf_ls.outcome import OUTCOME, Outcome, evaluate_classes, evaluate_tokens, run_name
 from hf_ls.pictures import PENULTIMATE, penultimate
-from hf_ls.publish import REPORT, SETTINGS, check_push, folder_of, publish
-from hf_ls.report import CalibrationReport
+from hf_ls.publish import check_push, folder_of, publish
+from hf_ls.report import REPORT, SETTINGS, CalibrationReport
 from hf_ls.sequence_data import token_counts
 from hf_ls.smoothing import Smoothing
 from hf_ls.tasks import TASKS
@@ -68,6 +68,7 @@ def finetune(config: Config, callbacks: Sequence[Any] = ()) -> CalibrationReport
     # Before anything is written: a model which cannot be had must not cost an earlier run, or leave a folder behind.
     model = load_model(config, data, tokenizer)
     check_tokens(tokens, tokenizer, model)
+    load_distillation_teacher(config, tokenizer)
     if config.run.dry_run:
         announce(f"dry run: {_sizes(tokens)}; {type(model).__name__}, {model.num_parameters():,} weights; settings are sound")
         return None

@@ -42,7 +42,7 @@ def smoothed_terms(logits: Tensor, labels: Tensor, smoothing: Smoothing, *, igno
     _check_shapes(logits, labels)
     num_classes = logits.shape[-1]
     kept = labels != ignore_index
-    _check_range(labels, kept, num_classes, ignore_index)
+    check_range(labels, kept, num_classes, ignore_index)
     # Ignored rows are dropped, not masked: whatever they hold (NaN, -inf) then reaches neither the value nor the gradient.
     rows = kept.reshape(-1).nonzero().squeeze(1)
     whole = rows.numel() == labels.numel()
@@ -58,7 +58,7 @@ def smoothed_terms(logits: Tensor, labels: Tensor, smoothing: Smoothing, *, igno
         # 0·(−inf) is NaN, but a class without prior mass must add exactly 0.
         expected = (z.masked_fill(prior == 0, 0) * prior).sum(-1) if smoothing.prior is not None else z.mean(-1)
         term = smoothing.mixing(y, prior) * (z_y - expected)
-    _check_finite(nll, term)
+    check_finite(nll, term)
     if not whole:
         nll, term = (part.new_zeros(labels.numel()).index_copy(0, rows, part) for part in (nll, term))
     return SmoothedTerms(nll.reshape(labels.shape), term.reshape(labels.shape))
@@ -102,7 +102,7 @@ def smoothed_cross_entropy(
     if not isinstance(smoothing, Smoothing):
         smoothing = Smoothing(smoothing)
     _check_tensors(logits, labels)
-    _check_options(reduction, weighting, class_weight, num_items_in_batch, logits.shape[-1])
+    check_options(reduction, weighting, class_weight, num_items_in_batch, logits.shape[-1])
     if labels.is_floating_point():
         losses, weight = _soft_target_losses(logits, labels, smoothing, class_weight, smooth_soft_targets)
     elif class_weight is not None and weighting == "torch":
@@ -205,13 +205,15 @@ class SmoothedCrossEntropy(nn.Module):
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """The logits in a `ModelOutput`, dict, tuple or tensor.
+    """The logits in a `ModelOutput`, dict, tuple or tensor; start and end logits [B, T] stacked to [B, 2, T].
 
     Raises: ValueError when there are none; TypeError for any other type.
     """
     if isinstance(outputs, Tensor):
         return outputs
     if isinstance(outputs, Mapping):
+        if isinstance(outputs.get("start_logits"), Tensor) and isinstance(outputs.get("end_logits"), Tensor):
+            return torch.stack([outputs["start_logits"], outputs["end_logits"]], 1)
         if not isinstance(outputs.get("logits"), Tensor):
             raise ValueError(
                 f"expected `logits` in the model's outputs, got {list(outputs)}; use a model with one classification head"
@@ -264,7 +266,7 @@ def _soft_target_losses(
         prior = smoothing.prior_for(torch.zeros((), dtype=torch.long, device=z.device), z.shape[-1], z.dtype)
         q = (1 - smoothing.epsilon) * q + smoothing.epsilon * prior
     losses = z.logsumexp(-1) * q.sum(-1) - (z.masked_fill(q == 0, 0) * q).sum(-1)
-    _check_finite(losses, losses)
+    check_finite(losses, losses)
     return losses, torch.ones_like(losses)
 
 
@@ -274,7 +276,7 @@ def _torch_weighted_losses(
     """−Σ_k w_k·t_k·log p_k, torch's reading of `weight` with `label_smoothing` (pytorch issue 104776)."""
     _check_shapes(logits, labels)
     kept = labels != ignore_index
-    _check_range(labels, kept, logits.shape[-1], ignore_index)
+    check_range(labels, kept, logits.shape[-1], ignore_index)
     z = logits if logits.dtype == torch.float64 else logits.float()
     target = smoothing.target(labels.long().masked_fill(~kept, 0), logits.shape[-1]).to(z.dtype)
     weighted = target * class_weight.to(z.device, z.dtype)
@@ -310,6 +312,11 @@ def _check_shapes(logits: Tensor, labels: Tensor) -> None:
         raise TypeError(f"expected floating-point logits, got {logits.dtype}; pass the scores before the softmax")
     if labels.is_floating_point() or labels.dtype == torch.bool or labels.is_complex():
         raise TypeError(f"expected integer labels, got {labels.dtype}; cast class ids to long")
+    if labels.shape == logits.shape:
+        raise ValueError(
+            f"expected one label per row of logits {tuple(logits.shape)}, got one per class; use labels.argmax(-1) if each row "
+            "has exactly one class, or transformers.Trainer for multi-label classification"
+        )
     if labels.shape != logits.shape[:-1]:
         raise ValueError(
             f"expected labels {tuple(logits.shape[:-1])} for logits {tuple(logits.shape)}, got {tuple(labels.shape)}; "
@@ -319,7 +326,11 @@ def _check_shapes(logits: Tensor, labels: Tensor) -> None:
         raise ValueError(f"expected logits over at least 2 classes, got {logits.shape[-1]}; a single output is a regression head")
 
 
-def _check_range(labels: Tensor, kept: Tensor, num_classes: int, ignore_index: int) -> None:
+def check_range(labels: Tensor, kept: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Refuse labels outside the classes where they are kept.
+
+    Raises: ValueError for the first of them.
+    """
     bad = kept & ((labels < 0) | (labels >= num_classes))
     if bool(bad.any()):
         raise ValueError(
@@ -328,7 +339,11 @@ def _check_range(labels: Tensor, kept: Tensor, num_classes: int, ignore_index: i
         )
 
 
-def _check_finite(nll: Tensor, term: Tensor) -> None:
+def check_finite(nll: Tensor, term: Tensor) -> None:
+    """Refuse losses which are not numbers.
+
+    Raises: ValueError when the sum of both parts is not finite.
+    """
     total = (nll + term).detach().sum()
     if not bool(torch.isfinite(total)):
         raise ValueError(
@@ -337,9 +352,11 @@ def _check_finite(nll: Tensor, term: Tensor) -> None:
         )
 
 
-def _check_options(
-    reduction: str, weighting: str, class_weight: Tensor | None, num_items_in_batch: Any, num_classes: int
-) -> None:
+def check_options(reduction: str, weighting: str, class_weight: Tensor | None, num_items_in_batch: Any, num_classes: int) -> None:
+    """Refuse options which are unknown or contradict each other.
+
+    Raises: ValueError for the first such option.
+    """
     if reduction not in get_args(Reduction):
         raise ValueError(f"expected reduction in {get_args(Reduction)}, got {reduction!r}; choose one of them")
     if weighting not in get_args(Weighting):

@@ -13,13 +13,13 @@ from typing import Any, Literal, get_args
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, LargeList, List, Value
 
+from hf_ls.alignment import IGNORE_INDEX
 from hf_ls.data import check_overlap, read_splits
 from hf_ls.priors import count_labels
 from hf_ls.reading import check_length
 
 logger = logging.getLogger(__name__)
 
-IGNORE_INDEX = -100
 SequenceTask = Literal["seq2seq", "causal-lm", "token-classification"]
 
 
@@ -28,7 +28,8 @@ class SequenceData:
     """Splits with the columns of a task, and what is known about where they come from.
 
     Columns: `source` and `target` (seq2seq, or prompt and completion), `text` (causal-lm), `tokens` and `tags`
-    (token-classification; `label_names` are those of the tags, and empty for the other tasks).
+    (token-classification; `label_names` are those of the tags, and empty for the other tasks). `example` as in
+    `ClassificationData`.
     """
 
     splits: DatasetDict
@@ -36,6 +37,7 @@ class SequenceData:
     name: str
     hub_id: str | None
     licence: str | None
+    example: str | None = None
 
 
 def load_sequences(

@@ -23,9 +23,10 @@ from hf_ls.alignment import (
     counts_first_label,
     decoder_inputs,
     has_label,
-    labels_in,
+    integer_labels,
     model_loss_gap,
     resolve_shift,
+    router_loss,
     with_some_label,
 )
 from hf_ls.arguments import LabelSmoothingArguments, check_direction, distillation_of, mixup_of
@@ -38,6 +39,7 @@ from hf_ls.losses import SmoothedTerms, item_weights, logits_of, shift_if
 from hf_ls.mixup import check_mixable
 from hf_ls.objectives import Objective
 from hf_ls.processes import without_repeats
+from hf_ls.question_answering import check_span_settings, check_spans, is_span_task, positions_in, span_terms
 from hf_ls.search import SearchableLoss
 from hf_ls.smoothing import Smoothing
 from hf_ls.softening import check_combined, techniques
@@ -66,9 +68,11 @@ class LabelSmoothingMixin(TrainerCard, SearchableLoss, CalibratedEvaluation):
 
     Attributes: distillation, mixup: of the training under way or the last one, None where there is none.
 
+    Extractive question answering needs nothing else: each row has two labels, `start_positions` and `end_positions`, see
+    `question_answering`.
+
     Raises: ValueError for `compute_loss_func`, two different epsilons, two target-softening techniques, tasks without one
-    label per prediction (multi-label, regression, question answering), and a model whose own loss is no cross entropy of its
-    logits.
+    label per prediction (multi-label, regression, CTC), and a model whose own loss is no cross entropy of its logits.
     """
 
     _arguments_class: type[TrainingArguments] = LabelSmoothingArguments
@@ -122,7 +126,9 @@ class LabelSmoothingMixin(TrainerCard, SearchableLoss, CalibratedEvaluation):
         finally:
             training_args.label_smoothing_factor = epsilon
         self.args.label_smoothing_factor = epsilon  # SFTTrainer makes its own arguments from plain ones
-        check_supported(self.model, self.label_names, self.class_weight)
+        self._spans = is_span_task(self.model, self.label_names)
+        check_supported(self.model, self.label_names, self.class_weight, spans=self._spans)
+        check_span_settings(self)
         self._teacher = None if teacher is None else self._check_teacher(teacher)
         if self.mixup is not None:
             check_mixable(self.model)
@@ -142,6 +148,7 @@ class LabelSmoothingMixin(TrainerCard, SearchableLoss, CalibratedEvaluation):
         self.distillation, self.mixup = (distillation_of(args) if self._has_teacher else None), mixup_of(args)
         found = techniques(self.smoothing, self.criterion, self.distillation, self.mixup)
         check_combined(found, getattr(args, "allow_combined_softening", False))
+        check_span_settings(self)
 
     def _check_teacher(self, teacher: nn.Module) -> Teacher:
         has_head = output_embedding(self.model) is not None
@@ -191,7 +198,7 @@ class LabelSmoothingMixin(TrainerCard, SearchableLoss, CalibratedEvaluation):
             observe(self._observer, logits[kept], labels[kept])
         teacher_logits = None if self._teacher is None else self._teacher.logits(batch)
         if mixed is None:
-            terms = self._training_terms(logits, labels, teacher_logits, num_items_in_batch)
+            terms = self._training_terms(logits, labels, teacher_logits, num_items_in_batch, batch=batch)
         else:  # of both labels of each example; an ignored one is its own partner, so either side has the same count
             theirs = None if teacher_logits is None else teacher_logits[mixed.partner]
             terms = self._training_terms(logits, labels, teacher_logits, num_items_in_batch, mixed.share)
@@ -201,11 +208,14 @@ class LabelSmoothingMixin(TrainerCard, SearchableLoss, CalibratedEvaluation):
         return (loss, outputs) if return_outputs else loss
 
     def _training_terms(
-        self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, num_items_in_batch: Any, share: Tensor | None = None
-    ) -> Tensor:
+        self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, num_items_in_batch: Any,
+        share: Tensor | None = None, batch: dict[str, Any] | None = None,
+    ) -> Tensor:  # fmt: skip
         """The parts of the training loss in the order of the log, each item counted by its share; [2], [3] with a teacher."""
         smoothing = self.smoothing.at(self.state.global_step, self.state.max_steps)
-        terms: tuple[Tensor, ...] = self.criterion.terms(logits, labels, smoothing)
+        terms: tuple[Tensor, ...] = (
+            span_terms(logits, labels, smoothing, batch or {}) if self._spans else self.criterion.terms(logits, labels, smoothing)
+        )
         if self.distillation is not None and teacher_logits is not None:
             terms = self.distillation.terms(SmoothedTerms(*terms), logits, teacher_logits, labels)
         weight, per_count = self._weighting(labels, num_items_in_batch, terms[0].dtype)
@@ -234,7 +244,7 @@ class LabelSmoothingMixin(TrainerCard, SearchableLoss, CalibratedEvaluation):
 
         Raises: ValueError with the reason under `label_smoothing_logits_free="on"`.
         """
-        if self._head_sought or self._logits_free == "off" or self.criterion.objective is None:
+        if self._head_sought or self._logits_free == "off" or self.criterion.objective is None or self._spans:
             return self._head
         name = self.label_names[0]
         counts = has_label(inputs, name)
@@ -263,23 +273,21 @@ class LabelSmoothingMixin(TrainerCard, SearchableLoss, CalibratedEvaluation):
     def _weighting(self, labels: Tensor, num_items_in_batch: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The weight of each item, and what their sum is multiplied by."""
         weight = item_weights(labels, self.class_weight, IGNORE_INDEX, dtype)
-        count = weight.sum() if num_items_in_batch is None else num_items_in_batch
+        count = self._count(weight) if num_items_in_batch is None else num_items_in_batch
         scale = 1.0 if num_items_in_batch is None else self._loss_scale()
         # A batch in which every label is ignored has count 0 and sum 0.
-        return weight, scale / torch.as_tensor(count, dtype=dtype, device=weight.device).clamp_min(1e-30)
+        per_count = scale / torch.as_tensor(count, dtype=dtype, device=weight.device).clamp_min(1e-30)
+        return (weight * per_count, per_count.new_ones(())) if per_count.dim() else (weight, per_count)
+
+    def _count(self, weight: Tensor) -> Tensor:
+        """What a sum of losses is divided by: Σ w; of starts and ends apart, since the mean of each is half the loss."""
+        return 2 * weight.sum(0) if self._spans else weight.sum()
 
     def _labels(self, inputs: dict[str, Any], *, aligned: bool = False) -> Tensor:
         """The labels of a batch as they are given; `aligned` prefers its `shift_labels`."""
-        labels = labels_in(inputs, SHIFTED if aligned and inputs.get(SHIFTED) is not None else self.label_names[0])
-        if labels is None:
-            raise ValueError(
-                f"expected `{self.label_names[0]}` in the batch, got {sorted(inputs)}; name the label column so, or set "
-                "TrainingArguments(label_names=[...])"
-            )
-        if labels.is_floating_point():
-            raise TypeError(
-                f"expected integer labels, got {labels.dtype}; cast class ids to long, or use transformers.Trainer for regression"
-            )
+        if self._spans:
+            return positions_in(inputs)
+        labels = integer_labels(inputs, self.label_names[0], aligned)
         prompt = virtual_tokens(self.model)
         return nn.functional.pad(labels, (prompt, 0), value=IGNORE_INDEX) if prompt else labels
 
@@ -291,7 +299,7 @@ class LabelSmoothingMixin(TrainerCard, SearchableLoss, CalibratedEvaluation):
     def _model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """A batch without labels, so that the model computes no loss of its own; the caller's batch stays whole."""
         batch = {name: value for name, value in inputs.items() if name not in (*self.label_names, SHIFTED)}
-        return decoder_inputs(self.model, batch, self._labels(inputs))
+        return batch if self._spans else decoder_inputs(self.model, batch, self._labels(inputs))
 
     def _check_against_model(self, batches: list[dict[str, Any]]) -> None:
         """Once: find the shift from the model's own loss and refuse a model whose loss is another quantity.
@@ -300,6 +308,9 @@ class LabelSmoothingMixin(TrainerCard, SearchableLoss, CalibratedEvaluation):
         made-up one, and the first process which has labels decides for all.
         """
         if self._shift is not None:
+            return
+        if self._spans:
+            self._shift = False if check_spans(self.model, batches, self._prepare_inputs) else None
             return
         name = self.label_names[0]
         batch = next((batch for batch in batches if has_label(batch, name)), batches[0])
@@ -324,11 +335,7 @@ class LabelSmoothingMixin(TrainerCard, SearchableLoss, CalibratedEvaluation):
 
     def _auxiliary_loss(self, outputs: Any) -> Tensor | float:
         """Router losses of mixture-of-experts models, a mean per micro-batch (stock smoothing drops them)."""
-        auxiliary = outputs.get("aux_loss") if isinstance(outputs, dict) else None
-        coefficient = getattr(self.model.config, "router_aux_loss_coef", None) if auxiliary is not None else None
-        if auxiliary is None or coefficient is None:
-            return 0.0
-        return coefficient * auxiliary / getattr(self, "current_gradient_accumulation_steps", 1)
+        return router_loss(self.model, outputs) / getattr(self, "current_gradient_accumulation_steps", 1)
 
     def _loss_scale(self) -> int:
         # DDP averages gradients, but the count is global; tensor-parallel ranks see the same batch.
@@ -342,15 +349,16 @@ class LabelSmoothingMixin(TrainerCard, SearchableLoss, CalibratedEvaluation):
         self._check_against_model(batch_samples)  # the shift decides what counts
         count = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
         for batch in batch_samples:
-            count += item_weights(self._aligned(batch), self.class_weight, IGNORE_INDEX, count.dtype).sum().to(device)
+            weight = item_weights(self._aligned(batch), self.class_weight, IGNORE_INDEX, count.dtype)
+            count = count + self._count(weight).to(device)
         if self.accelerator.num_processes > 1:
-            count = self.accelerator.gather(count).sum()
+            count = self.accelerator.gather(count[None]).sum(0)
         return count / self._copies()
 
     def _ignore_repeats(self, batches: list[dict[str, Any]]) -> None:
         """Ignore the labels of rows which fill the last batch, in the caller's list: it trains on those very batches."""
         last = batches[-1]
-        labels = {name: last[name] for name in (self.label_names[0], SHIFTED) if isinstance(last.get(name), Tensor)}
+        labels = {name: last[name] for name in (*self.label_names, SHIFTED) if isinstance(last.get(name), Tensor)}
         batches[-1] = {**last} | {name: without_repeats(self.accelerator, y, self._copies()) for name, y in labels.items()}
 
     def _log_terms(self, *parts: Tensor) -> None:

@@ -9,28 +9,23 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-import platform
 from collections.abc import Mapping
-from importlib.metadata import version
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import Tensor
 from transformers import Trainer
 from transformers.modelcard import TASK_MAPPING
 
-import hf_ls
 from hf_ls.card import MARKER, is_generated, model_card, smoothing_lines
 from hf_ls.card_metadata import HUB_METRICS, hub_id
 from hf_ls.files import write_atomically
 from hf_ls.head import output_embedding
-from hf_ls.markdown import in_words, link, plain, table
-from hf_ls.report import CalibrationReport, one_line
+from hf_ls.markdown import in_words, link, markdown_table, plain
+from hf_ls.report import REPORT, CalibrationReport, one_line, package_versions
 from hf_ls.softening import techniques
 
 if TYPE_CHECKING:
@@ -40,7 +35,6 @@ else:
 
 logger = logging.getLogger(__name__)
 
-REPORT = "calibration.json"
 _N_BINS = 15  # of the ECE which an evaluation logs
 _NO_METRICS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 _TEMPLATE = """---
@@ -148,13 +142,15 @@ def trainer_card(trainer: Any, given: Mapping[str, Any]) -> str:
         summary=f"A {plain(type(trainer.accelerator.unwrap_model(trainer.model)).__name__)}, {origin}."
         + (f" Data: {', '.join(titles)}." if titles else ""),
         evaluated=where,
-        table=table([["metric", "value"], *([key.replace("_", " "), f"{number:.4f}"] for key, number in metrics.items())], 1)
+        table=markdown_table(
+            [["metric", "value"], *([key.replace("_", " "), f"{number:.4f}"] for key, number in metrics.items())], 1
+        )
         if metrics
         else None,
         smoothing=smoothing,
         settings=_settings(trainer, base),
-        limitations=_limitations(metrics, smoothed),
-        versions=[f"{plain(key)} {plain(number)}" for key, number in _versions().items()],
+        limitations=_limitations(metrics, smoothed, trainer._spans),
+        versions=[f"{plain(key)} {plain(number)}" for key, number in package_versions().items()],
     )
     return str(card).rstrip() + "\n"
 
@@ -242,21 +238,28 @@ def _smoothing(trainer: Any) -> tuple[bool, bool, list[str]]:
         vocabulary = output_embedding(trainer.model) is not None
         config = trainer.model.config.get_text_config()
         k = config.vocab_size if vocabulary else config.num_labels
+        spans = trainer._spans  # the classes are the tokens of one text, not of a vocabulary nor the config's two outputs
         uniform = smoothing.prior is None
-        fixed = uniform and smoothing.schedule is None and criterion.plain
+        fixed = uniform and not spans and smoothing.schedule is None and criterion.plain
         gap = smoothing.optimal_logit_gap(k) if fixed and smoothing.epsilon > 0 else None
         facts = {
             "epsilon": smoothing.epsilon,
             "convention": smoothing.convention,
-            "prior": "uniform" if uniform else _prior(smoothing.prior),
+            "prior": "uniform over the tokens of each text, none for padding"
+            if spans
+            else "uniform"
+            if uniform
+            else _prior(smoothing.prior),
             "schedule": None
             if smoothing.schedule is None
             else vars(smoothing.schedule) | {"epsilon of the first, middle and last step": [round(e, 6) for e in epsilons]},
-            "excluded": "positions with the label −100 (padding, prompts)",
+            "excluded": "answers outside of the text given to the model"
+            if spans
+            else "positions with the label −100 (padding, prompts)",
             "optimal_logit_gap": gap,
             "max_confidence": smoothing.max_confidence(k) if gap is not None else None,
         }
-        lines += smoothing_lines(facts, 0 if vocabulary else k)
+        lines += smoothing_lines(facts, 0 if vocabulary or spans else k, "tokens of the text" if spans else "")
     found = techniques(smoothing, criterion, trainer.distillation, trainer.mixup)
     if trainer.distillation is not None or trainer.mixup is not None:
         lines.append(f"what softens the targets, all together: {plain(', '.join(found))}")
@@ -354,8 +357,12 @@ def _settings(trainer: Any, base: str | None) -> list[str]:
     return [f"base model: {origin}", *(f"{key}: {in_words(value)}" for key, value in facts.items() if value is not None)]
 
 
-def _limitations(metrics: Mapping[str, float], smoothed: bool) -> list[str]:
+def _limitations(metrics: Mapping[str, float], smoothed: bool, spans: bool) -> list[str]:
     lines = ["No intervals, baseline or temperature were measured: no claim is made that smoothing helped or harmed."]
+    if metrics and spans:
+        lines.append(
+            "accuracy, nll, brier and ece are of start and end positions, each counted for itself, not of whole answers."
+        )
     if "ece" in metrics:
         lines.append(
             "A perfectly calibrated model would not show an ECE of 0 on a sample. ECE depends on the bins; NLL and Brier do not."
@@ -370,11 +377,6 @@ def _limitations(metrics: Mapping[str, float], smoothed: bool) -> list[str]:
             "errors by confidence (Xia 2025), and a smoothed model is usually a worse teacher for distillation (Müller 2019)."
         )
     return [*lines, "Biases of the base model and of the data were not examined."]
-
-
-def _versions() -> dict[str, str]:
-    known = {"hf_ls": hf_ls.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
-    return known | {name: version(name) for name in ("accelerate", "datasets")} | {"python": platform.python_version()}
 
 
 def _listed(value: Any) -> list[str]:

@@ -112,7 +112,7 @@ LABELS = [
     Row("soft targets with class weights", _loss([[0.5, 0.5, 0.0]] * 2, smoothing=0.0, class_weight=torch.ones(3)), r"no class_weight with soft targets"),
     Row("labels of other classes in training", _trainer(rows=_labelled(0, 7)), r"labels in \[0, 5\) or -100 for ignored, got 7"),
     Row("labels of -1 in training", _trainer(rows=_labelled(0, -1)), r"labels in \[0, 5\) or -100 for ignored, got -1"),
-    Row("labels of floats in training", _trainer(rows=_labelled(0.5, 1.0)), r"integer labels, got torch\.float32; .* for regression", TypeError),
+    Row("labels of floats in training", _trainer(rows=_labelled(0.5, 1.0)), r"integer labels, got torch\.float32 \(2,\); .* for regression", TypeError),
     Row("labels missing in training", _trainer(rows=[{k: v for k, v in r.items() if k != "labels"} for r in classification_rows(4).rows]), r"`labels` in the batch, got \['attention_mask', 'input_ids'\]"),
 ]  # fmt: skip
 
@@ -157,14 +157,14 @@ ARGUMENTS = [
     Row("trainer: mixup of tokens", _trainer(tiny_llama, token_rows((4, 5)), mixup_alpha=0.2), r"a classifier of whole texts with mixup, got LlamaForCausalLM"),
     Row("trainer: logits-free teacher", _trainer(tiny_llama, token_rows((4, 5)), label_smoothing_logits_free="on", teacher=tiny_llama()), r"'auto' or 'off' with a teacher, got 'on'"),
     Row("trainer: smoothing is a number", _trainer(smoothing=0.1), r"smoothing as a hf_ls\.Smoothing, got float", TypeError),
-    Row("trainer: labels without a name", _trainer(lambda: _Softmaxed()), r"_Softmaxed\.forward to name its labels, got no such argument"),
+    Row("trainer: labels without a name", _trainer(lambda: _Softmaxed()), r"a label input, got none which the Trainer knows of _Softmaxed; set TrainingArguments\(label_names=\['labels'\]\)"),
     Row("trainer: temperature is 0", lambda p: _evaluated(p, temperature=0.0), r"temperature > 0, got 0\.0"),
 ]  # fmt: skip
 
 TASKS = [
     Row("task: multi-label", _trainer(lambda: tiny_bert(problem_type="multi_label_classification")), r"got problem_type='multi_label_classification'"),
     Row("task: regression", _trainer(lambda: tiny_bert(problem_type="regression")), r"got problem_type='regression'"),
-    Row("task: one output", _trainer(lambda: tiny_bert(1)), r"num_labels >= 2, got 1, which is a regression head"),
+    Row("task: one output", _trainer(lambda: tiny_bert(1)), r"num_labels >= 2, got 1 in BertForSequenceClassification, which is a regression head"),
     Row("task: CTC", _trainer(_wav2vec2_ctc, [{"input_values": torch.randn(100), "labels": torch.tensor([1, 2])}] * 2), r"got "),
     Row("task: a loss of its own", _trainer(lambda: _OwnLoss()), r"to be the cross entropy of its logits, got .* use transformers\.Trainer"),
 ]  # fmt: skip

@@ -1,0 +1,571 @@
+"""Question answering through `start_positions` and `end_positions`: the model's own loss at ε = 0, no mass on padding.
+
+Every forward is in float64, so that parity is parity, but Splinter's, which makes NaN of its padding there.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as tf
+from helpers import VOCAB, Rows, arguments, collate, one_step, tiny_bert
+from transformers.trainer_callback import PrinterCallback
+
+from hf_ls import LabelSmoothingArguments, LabelSmoothingSeq2SeqTrainer, LabelSmoothingTrainer, Smoothing
+from hf_ls.alignment import IGNORE_INDEX
+from hf_ls.metrics import PredictionStatistics, ece
+from hf_ls.question_answering import positions_in, span_loss_gap, span_terms
+
+BERT = dict(
+    vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0, pad_token_id=0,
+)  # fmt: skip
+IDS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+BART = dict(
+    vocab_size=VOCAB, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+    encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64, dropout=0.0, attention_dropout=0.0,
+    activation_dropout=0.0, decoder_start_token_id=2, forced_eos_token_id=2, **IDS,
+)  # fmt: skip
+LLAMA = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    intermediate_size=32,
+    **IDS,
+)
+MODELS = {
+    "bert": (tf.BertForQuestionAnswering, lambda: tf.BertConfig(**BERT)),
+    "roberta": (tf.RobertaForQuestionAnswering, lambda: tf.RobertaConfig(**BERT, bos_token_id=1, eos_token_id=2)),
+    "electra": (tf.ElectraForQuestionAnswering, lambda: tf.ElectraConfig(**BERT, embedding_size=32)),
+    "distilbert": (
+        tf.DistilBertForQuestionAnswering,
+        lambda: tf.DistilBertConfig(
+            vocab_size=VOCAB, dim=32, n_layers=1, n_heads=2, hidden_dim=32, dropout=0.0, attention_dropout=0.0, qa_dropout=0.0
+        ),
+    ),
+    "modernbert": (
+        tf.ModernBertForQuestionAnswering,
+        lambda: tf.ModernBertConfig(
+            vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, **IDS,
+            cls_token_id=1, sep_token_id=2,
+        ),
+    ),
+    "splinter": (tf.SplinterForQuestionAnswering, lambda: tf.SplinterConfig(**BERT, question_token_id=4)),
+    "big bird": (
+        tf.BigBirdForQuestionAnswering,
+        lambda: tf.BigBirdConfig(**BERT, bos_token_id=1, eos_token_id=2, sep_token_id=3, attention_type="original_full"),
+    ),
+    "bart": (tf.BartForQuestionAnswering, lambda: tf.BartConfig(**BART)),
+    "llama": (tf.LlamaForQuestionAnswering, lambda: tf.LlamaConfig(**LLAMA)),
+}  # fmt: skip
+# Features: one answer cut off at both ends, one at its end only, one marked ignored by -100 in both.
+LENGTHS = (9, 12, 5, 12, 7, 10, 12, 8)
+STARTS = (3, 4, 4, 99, 5, 7, 0, IGNORE_INDEX)
+ENDS = (5, 40, 4, 99, 6, 9, 0, IGNORE_INDEX)
+
+
+def make(name="bert", seed=0, sharpness=20.0):
+    torch.manual_seed(seed)
+    cls, config = MODELS[name]
+    model = cls(config()).to(torch.float32 if name == "splinter" else torch.float64)
+    heads = [module for key, module in model.named_modules() if key.endswith(("qa_outputs", "qa_classifier.qa_outputs"))]
+    with torch.no_grad():
+        for head in heads:
+            head.weight.mul_(sharpness)
+    return model
+
+
+def rows(starts=STARTS, ends=ENDS, lengths=LENGTHS, width=None):
+    """Features <s> question </s> context </s> of the given lengths; 3 separates the question for BigBird, 4 asks for Splinter."""
+    g = torch.Generator().manual_seed(0)
+    found = []
+    for start, end, length in zip(starts, ends, lengths, strict=True):
+        ids = torch.randint(5, VOCAB, (length,), generator=g)
+        ids[0], ids[1], ids[2], ids[-1] = 1, 4, 3, 2
+        mask = torch.ones_like(ids)
+        if width is not None:
+            ids, mask = F.pad(ids, (0, width - length)), F.pad(mask, (0, width - length))
+        found.append(
+            dict(input_ids=ids, attention_mask=mask, start_positions=torch.tensor(start), end_positions=torch.tensor(end))
+        )
+    return Rows(found)
+
+
+def ours(folder, model, data=None, trainer_class=LabelSmoothingTrainer, trainer_args=None, **kwargs):
+    args_class = tf.TrainingArguments if trainer_class is tf.Trainer else LabelSmoothingArguments
+    data = rows() if data is None else data
+    trainer = trainer_class(
+        model=model, args=arguments(folder, args_class, **kwargs), train_dataset=data, eval_dataset=data, data_collator=collate,
+        **(trainer_args or {}),
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def for_the_model(batch):
+    """A batch with -100 as the model's own loss ignores it: as a position beyond the text."""
+    return {name: torch.where(value == IGNORE_INDEX, 10**6, value) for name, value in batch.items()}
+
+
+def gradient(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+# --- the loss
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_trap_08_epsilon_zero_is_the_models_own_loss(tmp_path, name):
+    """Value and gradient, with answers which are cut off at one end or both, in the order of `find_labels`' keys."""
+    model, batch = make(name).train(), collate(rows().rows)
+    trainer = ours(tmp_path, model)
+    assert trainer.label_names == ["start_positions", "end_positions"]
+    count = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
+    before = {key: value.clone() for key, value in batch.items()}
+    own = model(**for_the_model(batch)).loss
+    found = trainer.compute_loss(model, batch, num_items_in_batch=count)
+    assert trainer._shift is False  # the check was made
+    exact = own.dtype == torch.float64
+    assert found.item() == pytest.approx(own.item(), rel=1e-12 if exact else 1e-6)
+    expected = gradient(model, own)
+    assert expected.abs().max() > 1e-2
+    assert torch.allclose(gradient(model, found), expected, rtol=1e-9, atol=1e-14 if exact else 1e-6)
+    assert all(torch.equal(before[key], batch[key]) for key in before)
+
+
+@pytest.mark.parametrize("convention", ["all", "wrong"])
+def test_trap_08_the_target_is_spread_over_the_attended_tokens(tmp_path, convention):
+    """−Σ t·log p with t written out row by row."""
+    epsilon, model, batch = 0.3, make(), collate(rows().rows)
+    trainer = ours(tmp_path, model, label_smoothing_factor=epsilon, label_smoothing_convention=convention)
+    loss = trainer.compute_loss(model.train(), batch)
+    outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    means = []
+    for logits, labels in ((outputs.start_logits, STARTS), (outputs.end_logits, ENDS)):
+        losses = []
+        for row, label, length in zip(logits, labels, LENGTHS, strict=True):
+            if not 0 <= label < logits.shape[1]:
+                continue
+            target = torch.zeros(logits.shape[1], dtype=torch.float64)
+            target[:length] = epsilon / length if convention == "all" else epsilon / (length - 1)
+            target[label] = 1 - epsilon + (epsilon / length if convention == "all" else 0)
+            assert target.sum() == pytest.approx(1)
+            losses.append(-(target * row.log_softmax(-1)).sum())
+        means.append(sum(losses) / len(losses))
+    assert loss.item() == pytest.approx((sum(means) / 2).item(), rel=1e-12)
+
+
+def test_padding_gets_no_mass_and_does_not_change_the_smoothing_term():
+    torch.manual_seed(0)
+    labels, mask = torch.tensor([[1, 3], [0, 2]]), torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]])
+    logits = torch.randn(2, 2, 5, dtype=torch.float64, requires_grad=True)
+    short = span_terms(logits, labels, Smoothing(0.2), {"attention_mask": mask})
+    wide = torch.cat([logits.detach(), torch.randn(2, 2, 7).double()], -1)
+    long = span_terms(wide, labels, Smoothing(0.2), {"attention_mask": F.pad(mask, (0, 7))})
+    assert torch.equal(short.smoothing_term, long.smoothing_term)
+    (grad,) = torch.autograd.grad(short.loss.sum(), logits)
+    target = (logits.softmax(-1) - grad).detach()
+    assert torch.allclose(target.masked_fill(mask[:, None].bool(), 0), torch.zeros_like(target), atol=1e-15)
+    assert torch.allclose(target.sum(-1), torch.ones(2, 2).double())
+
+
+def test_without_an_attention_mask_every_token_counts_as_the_model_takes_it():
+    logits, labels = torch.randn(2, 2, 5), torch.tensor([[1, 3], [0, 2]])
+    found = span_terms(logits, labels, Smoothing(0.2), {})
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.2, reduction="none").view(2, 2)
+    assert torch.allclose(found.loss, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("masked", [-1e6, torch.finfo(torch.float32).min, -torch.inf])
+def test_positions_which_the_model_rules_out_get_no_mass(masked):
+    """BigBird takes 1e6 from the logits of the question, Splinter the greatest float from those of the padding."""
+    logits, labels = torch.randn(1, 2, 6), torch.tensor([[3, 5]])
+    logits[..., 1:3] = masked
+    rest = span_terms(logits[..., [0, 3, 4, 5]], torch.tensor([[1, 3]]), Smoothing(0.2), {})
+    assert torch.allclose(span_terms(logits, labels, Smoothing(0.2), {}).loss, rest.loss)
+
+
+def test_logits_after_those_of_the_text_get_no_mass():
+    """As the image patches of LayoutLMv3."""
+    logits, labels, mask = torch.randn(1, 2, 9), torch.tensor([[3, 5]]), torch.ones(1, 6)
+    whole = span_terms(logits, labels, Smoothing(0.2), {"attention_mask": mask})
+    text = span_terms(logits[..., :6], labels, Smoothing(0.2), {"attention_mask": mask})
+    assert torch.allclose(whole.smoothing_term, text.smoothing_term)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_smoothing_term_is_of_the_size_of_the_logits(tmp_path, name):
+    """Not of the 1e6 or 1e38 by which a model rules positions out."""
+    model, batch = make(name).train(), collate(rows().rows)
+    loss = ours(tmp_path, model, label_smoothing_factor=0.5).compute_loss(model, batch)
+    assert 0 < loss.item() < 200
+    assert bool(torch.isfinite(gradient(model, loss)).all())
+
+
+# --- the training
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.2])
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_accumulated_batches_are_the_whole_batch(tmp_path, epsilon, batch):
+    """Though their rows have labels at both ends, at one or none. Padded to one width: the NLL depends on padding."""
+    data = rows(width=12)
+    runs = [
+        one_step(
+            LabelSmoothingTrainer, make(), data, tmp_path, LabelSmoothingArguments, label_smoothing_factor=epsilon,
+            per_device_train_batch_size=size, gradient_accumulation_steps=8 // size,
+        )
+        for size in (8, batch)
+    ]  # fmt: skip
+    (whole, expected), (record, found) = runs
+    assert expected.abs().max() > 1e-3
+    assert torch.allclose(found, expected, rtol=1e-9, atol=1e-12)
+    for name in ("loss", "nll", "smoothing_term"):
+        assert record[name] == pytest.approx(whole[name], rel=1e-6, abs=1e-12)
+    assert record["loss"] == pytest.approx(record["nll"] + record["smoothing_term"])
+
+
+def test_trap_08_a_whole_batch_at_epsilon_zero_trains_as_the_stock_trainer_does(tmp_path):
+    data = Rows(rows(width=12).rows[:7])  # without -100, on which a stock Trainer learns position 0
+    kwargs = dict(per_device_train_batch_size=7)
+    record, expected = one_step(tf.Trainer, make(), data, tmp_path, **kwargs)
+    mine, found = one_step(LabelSmoothingTrainer, make(), data, tmp_path, LabelSmoothingArguments, **kwargs)
+    assert mine["loss"] == pytest.approx(record["loss"], rel=1e-6)
+    assert torch.allclose(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_trap_08_epsilon_changes_the_gradient_as_it_should(tmp_path):
+    plain, smoothed, both = (
+        one_step(LabelSmoothingTrainer, make(), rows(), tmp_path, LabelSmoothingArguments, label_smoothing_factor=epsilon)[1]
+        for epsilon in (0.0, 0.2, 0.4)
+    )
+    assert (smoothed - plain).abs().max() > 1e-4
+    assert torch.allclose(both - plain, 2 * (smoothed - plain), rtol=1e-7, atol=1e-12)  # the loss is linear in epsilon
+
+
+def test_a_batch_without_any_answer_has_loss_zero_and_the_check_waits_for_the_next(tmp_path):
+    model = make().train()
+    trainer = ours(tmp_path, model, label_smoothing_factor=0.1)
+    batch = collate(rows(starts=(99,) * 8, ends=(99,) * 8).rows)
+    loss = trainer.compute_loss(model, batch)
+    assert loss.item() == 0 and trainer._shift is None
+    assert gradient(model, loss).abs().max() == 0
+    trainer.compute_loss(model, collate(rows().rows))
+    assert trainer._shift is False
+
+
+def test_a_model_with_another_loss_is_refused_on_the_first_batch(tmp_path):
+    class Weighted(tf.BertForQuestionAnswering):
+        def forward(self, *args, **kwargs):
+            outputs = super().forward(*args, **kwargs)
+            if outputs.loss is not None:
+                outputs["loss"] = 2 * outputs.loss
+            return outputs
+
+    model = Weighted(tf.BertConfig(**BERT))
+    args = arguments(tmp_path, LabelSmoothingArguments, label_names=["start_positions", "end_positions"])
+    trainer = LabelSmoothingTrainer(model=model, args=args, train_dataset=rows(), data_collator=collate)
+    with pytest.raises(ValueError, match="expected the loss of Weighted to be the cross entropy of its logits"):
+        trainer.train()
+
+
+def test_the_check_draws_no_random_numbers_and_keeps_batch_and_mode():
+    model, batch = make("splinter").train(), collate(rows().rows)  # Splinter clamps what it is given in place
+    before, state = {key: value.clone() for key, value in batch.items()}, torch.get_rng_state()
+    gap = span_loss_gap(model, batch)
+    assert gap.agrees(gap.unshifted) and gap.own > 0
+    assert model.training and torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(before[key], batch[key]) for key in before)
+
+
+def test_lora_is_trained(tmp_path):
+    config = peft.LoraConfig(task_type="QUESTION_ANS", r=2, target_modules=["query"])
+    model = peft.get_peft_model(make(), config)
+    trainer = ours(tmp_path, model, label_smoothing_factor=0.1, per_device_train_batch_size=8)
+    trainer.train()
+    assert trainer.label_names == ["start_positions", "end_positions"]
+    assert trainer.evaluate()["eval_nll"] > 0
+
+
+def test_a_teacher_equal_to_the_student_takes_the_labels_share_and_adds_nothing(tmp_path):
+    kwargs = dict(per_device_train_batch_size=8, distillation_alpha=0.25)
+    model = make()
+    trainer = ours(tmp_path, model, trainer_args={"teacher": copy.deepcopy(model)}, **kwargs)
+    trainer.train()
+    record = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert record["distillation_term"] == pytest.approx(-0.25 * record["nll"], rel=1e-6)
+
+
+# --- evaluation
+
+
+def expected_items(model, data):
+    """The items of the metrics by NumPy alone: log-probabilities [n, T] and labels [n] of all starts and ends in the text."""
+    batch = collate(data.rows)
+    with torch.no_grad():
+        outputs = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    logits = np.concatenate([outputs.start_logits.numpy(), outputs.end_logits.numpy()])
+    labels = np.concatenate([batch["start_positions"].numpy(), batch["end_positions"].numpy()])
+    kept = (labels >= 0) & (labels < logits.shape[1])
+    return logits[kept], labels[kept]
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+@pytest.mark.parametrize("name", ["bert", "bart"])
+def test_trap_08_evaluation_reports_the_plain_metrics_whatever_the_batch_size(tmp_path, name, size):
+    model, data = make(name), rows(width=12)
+    trainer = ours(tmp_path, model, data, label_smoothing_factor=0.3, per_device_eval_batch_size=size)
+    found = trainer.evaluate()
+    logits, labels = expected_items(model, data)
+    items = PredictionStatistics.from_logits(logits, labels)
+    expected = dict(
+        nll=items.nll.mean(), brier=items.brier.mean(), accuracy=items.correct.mean(), ece=ece(items.confidence, items.correct),
+        signed_gap=items.confidence.mean() - items.correct.mean(),
+    )  # fmt: skip
+    for metric, value in expected.items():
+        assert found[f"eval_{metric}"] == pytest.approx(value, abs=1e-9), metric
+    assert found["eval_loss"] == found["eval_nll"]
+    assert len(labels) == 11
+    assert not {"eval_perplexity", "eval_eos_nll"} & set(found)  # its classes are no tokens of a vocabulary
+    assert trainer.token_calibration is None
+
+
+def test_evaluation_is_the_models_own_loss_where_each_answer_has_both_ends(tmp_path):
+    data = Rows([row for row in rows(width=12).rows if int(row["end_positions"]) != 40 and int(row["start_positions"]) >= 0])
+    model = make()
+    own = model.eval()(**collate(data.rows)).loss.item()
+    assert ours(tmp_path, model, data).evaluate()["eval_nll"] == pytest.approx(own, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["bert", "bart"])
+def test_predictions_are_those_of_a_stock_trainer(tmp_path, name):
+    """Two arrays [n, T] for the usual post-processing; widths which differ between batches are filled with -100."""
+    data, model = rows(), make(name)
+    kwargs = dict(per_device_eval_batch_size=3)
+    expected = ours(tmp_path, model, data, tf.Trainer, **kwargs).predict(data)
+    found = ours(tmp_path, model, data, label_smoothing_factor=0.2, **kwargs).predict(data)
+    assert type(found.predictions) is type(expected.predictions) is tuple
+    assert len(found.predictions) == len(expected.predictions)
+    assert found.predictions[0].shape == (8, 12)
+    for mine, theirs in zip(found.predictions, expected.predictions, strict=True):
+        assert np.array_equal(mine, theirs)
+    for mine, theirs, given in zip(found.label_ids, expected.label_ids, (STARTS, ENDS), strict=True):
+        assert mine.tolist() == theirs.tolist() == list(given)
+    assert found.metrics["test_nll"] == found.metrics["test_loss"]
+
+
+def test_compute_metrics_gets_what_the_stock_trainer_gives(tmp_path):
+    seen = []
+
+    def compute_metrics(prediction):
+        seen.append(prediction)
+        start, end = prediction.predictions
+        return {
+            "exact": float(((start.argmax(1) == prediction.label_ids[0]) & (end.argmax(1) == prediction.label_ids[1])).mean())
+        }
+
+    data = rows(width=12)
+    found = ours(tmp_path, make(), data, trainer_args={"compute_metrics": compute_metrics}).evaluate()
+    assert 0 <= found["eval_exact"] <= found["eval_accuracy"] + 1
+    assert seen[0].predictions[0].shape == seen[0].predictions[1].shape == (8, 12)
+
+
+def test_features_without_positions_are_predicted_as_by_a_stock_trainer(tmp_path):
+    """The test set of a competition."""
+    data = Rows([{name: row[name] for name in ("input_ids", "attention_mask")} for row in rows(width=12).rows])
+    found = ours(tmp_path, make(), data).predict(data)
+    assert len(found.predictions) == 2 and found.label_ids is None
+    assert "test_nll" not in found.metrics
+
+
+def test_the_temperature_of_positions_is_the_minimum_of_their_nll(tmp_path):
+    data, model = rows(width=12), make()
+    trainer = ours(tmp_path, model, data)
+    trainer.temperature = trainer.fit_temperature(data)
+    logits, labels = expected_items(model, data)
+
+    def nll(t):
+        return PredictionStatistics.from_logits(logits / t, labels).nll.mean()
+
+    fitted = trainer.evaluate()["eval_nll"]
+    assert fitted == pytest.approx(nll(trainer.temperature), rel=1e-9)
+    assert fitted <= min(nll(trainer.temperature * factor) for factor in (0.9, 1.1)) and not math.isclose(trainer.temperature, 1)
+
+
+# --- labels
+
+
+def test_positions_beyond_the_text_are_ignored_and_columns_b_1_are_taken():
+    batch = collate(rows().rows)
+    wide = batch | {name: batch[name][:, None] for name in ("start_positions", "end_positions")}
+    expected = [[3, 5], [4, -100], [4, 4], [-100, -100], [5, 6], [7, 9], [0, 0], [-100, -100]]
+    assert positions_in(batch).tolist() == positions_in(wide).tolist() == expected
+    embeds = {name: value for name, value in batch.items() if name != "input_ids"} | {"inputs_embeds": torch.zeros(8, 12, 4)}
+    assert positions_in(embeds).tolist() == expected
+
+
+def changed(name, value):
+    batch = collate(rows().rows)
+    return batch | {name: value(batch[name])} if value else {key: value for key, value in batch.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "match"),
+    [
+        ("start_positions", None, ValueError, "got no `start_positions`; add that column"),
+        ("end_positions", None, ValueError, "got no `end_positions`; add that column"),
+        ("input_ids", lambda ids: None, None, None),  # the mask tells the length
+        ("start_positions", lambda y: torch.where(y == 3, -1, y), ValueError, r"got -1; .* \[CLS\]"),
+        ("end_positions", lambda y: y.float(), TypeError, "expected integer `end_positions`, got torch.float32"),
+        ("end_positions", lambda y: y > 0, TypeError, "expected integer `end_positions`, got torch.bool"),
+        ("start_positions", lambda y: y[:, None].repeat(1, 3), ValueError, r"`start_positions` \[B\], got \(8, 3\)"),
+        ("start_positions", lambda y: y[:3], ValueError, "as many starts as ends, got 3 and 8"),
+    ],
+)  # fmt: skip
+def test_wrong_positions_are_refused(name, value, error, match):
+    batch = changed(name, value)
+    if error is None:
+        assert positions_in(batch).shape == (8, 2)
+        return
+    with pytest.raises(error, match=match):
+        positions_in(batch)
+
+
+def test_one_position_without_the_other_stops_training_and_evaluation(tmp_path):
+    """A stock Trainer evaluates such data without a loss and without a word."""
+    data = rows()
+    for row in data.rows:
+        del row["end_positions"]
+    for work in ("train", "evaluate"):
+        with pytest.raises(ValueError, match="got no `end_positions`"):
+            getattr(ours(tmp_path, make(), data), work)()
+    stock = ours(tmp_path, make(), data, tf.Trainer).evaluate()
+    if "eval_loss" in stock:
+        pytest.skip("this version of transformers does not leave out the loss in silence")
+
+
+def test_without_positions_there_is_no_training(tmp_path):
+    data = Rows([{name: row[name] for name in ("input_ids", "attention_mask")} for row in rows().rows])
+    with pytest.raises(ValueError, match="expected `start_positions` and `end_positions` in the batch"):
+        ours(tmp_path, make(), data).train()
+
+
+@pytest.mark.parametrize(
+    ("mask", "match"),
+    [(torch.ones(2, 1, 5, 5), "expected attention_mask"), (torch.ones(2, 9), "expected attention_mask"), (torch.zeros(2, 5), "a token in")],
+)  # fmt: skip
+def test_an_attention_mask_which_does_not_say_where_the_text_is_is_refused(mask, match):
+    with pytest.raises(ValueError, match=match):
+        span_terms(torch.randn(2, 2, 5), torch.tensor([[1, 2], [3, 4]]), Smoothing(0.1), {"attention_mask": mask})
+
+
+# --- settings and models
+
+
+@pytest.mark.parametrize(
+    ("trainer_args", "kwargs", "match"),
+    [
+        ({"smoothing": Smoothing(0.1, prior=torch.full((12,), 1 / 12))}, {}, "expected no prior for question answering"),
+        ({"class_weight": torch.ones(2)}, {}, "expected no class_weight"),
+        ({"shift_labels": True}, {}, "expected shift_labels None or False"),
+        ({}, {"label_smoothing_objective": "online"}, "got 'online'; .*set label_smoothing_objective='smoothed_ce'"),
+        ({}, {"label_smoothing_objective": "graduated"}, "got 'graduated'"),
+        ({}, {"label_smoothing_objective": "maxsup"}, "got 'maxsup'"),
+        ({}, {"label_smoothing_objective_params": '{"z_loss": 0.1}'}, "got a z_loss"),
+        ({}, {"mixup_alpha": 0.2}, "expected no mixup"),
+        ({}, {"label_smoothing_logits_free": "on"}, "set 'auto'"),
+    ],
+)
+def test_settings_without_a_meaning_for_positions_are_refused(tmp_path, trainer_args, kwargs, match):
+    with pytest.raises(ValueError, match=match):
+        ours(tmp_path, make(), trainer_args=trainer_args, **kwargs)
+
+
+def test_prompt_tuning_moves_the_positions_and_is_refused(tmp_path):
+    config = peft.PromptTuningConfig(task_type="QUESTION_ANS", num_virtual_tokens=3)
+    with pytest.raises(ValueError, match=r"no virtual tokens .*use LoRA or prefix tuning"):
+        ours(tmp_path, peft.get_peft_model(make(), config))
+
+
+def test_generation_is_refused(tmp_path):
+    from hf_ls.arguments import LabelSmoothingSeq2SeqArguments
+
+    args = arguments(tmp_path, LabelSmoothingSeq2SeqArguments, predict_with_generate=True)
+    with pytest.raises(ValueError, match="expected predict_with_generate=False"):
+        LabelSmoothingSeq2SeqTrainer(model=make("bart"), args=args)
+
+
+def test_models_which_return_tuples_are_refused(tmp_path):
+    model = make()
+    model.config.return_dict = False
+    with pytest.raises(ValueError, match=r"expected config\.return_dict=True"):
+        ours(tmp_path, model)
+
+
+def test_a_search_over_objectives_is_checked_again(tmp_path):
+    trainer = ours(tmp_path, make())
+    trainer.args.label_smoothing_objective = "maxsup"
+    with pytest.raises(ValueError, match="got 'maxsup'"):
+        trainer._hp_search_setup(None)
+
+
+BEAMS = {
+    "xlnet": (tf.XLNetForQuestionAnswering, tf.XLNetConfig, dict(d_model=32, n_layer=1, n_head=2, d_inner=32)),
+    "xlm": (tf.XLMForQuestionAnswering, tf.XLMConfig, dict(emb_dim=32, n_layers=1, n_heads=2)),
+    "flaubert": (tf.FlaubertForQuestionAnswering, tf.FlaubertConfig, dict(emb_dim=32, n_layers=1, n_heads=2)),
+}
+
+
+@pytest.mark.parametrize("name", BEAMS)
+def test_trap_08_beam_search_models_are_refused(tmp_path, name):
+    cls, config, sizes = BEAMS[name]
+    model = cls(config(vocab_size=VOCAB, **sizes))
+    with pytest.raises(ValueError, match=f"use {cls.__name__}Simple, or transformers.Trainer"):
+        ours(tmp_path, model)
+
+
+@pytest.mark.parametrize(
+    "names", [["start_positions"], ["end_positions", "labels"], ["start_positions", "end_positions", "labels"]]
+)
+def test_half_of_the_label_names_is_refused(tmp_path, names):
+    with pytest.raises(ValueError, match=r"expected the label names \['start_positions', 'end_positions'\]"):
+        ours(tmp_path, make(), label_names=names)
+
+
+def test_a_class_of_another_name_is_told_to_say_its_labels(tmp_path):
+    """The Trainer finds positions by "QuestionAnswering" in the name."""
+
+    class Reader(tf.BertForQuestionAnswering):
+        pass
+
+    model = Reader(tf.BertConfig(**BERT)).double()
+    with pytest.raises(ValueError, match=r"label_names=\['start_positions', 'end_positions'\]"):
+        ours(tmp_path, model)
+    trainer = ours(tmp_path, model, label_names=["start_positions", "end_positions"])
+    assert trainer.evaluate()["eval_nll"] > 0
+
+
+def test_the_card_speaks_of_positions(tmp_path):
+    trainer = ours(tmp_path, make(), label_smoothing_factor=0.1, per_device_train_batch_size=8)
+    trainer.train()
+    trainer.evaluate()
+    trainer.create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    assert "pipeline_tag: question-answering" in text
+    assert "the mass goes to all tokens of the text" in text and "none for padding" in text
+    assert "each counted for itself, not of whole answers" in text
+    assert "confidence ceiling" not in text and "logit gap" not in text  # they depend on the length
+
+
+def test_classification_heads_of_the_same_model_are_untouched(tmp_path):
+    assert ours(tmp_path, tiny_bert(), Rows([]))._spans is False
