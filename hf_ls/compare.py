@@ -16,11 +16,12 @@ from typing import Any, Literal
 from hf_ls.cells import Cell, Spec, cell_config, locked, run_cells
 from hf_ls.compare_data import CompareData, prepare_data
 from hf_ls.compare_report import Facts, print_comparison, write_report
-from hf_ls.compare_results import Predictions, clearly_worse, epsilon_ceiling
+from hf_ls.compare_results import Predictions, clearly_worse
 from hf_ls.comparison import BASELINE, Comparison, compare
 from hf_ls.config import Config, Parser, about, parse_config
 from hf_ls.criterion import Criterion, parse_params
 from hf_ls.files import write_atomically
+from hf_ls.guards import epsilon_ceiling
 from hf_ls.publish import folder_of, pictures_of
 from hf_ls.report import REPORT, CalibrationReport
 from hf_ls.smoothing import Smoothing

@@ -1,6 +1,6 @@
 """From the predictions of a cell to what `comparison` takes: with and without temperature, on every set.
 
-Owns: reading a cell's predictions, the temperature of a cell, cross-fitting, which ε are dropped early, the ceiling of ε.
+Owns: reading a cell's predictions, the temperature of a cell, cross-fitting, which ε are dropped early.
 Does not own: training (`cells`), the paired statistics and the verdict (`comparison`).
 """
 
@@ -125,12 +125,3 @@ def clearly_worse(found: dict[float, list[Predictions]], level: float = 0.99) ->
         if epsilon not in (0.0, best, kept) and low > 0:
             worse[epsilon] = float(difference.mean()), low
     return worse
-
-
-def epsilon_ceiling(error: float, num_classes: int, convention: str = "all") -> float:
-    """The ε above which a model that is right as often as this one is forced to be under-confident.
-
-    At the optimum the confidence is 1 − ε + ε/K under the "all" convention, so that ε = error·K/(K−1) gives a mean
-    confidence equal to the accuracy; 1 − ε and ε = error under "wrong". 0 to 1.
-    """
-    return error * num_classes / (num_classes - 1) if convention == "all" else error

@@ -30,7 +30,7 @@ from hf_ls.config import Parser, about, nearest
 from hf_ls.data import EMBEDDED_DATASET, check_overlap, load_snippets, model_path, tokenise
 from hf_ls.explain import loading, uploading
 from hf_ls.files import write_atomically
-from hf_ls.findings import regime
+from hf_ls.findings import regime, warnings
 from hf_ls.label_matching import LabelMatch, match_labels, permutation_warning
 from hf_ls.launch import announce
 from hf_ls.outcome import OUTCOME, PREDICTIONS, evaluate_classes, evaluate_tokens
@@ -323,6 +323,8 @@ def _show(report: CalibrationReport, settings: EvaluateArguments, match: LabelMa
     report.save(folder / REPORT)
     console.print(table(report, console.width))
     console.print(regime(report), markup=False, highlight=False)
+    for text in warnings(report):
+        console.print(f"Warning: {text}", markup=False, highlight=False)
     if (folder / PREDICTIONS).is_file() and not report.is_token_task:
         with np.load(folder / PREDICTIONS) as saved:
             pairs = {split: (saved[f"logits_{split}"], saved[f"labels_{split}"]) for split in tokens}

@@ -6,6 +6,7 @@ Does not own: the numbers of one item (`statistics`), their sums (`metrics`), th
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers.modeling_utils import unwrap_model
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_ls.alignment import IGNORE_INDEX, SHIFTED
+from hf_ls.guards import ceiling_warning
 from hf_ls.head import LogitsFreeHead, output_embedding
 from hf_ls.linear_objective import Observer, observe
 from hf_ls.metrics.streaming import StreamingCalibration
@@ -26,6 +28,8 @@ from hf_ls.question_answering import check_both_positions
 from hf_ls.smoothing import Smoothing
 from hf_ls.statistics import item_statistics
 from hf_ls.token_temperature import TokenTemperature
+
+logger = logging.getLogger(__name__)
 
 _METRICS = ("nll", "brier", "ece", "accuracy", "signed_gap")
 
@@ -50,6 +54,8 @@ class CalibratedEvaluation(Trainer):
     _statistics: StreamingCalibration | None = None
     _tokens: TokenCalibration | None = None
     _fit: TokenTemperature | None = None
+    _judged = 0  # items of the last evaluation
+    _warned_of_ceiling = False
     _pending: tuple[Tensor, Tensor] | None = None  # items [..., 4] and aligned labels [...] of the batch under way
     _observer: Observer | None = None
 
@@ -191,6 +197,7 @@ class CalibratedEvaluation(Trainer):
         found = statistics.compute() if len(statistics) else {}
         if found:
             metrics[f"{metric_key_prefix}_loss"] = found["nll"]
+            self._judged = len(statistics)
         tokens = self._tokens
         if tokens is not None and len(tokens):
             self.token_calibration = tokens
@@ -202,6 +209,26 @@ class CalibratedEvaluation(Trainer):
             if name in found:
                 metrics.setdefault(f"{metric_key_prefix}_{name}", found[name])
         return output
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As `Trainer.evaluate`, with a warning, once, when ε asks for less confidence than the model is right."""
+        self._judged = 0
+        metrics = super().evaluate(*args, **kwargs)
+        accuracy = metrics.get(f"{kwargs.get('metric_key_prefix', 'eval')}_accuracy")
+        if accuracy is not None and self._judged:
+            self._warn_of_ceiling(accuracy, self._judged)
+        return metrics
+
+    def _warn_of_ceiling(self, accuracy: float, n: int) -> None:
+        smoothing, criterion = getattr(self, "smoothing", None), getattr(self, "criterion", None)
+        if self._warned_of_ceiling or smoothing is None or smoothing.prior is not None or not getattr(criterion, "plain", False):
+            return
+        config = self.model.config.get_text_config() if hasattr(self.model.config, "get_text_config") else self.model.config
+        classes = config.num_labels if output_embedding(self.model) is None else getattr(config, "vocab_size", 0)
+        warning = ceiling_warning(smoothing.epsilon, smoothing.convention, accuracy, n, classes)
+        if warning and self.is_world_process_zero():
+            logger.warning(warning)
+        self._warned_of_ceiling = warning is not None
 
     def _forget_evaluation_preparation(self) -> None:
         """Let a later train() wrap the model: accelerate >= 1.14 takes a model prepared for evaluation as prepared for good

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from hf_ls.guards import ceiling_warning
 from hf_ls.metrics.direction import is_lower_better
 from hf_ls.metrics.intervals import wilson_interval
 from hf_ls.report import CalibrationReport, CalibrationRow, one_line
@@ -42,6 +43,8 @@ def regime(report: CalibrationReport) -> str:
         return f"{who} is over-confident: {facts}.{advice}"
     if interval[1] < 0:
         advice = " Smoothing lowers confidence further: it may hurt here." if row.epsilon == 0 else ""
+        if row.epsilon:
+            advice = " Its targets ask for less confidence than it is right: try a smaller epsilon, or temperature scaling."
         return f"{who} is under-confident: {facts}.{advice}"
     sentence = f"{who} is, on average, not distinguishable from calibrated at this n: {facts}."
     null_q95 = row.metrics["ece"].get("null_q95")
@@ -85,6 +88,32 @@ def verdict(report: CalibrationReport) -> str:
             found.append(f"{each}: {'; '.join(both)}")
     unit = "sequences" if report.is_token_task else "examples"
     return f"{'. '.join(found)}. {seeds(report)}; the intervals cover the choice of test {unit}, not the seed."
+
+
+def warnings(report: CalibrationReport) -> list[str]:
+    """Sentences on smoothed rows: ε above its ceiling (by the baseline's error, where there is one; only where the classes have
+    names), and under-confidence which `regime` does not speak of."""
+    found, convention = [], report.smoothing["convention"]
+    judged = report.baseline or report.rows[0]
+    for row in report.rows:
+        if not row.epsilon or row.temperature != 1:
+            continue
+        if (
+            report.smoothing["prior"] == "uniform"
+            and report.smoothing["schedule"] is None
+            and row.epsilon == report.smoothing["epsilon"]
+        ):
+            size = report.dataset.get("n_sequences") or judged.n
+            classes, who = len(report.label_names), f"row '{one_line(judged.name)}'"
+            warning = ceiling_warning(row.epsilon, convention, judged.value("accuracy"), size, classes, who)
+            found += [warning] if warning else []
+        interval = _gap_interval(report, row)
+        if row is not judged and interval is not None and interval[1] < 0:
+            found.append(
+                f"the model of row '{one_line(row.name)}' (epsilon {row.epsilon_text}) is under-confident: signed gap "
+                f"{row.show('signed_gap')}, {report.size}; use a smaller epsilon, or temperature scaling"
+            )
+    return found
 
 
 def seeds(report: CalibrationReport) -> str:

@@ -34,11 +34,14 @@ def loss_curve(report: CalibrationReport) -> Figure:
     """NLL and objective in training, and the evaluation NLL, by optimizer step, one colour a run.
 
     The NLL (solid) can be compared between runs. The objective (thin, dashed) cannot: smoothing adds a term
-    to it and moves its minimum. Where the two are equal, only the NLL is drawn.
+    to it and moves its minimum. Where the two are equal, only the NLL is drawn. The objective of a run whose log has no NLL
+    is left out beside other runs: nothing there could be compared with it.
 
     Raises: ValueError for a report without such records.
     """
     runs = {name: {key: logged_series(records, key) for key in _CURVES} for name, records in report.history.items()}
+    if len(runs) > 1:
+        runs = {name: run if run["nll"] else run | {"loss": []} for name, run in runs.items()}
     panels = [
         (title, keys)
         for title, keys in (("Training", ("nll", "loss")), ("Evaluation during training", ("eval_nll",)))

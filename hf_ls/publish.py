@@ -24,7 +24,7 @@ from hf_ls.config import Config
 from hf_ls.criterion import parse_params
 from hf_ls.data import ClassificationData
 from hf_ls.explain import uploading
-from hf_ls.findings import regime, verdict
+from hf_ls.findings import regime, verdict, warnings
 from hf_ls.outcome import GENERATIONS, OUTCOME, PREDICTIONS, Outcome
 from hf_ls.pictures import PENULTIMATE, Penultimate, write_pictures
 from hf_ls.plots import write_plots
@@ -73,6 +73,8 @@ def publish(config: Config, data: ClassificationData | SequenceData, runs: dict[
     if (groups := group_table(report)) is not None:
         console.print(groups)
     console.print(regime(report), verdict(report), sep="\n", markup=False, highlight=False)
+    for text in warnings(report):
+        console.print(f"Warning: {text}", markup=False, highlight=False)
     write_plots(report, folder / "plots")
     pictures_of(report, {name: folder if run is main else folder / "baseline" for name, run in runs.items()}, folder / "plots")
     write_card(report, folder)

@@ -35,6 +35,7 @@ from hf_ls.distillation import Teacher
 from hf_ls.evaluation import CalibratedEvaluation
 from hf_ls.head import LogitsFreeHead, output_embedding, probe_inputs, virtual_tokens
 from hf_ls.linear_objective import observe
+from hf_ls.logged_terms import LoggedTerms
 from hf_ls.losses import SmoothedTerms, item_weights, logits_of, shift_if
 from hf_ls.mixup import check_mixable
 from hf_ls.objectives import Objective
@@ -46,8 +47,6 @@ from hf_ls.softening import check_combined, techniques
 from hf_ls.trainer_card import TrainerCard
 
 logger = logging.getLogger(__name__)
-
-_TERMS = ("nll", "smoothing_term", "distillation_term")  # their names in the log; the last only with a teacher
 
 
 class LabelSmoothingMixin(TrainerCard, SearchableLoss, CalibratedEvaluation):
@@ -109,8 +108,7 @@ class LabelSmoothingMixin(TrainerCard, SearchableLoss, CalibratedEvaluation):
         self._checked_shifted = shift_labels is not None
         self._head: LogitsFreeHead | None = None
         self._head_sought = False
-        self._step_terms: Tensor | None = None
-        self._steps_before_terms = 0
+        self._terms = LoggedTerms()
         if smoothing is not None and training_args.label_smoothing_factor not in (0.0, smoothing.epsilon):
             raise ValueError(
                 f"expected one epsilon, got label_smoothing_factor={training_args.label_smoothing_factor} and "
@@ -362,20 +360,19 @@ class LabelSmoothingMixin(TrainerCard, SearchableLoss, CalibratedEvaluation):
         batches[-1] = {**last} | {name: without_repeats(self.accelerator, y, self._copies()) for name, y in labels.items()}
 
     def _log_terms(self, *parts: Tensor) -> None:
-        terms = torch.stack([part.detach() for part in parts])
-        if self._step_terms is None:  # the first micro-batch since the last log, or since a resume
-            self._step_terms, self._steps_before_terms = torch.zeros_like(terms), self.state.global_step
-        self._step_terms += terms
+        self._terms.add(torch.stack([part.detach() for part in parts]), self.state.global_step)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the terms of the loss (nats, means over the steps since the last log) to each training log."""
-        if "loss" in logs and self._step_terms is not None:
-            steps = max(1, self.state.global_step - self._steps_before_terms)
-            means = (self.accelerator.gather(self._step_terms[None]).mean(0) / steps).tolist()
-            logs |= dict(zip(_TERMS, means, strict=False))
-            if self.smoothing.schedule is not None:
-                logs["epsilon"] = self.smoothing.at(self.state.global_step - 1, self.state.max_steps).epsilon
-            self._step_terms = None
+        """Add the terms of the loss (nats, means over the steps since the last log) to each training log, and to the summary of
+        the training the mean NLL of its steps: `train_loss` does not compare between ε, `train_nll` does."""
+        if "loss" in logs or "train_loss" in logs:
+            found = self._terms.take(self.state.global_step, self.accelerator.gather)
+            if "loss" in logs and found:
+                logs |= found
+                if self.smoothing.schedule is not None:
+                    logs["epsilon"] = self.smoothing.at(self.state.global_step - 1, self.state.max_steps).epsilon
+            if "train_loss" in logs and self._terms.nll is not None:
+                logs["train_nll"] = self._terms.nll
         super().log(logs, *args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -387,7 +384,7 @@ class LabelSmoothingMixin(TrainerCard, SearchableLoss, CalibratedEvaluation):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`."""
-        self._step_terms = None
+        self._terms = LoggedTerms()
         self._head, self._head_sought = None, False
         if self.model_init is not None:  # which may make another model
             self._shift, self._checked_shifted = self._given_shift, self._given_shift is not None

@@ -7,7 +7,8 @@ import pytest
 
 import hf_ls
 from hf_ls.cells import Cell
-from hf_ls.compare_results import Predictions, clearly_worse, epsilon_ceiling
+from hf_ls.compare_results import Predictions, clearly_worse
+from hf_ls.guards import epsilon_ceiling
 
 
 def predictions(epsilon, scale, shift=0.0, n=600, seed=0):
