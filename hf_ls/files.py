@@ -23,6 +23,8 @@ def write_atomically(path: str | os.PathLike[str], data: str | bytes) -> Path:
     try:
         return _write(target, data.encode() if isinstance(data, str) else data)
     except OSError as error:
+        if error.errno is None:
+            raise
         raise OSError(error.errno, disk_sentence(error, target)) from error
 
 

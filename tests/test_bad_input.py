@@ -14,7 +14,11 @@ import pytest
 import torch
 from bad_input import CSV, Place, Row, finetune
 from helpers import tiny_bert
+from safetensors import SafetensorError
 from test_evaluating import save_tokenizer
+
+from hf_ls import Smoothing
+from hf_ls.explain import one_sentence
 
 ROWS: list[Row] = [*bad_input_core.ROWS, *bad_input_files.ROWS, *bad_input_outside.ROWS]
 NAMES = {0: "bad", 1: "good"}
@@ -90,3 +94,55 @@ def check(row: Row, place: Place) -> None:
 
 def test_the_matrix_is_as_large_as_promised() -> None:
     assert len(ROWS) >= 80 and max(Counter(row.id for row in ROWS).values()) == 1
+
+
+def _started(place: Place, *argv: str) -> None:
+    place.write(train_csv=CSV)
+    finetune(*argv)(place)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), ValueError("of another library"), KeyError("expected a")])
+def test_what_is_not_the_users_keeps_its_traceback(
+    error: Exception, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr("transformers.Trainer.train", fail)
+    with pytest.raises(type(error)) as caught:
+        _started(Place(tmp_path, models, monkeypatch))
+    assert caught.value is error
+
+
+def test_debug_keeps_every_traceback(models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="expected columns"):
+        _started(Place(tmp_path, models, monkeypatch), "--text_column", "words", "--log_level", "debug")
+
+
+def test_the_sentence_of_another_library_is_not_ours() -> None:
+    """torch has errors which begin with "expected" too."""
+    with pytest.raises(TypeError, match=r"^expected Tensor") as caught:
+        torch.stack(["a"])  # type: ignore[list-item]
+    assert one_sentence(caught.value) is None
+    with pytest.raises(ValueError, match=r"^expected 0 <= epsilon") as ours:
+        Smoothing(2)
+    assert one_sentence(ours.value) == str(ours.value)
+
+
+def test_a_run_which_was_refused_can_start_without_more_ado(
+    models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refusal which had left settings.json behind would itself be taken for an earlier run."""
+    place = Place(tmp_path, models, monkeypatch)
+    with pytest.raises(SystemExit, match="weights of other sizes"):
+        _started(place, "--model_name_or_path", models["five"])
+    _started(place)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_a_full_disk_is_told_whoever_notices_it() -> None:
+    found = one_sentence(SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"))
+    assert found is not None and found.startswith(
+        "expected to write in output_dir, got: No space left on device; free some space"
+    )
+    assert one_sentence(SafetensorError("header too large")) is None
