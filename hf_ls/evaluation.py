@@ -223,7 +223,7 @@ class CalibratedEvaluation(Trainer):
         smoothing, criterion = getattr(self, "smoothing", None), getattr(self, "criterion", None)
         if self._warned_of_ceiling or smoothing is None or smoothing.prior is not None or not getattr(criterion, "plain", False):
             return
-        config = getattr(self.model, "config", None)
+        config: Any = getattr(self.model, "config", None)
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
         classes = getattr(config, "num_labels" if output_embedding(self.model) is None else "vocab_size", 0)
         warning = ceiling_warning(smoothing.epsilon, smoothing.convention, accuracy, n, classes)
