@@ -35,6 +35,7 @@ from hf_ls.launch import announce
 from hf_ls.outcome import PREDICTIONS, evaluate_classes, evaluate_tokens
 from hf_ls.plots import write_plots
 from hf_ls.posthoc import compare_posthoc
+from hf_ls.pretrained import load_weights
 from hf_ls.report import REPORT, CalibrationReport, one_line, package_versions
 from hf_ls.sequence_data import tokenise_words
 from hf_ls.tables import table
@@ -219,7 +220,7 @@ def _load(settings: EvaluateArguments) -> tuple[Any, Any]:
     if Path(place, "adapter_config.json").is_file():
         raise ValueError(f"expected a whole model, got adapters in {place}; merge them (merge_and_unload) and save that model")
     given = {"revision": settings.model_revision, "trust_remote_code": settings.trust_remote_code}
-    model, info = task.auto_model.from_pretrained(place, output_loading_info=True, **given)
+    model, info = load_weights(task.auto_model, place, output_loading_info=True, **given)
     random = sorted({*info["missing_keys"], *(str(found) for found in info["mismatched_keys"])})
     if random:
         raise ValueError(
@@ -307,7 +308,7 @@ def _show(report: CalibrationReport, settings: EvaluateArguments, match: LabelMa
     console.print(table(report, console.width))
     console.print(regime(report), markup=False, highlight=False)
     if (folder / PREDICTIONS).is_file() and not report.is_token_task:
-        with np.load(folder / PREDICTIONS) as saved:
+        with np.load(folder / PREDICTIONS, allow_pickle=False) as saved:
             pairs = {split: (saved[f"logits_{split}"], saved[f"labels_{split}"]) for split in tokens}
         warning = permutation_warning(pairs["test"][0].argmax(1), pairs["test"][1], report.label_names)
         if warning:

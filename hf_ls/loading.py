@@ -24,6 +24,7 @@ from hf_ls.data import (
 )
 from hf_ls.distillation import load_teacher
 from hf_ls.g2p import EMBEDDED_G2P, g2p_tokenizer, load_g2p
+from hf_ls.pretrained import load_weights
 from hf_ls.sequence_data import (
     SequenceData,
     check_sequence_overlap,
@@ -114,7 +115,8 @@ def load_model(config: Config, data: Data, tokenizer: Any) -> Any:
         scratch = AutoConfig.for_model(settings.model_type, **{"vocab_size": len(tokenizer)} | special | changes)
         model = task.auto_model.from_config(scratch)
     else:
-        model = task.auto_model.from_pretrained(
+        model = load_weights(
+            task.auto_model,
             model_path(settings.model_name_or_path),
             revision=settings.model_revision,
             trust_remote_code=settings.trust_remote_code,
