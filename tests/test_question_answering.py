@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
-from helpers import VOCAB, Rows, arguments, collate, one_step, tiny_bert
+from helpers import VOCAB, Rows, arguments, collate, one_step, span_rows, tiny_bert
 from transformers.trainer_callback import PrinterCallback
 
 from hf_ls import LabelSmoothingArguments, LabelSmoothingSeq2SeqTrainer, LabelSmoothingTrainer, Smoothing
@@ -84,19 +84,7 @@ def make(name="bert", seed=0, sharpness=20.0):
 
 
 def rows(starts=STARTS, ends=ENDS, lengths=LENGTHS, width=None):
-    """Features <s> question </s> context </s> of the given lengths; 3 separates the question for BigBird, 4 asks for Splinter."""
-    g = torch.Generator().manual_seed(0)
-    found = []
-    for start, end, length in zip(starts, ends, lengths, strict=True):
-        ids = torch.randint(5, VOCAB, (length,), generator=g)
-        ids[0], ids[1], ids[2], ids[-1] = 1, 4, 3, 2
-        mask = torch.ones_like(ids)
-        if width is not None:
-            ids, mask = F.pad(ids, (0, width - length)), F.pad(mask, (0, width - length))
-        found.append(
-            dict(input_ids=ids, attention_mask=mask, start_positions=torch.tensor(start), end_positions=torch.tensor(end))
-        )
-    return Rows(found)
+    return span_rows(starts, ends, lengths, width)
 
 
 def ours(folder, model, data=None, trainer_class=LabelSmoothingTrainer, trainer_args=None, **kwargs):
