@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 
+import datasets
 import numpy as np
 import peft
 import pytest
@@ -20,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 from hf_ls import LabelSmoothingArguments, LabelSmoothingSeq2SeqTrainer, LabelSmoothingTrainer, Smoothing
 from hf_ls.alignment import IGNORE_INDEX
 from hf_ls.metrics import PredictionStatistics, ece
-from hf_ls.question_answering import positions_in, span_loss_gap, span_terms
+from hf_ls.question_answering import check_spans, positions_in, span_loss_gap, span_terms
 
 BERT = dict(
     vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, hidden_dropout_prob=0.0,
@@ -267,6 +268,22 @@ def test_a_model_with_another_loss_is_refused_on_the_first_batch(tmp_path):
         trainer.train()
 
 
+def test_a_process_without_answers_takes_part_in_the_check_and_is_not_listened_to(monkeypatch):
+    """A forward of a sharded model waits for all processes; the gap of the other decides."""
+    model, forwards, said = make(), [], []
+    theirs = span_loss_gap(model, collate(rows().rows))
+    model.register_forward_hook(lambda *_: forwards.append(1))
+
+    def gather(items):
+        said.extend(items)
+        return [*items, True if items == [False] else theirs]
+
+    monkeypatch.setattr("hf_ls.question_answering.gather_object", gather)
+    batch = collate(rows(starts=(99,) * 8, ends=(99,) * 8).rows)
+    assert check_spans(model, [batch], lambda given: given)
+    assert said == [False, None] and len(forwards) == 2
+
+
 def test_the_check_draws_no_random_numbers_and_keeps_batch_and_mode():
     model, batch = make("splinter").train(), collate(rows().rows)  # Splinter clamps what it is given in place
     before, state = {key: value.clone() for key, value in batch.items()}, torch.get_rng_state()
@@ -274,6 +291,18 @@ def test_the_check_draws_no_random_numbers_and_keeps_batch_and_mode():
     assert gap.agrees(gap.unshifted) and gap.own > 0
     assert model.training and torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(before[key], batch[key]) for key in before)
+
+
+def test_features_of_a_dataset_need_no_settings(tmp_path):
+    """As tokenised by the usual scripts: other columns go, the default collator stays, nothing is said of labels."""
+    columns = [{name: value.tolist() for name, value in row.items()} for row in rows(width=12).rows]
+    data = datasets.Dataset.from_list([row | {"example_id": str(i), "offset_mapping": [[0, 1]]} for i, row in enumerate(columns)])
+    args = LabelSmoothingArguments(str(tmp_path), label_smoothing_factor=0.1, max_steps=2, report_to=[], use_cpu=True)
+    trainer = LabelSmoothingTrainer(model=make(), args=args, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert len(trainer.predict(data.remove_columns(["start_positions", "end_positions"])).predictions) == 2
+    assert trainer.evaluate()["eval_nll"] > 0
 
 
 def test_lora_is_trained(tmp_path):
