@@ -46,7 +46,7 @@ _HOME = {
     "LabelSmoothingSFTConfig": "sft",
     "LabelSmoothingSFTTrainer": "sft",
 }
-_MODULES = ("card", "metrics", "objectives", "priors", "report", "temperature")
+_MODULES = ("card", "metrics", "objectives", "parallel", "priors", "report", "temperature")
 __all__ = [*_HOME, *_MODULES, "__version__"]
 
 

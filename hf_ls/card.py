@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from hf_ls.card_metadata import hub_id, is_adapter, metadata
 from hf_ls.files import write_atomically
 from hf_ls.findings import regime, seeds, verdict
-from hf_ls.markdown import in_words, link, literal, plain, table
+from hf_ls.markdown import in_words, link, literal, markdown_table, plain
 from hf_ls.report import CalibrationReport, one_line
 from hf_ls.tables import GROUP_HEADINGS, GROUP_NOTE, cells, group_cells, note
 
@@ -63,9 +63,9 @@ def model_card(report: CalibrationReport) -> str:
         split=plain(report.dataset["split"]),
         dataset=link(report.dataset["name"], report.dataset["hub_id"], "datasets/"),
         size=report.size,
-        table=table(cells(report), texts=1),
+        table=markdown_table(cells(report), texts=1),
         table_note=note(report),
-        group_table=table([list(GROUP_HEADINGS), *groups], texts=2) if groups else None,
+        group_table=markdown_table([list(GROUP_HEADINGS), *groups], texts=2) if groups else None,
         group_note=GROUP_NOTE,
         regime=plain(regime(report)),
         verdict=plain(verdict(report)),

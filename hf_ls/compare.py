@@ -11,20 +11,18 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn
-
-from transformers import HfArgumentParser
+from typing import Any, Literal
 
 from hf_ls.cells import Cell, Spec, cell_config, locked, run_cells
 from hf_ls.compare_data import CompareData, prepare_data
 from hf_ls.compare_report import Facts, print_comparison, write_report
 from hf_ls.compare_results import Predictions, clearly_worse, epsilon_ceiling
 from hf_ls.comparison import BASELINE, Comparison, compare
-from hf_ls.config import Config, parse_config
+from hf_ls.config import Config, Parser, about, parse_config
 from hf_ls.criterion import parse_params
 from hf_ls.files import write_atomically
-from hf_ls.publish import REPORT, folder_of, pictures_of
-from hf_ls.report import CalibrationReport
+from hf_ls.publish import folder_of, pictures_of
+from hf_ls.report import REPORT, CalibrationReport
 
 SETTINGS = "compare.json"
 _GRID = (0.0, 0.05, 0.1, 0.2)
@@ -33,30 +31,26 @@ _SEARCH_GRID = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 _FREE = ("output_dir", "logging_dir", "run_name", "disable_tqdm", "report_to", "log_level", "hub_token", "overwrite_output_dir")
 
 
-def _help(text: str) -> dict[str, Any]:
-    return {"help": text}
-
-
 @dataclass
 class CompareArguments:
     """What is compared; every setting of finetune.py can stand beside these and holds for all runs."""
 
-    epsilons: list[float] = field(default_factory=list, metadata=_help("The grid of epsilon; 0, the baseline, is always there."))
+    epsilons: list[float] = field(default_factory=list, metadata=about("The grid of epsilon; 0, the baseline, is always there."))
     epsilon: Literal["grid", "auto"] = field(
-        default="grid", metadata=_help("auto: drop what is clearly worse on validation after each seed.")
+        default="grid", metadata=about("auto: drop what is clearly worse on validation after each seed.")
     )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata=_help("Each is one run of every variant."))
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata=about("Each is one run of every variant."))
     objectives: list[str] = field(
-        default_factory=list, metadata=_help("Further objectives, e.g. maxsup focal 'focal={\"gamma\": 3}'.")
+        default_factory=list, metadata=about("Further objectives, e.g. maxsup focal 'focal={\"gamma\": 3}'.")
     )
-    flip_labels: float = field(default=0.0, metadata=_help("Share of training labels moved to another class."))
-    ood_sources: list[str] = field(default_factory=list, metadata=_help("Embedded data: keep these from training, test on them."))
-    ood_file: list[str] = field(default_factory=list, metadata=_help("Further test sets, as name=path.csv."))
-    ood_samples: int = field(default=1000, metadata=_help("Examples kept of each out-of-domain set."))
+    flip_labels: float = field(default=0.0, metadata=about("Share of training labels moved to another class."))
+    ood_sources: list[str] = field(default_factory=list, metadata=about("Embedded data: keep these from training, test on them."))
+    ood_file: list[str] = field(default_factory=list, metadata=about("Further test sets, as name=path.csv."))
+    ood_samples: int = field(default=1000, metadata=about("Examples kept of each out-of-domain set."))
     jobs: int | None = field(
-        default=None, metadata=_help("Runs at the same time; one a GPU, or one for two cores, if not given.")
+        default=None, metadata=about("Runs at the same time; one a GPU, or one for two cores, if not given.")
     )
-    repetitions: int = field(default=1000, metadata=_help("Bootstrap repetitions."))
+    repetitions: int = field(default=1000, metadata=about("Bootstrap repetitions."))
 
     def __post_init__(self) -> None:
         grid = self.epsilons or (_SEARCH_GRID if self.epsilon == "auto" else _GRID)
@@ -81,17 +75,12 @@ class CompareArguments:
             raise ValueError(f"expected other names than those of the splits, got {names}; rename")
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see --help")
-
-
 def parse_compare(argv: Sequence[str]) -> tuple[CompareArguments, Config, list[str]]:
     """What is compared, the settings shared by all runs, and the arguments these came from.
 
     Raises: ValueError as `parse_config`, and for settings which would make the comparison unfair.
     """
-    parser = _Parser(
+    parser = Parser(
         [CompareArguments],  # type: ignore[list-item]
         allow_abbrev=False,
         prog="compare.py",
@@ -257,7 +246,7 @@ def _keep_settings(folder: Path, settings: dict[str, Any], threads: int) -> int:
                 "output_dir"
             )
         return int(saved["threads"])
-    if (folder / "calibration.json").exists() or any(folder.glob("checkpoint-*")):
+    if (folder / REPORT).exists() or any(folder.glob("checkpoint-*")):
         raise ValueError(f"expected an output_dir without another run, got {folder}; give another output_dir")
     write_atomically(path, json.dumps({"settings": settings, "threads": threads}, indent=1) + "\n")
     return threads

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import base64
 import math
-import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined
 
-from hf_ls import __version__
 from hf_ls.comparison import BASELINE, TEST, Comparison, Contrast, Measurement, Result, Variant
 from hf_ls.files import write_atomically
 from hf_ls.metrics.core import reliability_bins
+from hf_ls.report import package_versions
 
 _TEMPLATE = Path(__file__).with_name("compare_template.html")
 HEADLINES = {
@@ -104,8 +102,7 @@ def html(comparison: Comparison, results: Sequence[Result], facts: Facts, pictur
         pictures=[
             {"text": _PICTURES[path.name], "png": base64.b64encode(path.read_bytes()).decode("ascii")} for path in pictures
         ],
-        versions={name: version(name) for name in ("transformers", "torch", "numpy")}
-        | {"hf_ls": __version__, "python": platform.python_version()},
+        versions=package_versions("transformers", "torch", "numpy"),
     )
 
 

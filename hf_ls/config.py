@@ -44,7 +44,8 @@ _TASKS_OF |= dict.fromkeys(("mixup_alpha", "mixup_per"), ("text-classification",
 _DATASET_TASKS = {EMBEDDED_DATASET: ("text-classification",), EMBEDDED_G2P: ("seq2seq", "causal-lm")}
 
 
-def _help(text: str) -> dict[str, Any]:
+def about(text: str) -> dict[str, Any]:
+    """The metadata of a setting: what --help says about it."""
     return {"help": text}
 
 
@@ -52,23 +53,23 @@ def _help(text: str) -> dict[str, Any]:
 class ModelArguments:
     """Which model, and how it is changed before training."""
 
-    model_name_or_path: str = field(default=EMBEDDED_MODEL, metadata=_help("Hub id or folder; the default is in hf_ls[demo]."))
-    model_revision: str = field(default="main", metadata=_help("Branch, tag or commit on the Hub."))
+    model_name_or_path: str = field(default=EMBEDDED_MODEL, metadata=about("Hub id or folder; the default is in hf_ls[demo]."))
+    model_revision: str = field(default="main", metadata=about("Branch, tag or commit on the Hub."))
     model_config_overrides: str | None = field(
-        default=None, metadata=_help("Config fields to change, as JSON or a YAML mapping, e.g. {num_hidden_layers: 3}.")
+        default=None, metadata=about("Config fields to change, as JSON or a YAML mapping, e.g. {num_hidden_layers: 3}.")
     )
     model_type: str | None = field(
-        default=None, metadata=_help("Train this architecture from random weights, e.g. bart, instead of model_name_or_path.")
+        default=None, metadata=about("Train this architecture from random weights, e.g. bart, instead of model_name_or_path.")
     )
-    tokenizer_name: str | None = field(default=None, metadata=_help("Hub id or folder of the tokenizer, when not the model's."))
+    tokenizer_name: str | None = field(default=None, metadata=about("Hub id or folder of the tokenizer, when not the model's."))
     ignore_mismatched_sizes: bool = field(
-        default=False, metadata=_help("Start a new classifier head when the model's own has another number of classes.")
+        default=False, metadata=about("Start a new classifier head when the model's own has another number of classes.")
     )
-    peft: Literal["none", "lora"] = field(default="none", metadata=_help("Train low-rank adapters instead of all weights."))
-    lora_r: int = field(default=8, metadata=_help("Rank of the adapters."))
-    lora_alpha: int = field(default=16, metadata=_help("Scale of the adapters."))
-    lora_dropout: float = field(default=0.0, metadata=_help("Dropout before the adapters."))
-    trust_remote_code: bool = field(default=False, metadata=_help("Run code from the model's repository."))
+    peft: Literal["none", "lora"] = field(default="none", metadata=about("Train low-rank adapters instead of all weights."))
+    lora_r: int = field(default=8, metadata=about("Rank of the adapters."))
+    lora_alpha: int = field(default=16, metadata=about("Scale of the adapters."))
+    lora_dropout: float = field(default=0.0, metadata=about("Dropout before the adapters."))
+    trust_remote_code: bool = field(default=False, metadata=about("Run code from the model's repository."))
 
     def __post_init__(self) -> None:
         self.overrides: dict[str, Any] = {}
@@ -87,29 +88,29 @@ class ModelArguments:
 class DataArguments:
     """Which data: the embedded snippets, a dataset on the Hub, or local CSV, JSON or Parquet files."""
 
-    dataset_name: str | None = field(default=None, metadata=_help(f"Hub id, or '{EMBEDDED_DATASET}' for the embedded data."))
-    dataset_config_name: str | None = field(default=None, metadata=_help("Configuration of the dataset on the Hub."))
-    snippet_sources: list[str] = field(default_factory=list, metadata=_help("Embedded data only: keep these sources."))
-    train_file: str | None = field(default=None, metadata=_help("Local CSV, TSV, JSON, JSONL or Parquet file."))
-    validation_file: str | None = field(default=None, metadata=_help("As train_file; cut from train when missing."))
-    test_file: str | None = field(default=None, metadata=_help("As train_file; only ever reported on."))
-    text_column: str = field(default="text", metadata=_help("Column with the text."))
-    text_pair_column: str | None = field(default=None, metadata=_help("Column with a second text, for sentence pairs."))
-    label_column: str = field(default="label", metadata=_help("Column with one class per row."))
+    dataset_name: str | None = field(default=None, metadata=about(f"Hub id, or '{EMBEDDED_DATASET}' for the embedded data."))
+    dataset_config_name: str | None = field(default=None, metadata=about("Configuration of the dataset on the Hub."))
+    snippet_sources: list[str] = field(default_factory=list, metadata=about("Embedded data only: keep these sources."))
+    train_file: str | None = field(default=None, metadata=about("Local CSV, TSV, JSON, JSONL or Parquet file."))
+    validation_file: str | None = field(default=None, metadata=about("As train_file; cut from train when missing."))
+    test_file: str | None = field(default=None, metadata=about("As train_file; only ever reported on."))
+    text_column: str = field(default="text", metadata=about("Column with the text."))
+    text_pair_column: str | None = field(default=None, metadata=about("Column with a second text, for sentence pairs."))
+    label_column: str = field(default="label", metadata=about("Column with one class per row."))
     source_column: str | None = field(
-        default=None, metadata=_help("seq2seq: column with the source; causal-lm: with the prompt.")
+        default=None, metadata=about("seq2seq: column with the source; causal-lm: with the prompt.")
     )
-    target_column: str | None = field(default=None, metadata=_help("seq2seq: column with the target; causal-lm: the completion."))
-    source_prefix: str = field(default="", metadata=_help("Text before each source, such as T5's task prefix."))
-    source_suffix: str = field(default="", metadata=_help("Text after each source, such as the blank before a completion."))
-    tokens_column: str = field(default="tokens", metadata=_help("token-classification: column with the list of words."))
-    tags_column: str = field(default="ner_tags", metadata=_help("token-classification: column with one tag per word."))
-    validation_fraction: float = field(default=0.1, metadata=_help("Share of train to cut when there is no validation split."))
-    max_length: int = field(default=128, metadata=_help("Tokens kept of each example."))
-    max_target_length: int | None = field(default=None, metadata=_help("Tokens kept of each target; as max_length if not given."))
-    max_train_samples: int | None = field(default=None, metadata=_help("Use only the first so many training examples."))
-    max_eval_samples: int | None = field(default=None, metadata=_help("The same for validation."))
-    max_predict_samples: int | None = field(default=None, metadata=_help("The same for test."))
+    target_column: str | None = field(default=None, metadata=about("seq2seq: column with the target; causal-lm: the completion."))
+    source_prefix: str = field(default="", metadata=about("Text before each source, such as T5's task prefix."))
+    source_suffix: str = field(default="", metadata=about("Text after each source, such as the blank before a completion."))
+    tokens_column: str = field(default="tokens", metadata=about("token-classification: column with the list of words."))
+    tags_column: str = field(default="ner_tags", metadata=about("token-classification: column with one tag per word."))
+    validation_fraction: float = field(default=0.1, metadata=about("Share of train to cut when there is no validation split."))
+    max_length: int = field(default=128, metadata=about("Tokens kept of each example."))
+    max_target_length: int | None = field(default=None, metadata=about("Tokens kept of each target; as max_length if not given."))
+    max_train_samples: int | None = field(default=None, metadata=about("Use only the first so many training examples."))
+    max_eval_samples: int | None = field(default=None, metadata=about("The same for validation."))
+    max_predict_samples: int | None = field(default=None, metadata=about("The same for test."))
 
     def __post_init__(self) -> None:
         files = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
@@ -141,21 +142,21 @@ class RunArguments:
     """What the run does besides training."""
 
     task: Literal["text-classification", "token-classification", "seq2seq", "causal-lm"] = field(
-        default="text-classification", metadata=_help("The task.")
+        default="text-classification", metadata=about("The task.")
     )
     text_metrics: list[str] = field(
         default_factory=lambda: ["exact_match", "chrf"],
-        metadata=_help("Quality of what seq2seq models generate: exact_match, word_error_rate, phoneme_error_rate, bleu, chrf."),
+        metadata=about("Quality of what seq2seq models generate: exact_match, word_error_rate, phoneme_error_rate, bleu, chrf."),
     )
-    with_baseline: bool = field(default=False, metadata=_help("First train the same model with epsilon = 0, for the comparison."))
+    with_baseline: bool = field(default=False, metadata=about("First train the same model with epsilon = 0, for the comparison."))
     bake_temperature: bool = field(
-        default=False, metadata=_help("Divide the saved classifier's weights by the temperature fitted on validation.")
+        default=False, metadata=about("Divide the saved classifier's weights by the temperature fitted on validation.")
     )
     early_stopping_patience: int | None = field(
-        default=None, metadata=_help("Stop after so many evaluations without a better metric_for_best_model.")
+        default=None, metadata=about("Stop after so many evaluations without a better metric_for_best_model.")
     )
-    dry_run: bool = field(default=False, metadata=_help("Check settings, data and model, then stop before training."))
-    overwrite_output_dir: bool = field(default=False, metadata=_help("Delete an earlier run in output_dir."))
+    dry_run: bool = field(default=False, metadata=about("Check settings, data and model, then stop before training."))
+    overwrite_output_dir: bool = field(default=False, metadata=about("Delete an earlier run in output_dir."))
 
     def __post_init__(self) -> None:
         if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
@@ -172,10 +173,14 @@ class Config:
     training: LabelSmoothingSeq2SeqArguments
 
 
-class _Parser(HfArgumentParser):
+class Parser(HfArgumentParser):
     """Errors are exceptions: the script prints them, and tests and other callers can catch them."""
 
     def error(self, message: str) -> NoReturn:
+        """Refuse the arguments.
+
+        Raises: ValueError, always.
+        """
         raise ValueError(f"{message}; see --help")
 
 
@@ -189,7 +194,7 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     contradict each other.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser([RunArguments, ModelArguments, DataArguments, LabelSmoothingSeq2SeqArguments], allow_abbrev=False)  # type: ignore[list-item]
+    parser = Parser([RunArguments, ModelArguments, DataArguments, LabelSmoothingSeq2SeqArguments], allow_abbrev=False)  # type: ignore[list-item]
     parser.add_argument("--config", help="YAML file of settings; the command line overrides it.")
     known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
     path, argv = _take_config(argv)

@@ -25,18 +25,22 @@ EMBEDDED_DATASET = "snippets"
 EMBEDDED_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 SNIPPET_LABELS = ("negative", "neutral", "positive")
 _SNIPPETS = Path(__file__).parent / "embedded" / "vader_human.jsonl.gz"
-_FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
 class ClassificationData:
-    """Splits with an integer `label` column, and what is known about where they come from."""
+    """Splits with an integer `label` column, and what is known about where they come from.
+
+    example: an input which a card may show; None for data which may be private.
+    """
 
     splits: DatasetDict
     label_names: tuple[str, ...]
     name: str
     hub_id: str | None
     licence: str | None
+    example: str | None = None
 
 
 def model_path(name: str) -> str:
@@ -79,9 +83,8 @@ def load_snippets(sources: Iterable[str] = ()) -> ClassificationData:
         {"text": text, "label": ClassLabel(names=list(SNIPPET_LABELS)), "rater_counts": counts, "source": text, "id": text}
     )
     splits = {split: Dataset.from_list(part, features=features) for split, part in _stratified(documents).items()}
-    return ClassificationData(
-        DatasetDict(splits), SNIPPET_LABELS, "human-rated snippets (VADER ground truth)", None, "MIT, C.J. Hutto 2016"
-    )
+    name, licence = "human-rated snippets (VADER ground truth)", "MIT, C.J. Hutto 2016"
+    return ClassificationData(DatasetDict(splits), SNIPPET_LABELS, name, None, licence, splits["test"][0]["text"])
 
 
 def _stratified(documents: dict[tuple[str, str], list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
@@ -123,9 +126,9 @@ def load_classification(
     train does not have.
     """
     if files:
-        types = {_FORMATS.get(Path(path).suffix.lower()) for path in files.values()}
+        types = {FORMATS.get(Path(path).suffix.lower()) for path in files.values()}
         if len(types) != 1 or None in types:
-            raise ValueError(f"expected files of one type among {sorted(_FORMATS)}, got {sorted(files.values())}; convert them")
+            raise ValueError(f"expected files of one type among {sorted(FORMATS)}, got {sorted(files.values())}; convert them")
         missing = [path for path in files.values() if not Path(path).is_file()]
         if missing:
             raise ValueError(f"expected existing files, got {missing}; check the paths")
@@ -147,7 +150,7 @@ def load_classification(
             f"expected dataset_name or train_file, got neither; use dataset_name: {EMBEDDED_DATASET} for the embedded data"
         )
     columns = [column for column in (text_column, text_pair_column, label_column) if column]
-    splits = _with_validation(loaded, validation_fraction, seed)
+    splits = with_validation(loaded, validation_fraction, seed)
     for split, part in splits.items():
         absent = [column for column in columns if column not in part.column_names]
         if absent:
@@ -165,7 +168,11 @@ def load_classification(
     return ClassificationData(labelled, names, name, hub_id, None)
 
 
-def _with_validation(loaded: DatasetDict, fraction: float, seed: int) -> DatasetDict:
+def with_validation(loaded: DatasetDict, fraction: float, seed: int) -> DatasetDict:
+    """The splits by their usual names, validation cut from train where there is none.
+
+    Raises: ValueError without a train split.
+    """
     names = {"validation": ("validation", "valid", "dev", "val"), "test": ("test",), "train": ("train",)}
     found = {split: next((alias for alias in aliases if alias in loaded), None) for split, aliases in names.items()}
     if found["train"] is None:

@@ -22,11 +22,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
+from hf_ls.alignment import IGNORE_INDEX
 from hf_ls.arguments import LabelSmoothingArguments
 from hf_ls.card import write_card
 from hf_ls.card_metadata import eval_results, hub_id
-from hf_ls.config import _help, _Parser
-from hf_ls.data import _FORMATS, EMBEDDED_DATASET, check_overlap, load_snippets, model_path, tokenise
+from hf_ls.config import Parser, about
+from hf_ls.data import EMBEDDED_DATASET, FORMATS, check_overlap, load_snippets, model_path, tokenise
 from hf_ls.files import write_atomically
 from hf_ls.findings import regime
 from hf_ls.label_matching import LabelMatch, match_labels, permutation_warning
@@ -34,9 +35,8 @@ from hf_ls.launch import announce
 from hf_ls.outcome import PREDICTIONS, evaluate_classes, evaluate_tokens
 from hf_ls.plots import write_plots
 from hf_ls.posthoc import compare_posthoc
-from hf_ls.publish import REPORT, _versions
-from hf_ls.report import CalibrationReport, one_line
-from hf_ls.sequence_data import IGNORE_INDEX, tokenise_words
+from hf_ls.report import REPORT, CalibrationReport, one_line, package_versions
+from hf_ls.sequence_data import tokenise_words
 from hf_ls.tables import table
 from hf_ls.tasks import TASKS
 
@@ -52,38 +52,38 @@ class EvaluateArguments:
     Raises: ValueError for settings which contradict each other.
     """
 
-    model_name_or_path: str = field(metadata=_help("Hub id or folder of a trained classifier."))
-    output_dir: str = field(metadata=_help("Where report, plots and card go; not the folder of the model."))
+    model_name_or_path: str = field(metadata=about("Hub id or folder of a trained classifier."))
+    output_dir: str = field(metadata=about("Where report, plots and card go; not the folder of the model."))
     task: Literal["text-classification", "token-classification"] = field(
-        default="text-classification", metadata=_help("The task.")
+        default="text-classification", metadata=about("The task.")
     )
-    model_revision: str = field(default="main", metadata=_help("Branch, tag or commit on the Hub."))
-    trust_remote_code: bool = field(default=False, metadata=_help("Run code from the model's repository."))
-    dataset_name: str | None = field(default=None, metadata=_help(f"Hub id, or '{EMBEDDED_DATASET}' for the embedded data."))
-    dataset_config_name: str | None = field(default=None, metadata=_help("Configuration of the dataset on the Hub."))
-    dataset_id: str | None = field(default=None, metadata=_help("Id on the Hub of the data in local files, for the card."))
-    test_split: str = field(default="test", metadata=_help("Split of dataset_name which is reported."))
-    validation_split: str = field(default="validation", metadata=_help("Split of dataset_name the temperature is fitted on."))
-    test_file: str | None = field(default=None, metadata=_help("Local CSV, TSV, JSON, JSONL or Parquet file to report."))
-    validation_file: str | None = field(default=None, metadata=_help("As test_file, to fit the temperature on."))
-    text_column: str = field(default="text", metadata=_help("Column with the text."))
-    text_pair_column: str | None = field(default=None, metadata=_help("Column with a second text, for sentence pairs."))
-    label_column: str = field(default="label", metadata=_help("Column with one class per row."))
-    tokens_column: str = field(default="tokens", metadata=_help("token-classification: column with the list of words."))
-    tags_column: str = field(default="ner_tags", metadata=_help("token-classification: column with one tag per word."))
+    model_revision: str = field(default="main", metadata=about("Branch, tag or commit on the Hub."))
+    trust_remote_code: bool = field(default=False, metadata=about("Run code from the model's repository."))
+    dataset_name: str | None = field(default=None, metadata=about(f"Hub id, or '{EMBEDDED_DATASET}' for the embedded data."))
+    dataset_config_name: str | None = field(default=None, metadata=about("Configuration of the dataset on the Hub."))
+    dataset_id: str | None = field(default=None, metadata=about("Id on the Hub of the data in local files, for the card."))
+    test_split: str = field(default="test", metadata=about("Split of dataset_name which is reported."))
+    validation_split: str = field(default="validation", metadata=about("Split of dataset_name the temperature is fitted on."))
+    test_file: str | None = field(default=None, metadata=about("Local CSV, TSV, JSON, JSONL or Parquet file to report."))
+    validation_file: str | None = field(default=None, metadata=about("As test_file, to fit the temperature on."))
+    text_column: str = field(default="text", metadata=about("Column with the text."))
+    text_pair_column: str | None = field(default=None, metadata=about("Column with a second text, for sentence pairs."))
+    label_column: str = field(default="label", metadata=about("Column with one class per row."))
+    tokens_column: str = field(default="tokens", metadata=about("token-classification: column with the list of words."))
+    tags_column: str = field(default="ner_tags", metadata=about("token-classification: column with one tag per word."))
     label_map: str | None = field(
-        default=None, metadata=_help('Class of the model for each label of the data, as JSON: {"neg": "NEGATIVE", "1": 1}.')
+        default=None, metadata=about('Class of the model for each label of the data, as JSON: {"neg": "NEGATIVE", "1": 1}.')
     )
     epsilon: float | None = field(
-        default=None, metadata=_help("Label smoothing the model was trained with, 0 for none; left out where it is not known.")
+        default=None, metadata=about("Label smoothing the model was trained with, 0 for none; left out where it is not known.")
     )
-    max_length: int | None = field(default=None, metadata=_help("Tokens kept of each example; the model's limit, at most 512."))
-    max_samples: int | None = field(default=None, metadata=_help("Use only the first so many examples of each split."))
-    batch_size: int = field(default=32, metadata=_help("Examples per forward pass."))
-    use_cpu: bool = field(default=False, metadata=_help("Do not use a GPU."))
-    write_card: bool = field(default=False, metadata=_help("Write README.md into output_dir."))
+    max_length: int | None = field(default=None, metadata=about("Tokens kept of each example; the model's limit, at most 512."))
+    max_samples: int | None = field(default=None, metadata=about("Use only the first so many examples of each split."))
+    batch_size: int = field(default=32, metadata=about("Examples per forward pass."))
+    use_cpu: bool = field(default=False, metadata=about("Do not use a GPU."))
+    write_card: bool = field(default=False, metadata=about("Write README.md into output_dir."))
     update_card: str | None = field(
-        default=None, metadata=_help("Hub id or folder whose model card gets the results into its metadata.")
+        default=None, metadata=about("Hub id or folder whose model card gets the results into its metadata.")
     )
 
     def __post_init__(self) -> None:
@@ -113,7 +113,7 @@ def parse_evaluation(argv: Sequence[str] | None = None) -> EvaluateArguments:
 
     Raises: ValueError for unknown ones and as `EvaluateArguments`.
     """
-    (settings,) = _Parser(EvaluateArguments, allow_abbrev=False).parse_args_into_dataclasses(args=argv, look_for_args_file=False)  # type: ignore[arg-type]
+    (settings,) = Parser(EvaluateArguments, allow_abbrev=False).parse_args_into_dataclasses(args=argv, look_for_args_file=False)  # type: ignore[arg-type]
     return settings
 
 
@@ -167,7 +167,7 @@ def evaluate(settings: EvaluateArguments) -> CalibrationReport | None:
         rows=rows,
         training=known.training if known else {},
         history={},
-        versions=_versions(),
+        versions=package_versions(),
         published=ROW,
     )  # fmt: skip
     _show(report, settings, match, tokens)
@@ -241,10 +241,10 @@ def _read(settings: EvaluateArguments) -> tuple[dict[str, Dataset], str, str | N
         wanted = {"validation": settings.validation_split, "test": settings.test_split}
         found = {split: loaded[alias] for split, alias in wanted.items() if alias in loaded}
         return found, settings.dataset_name, settings.dataset_id or hub_id(settings.dataset_name)
-    types = {_FORMATS.get(Path(path).suffix.lower()) for path in settings.files.values()}
+    types = {FORMATS.get(Path(path).suffix.lower()) for path in settings.files.values()}
     missing = [path for path in settings.files.values() if not Path(path).is_file()]
     if missing or len(types) != 1 or None in types:
-        raise ValueError(f"expected existing files of one type among {sorted(_FORMATS)}, got {settings.files}; check them")
+        raise ValueError(f"expected existing files of one type among {sorted(FORMATS)}, got {settings.files}; check them")
     extra = {"sep": "\t"} if any(path.endswith(".tsv") for path in settings.files.values()) else {}
     loaded = load_dataset(next(iter(types)), data_files=settings.files, **extra)
     return dict(loaded), Path(settings.files["test"]).name, settings.dataset_id

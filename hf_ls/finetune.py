@@ -29,8 +29,8 @@ from hf_ls.launch import announce
 from hf_ls.loading import Data, load_data, load_distillation_teacher, load_model, load_tokenizer, load_tokens
 from hf_ls.outcome import OUTCOME, Outcome, evaluate_classes, evaluate_tokens, run_name
 from hf_ls.pictures import PENULTIMATE, penultimate
-from hf_ls.publish import REPORT, folder_of, publish
-from hf_ls.report import CalibrationReport
+from hf_ls.publish import folder_of, publish
+from hf_ls.report import REPORT, CalibrationReport
 from hf_ls.sequence_data import token_counts
 from hf_ls.smoothing import Smoothing
 from hf_ls.tasks import TASKS
@@ -66,6 +66,7 @@ def finetune(config: Config, callbacks: Sequence[Any] = ()) -> CalibrationReport
         tokens = load_tokens(config, data, tokenizer)
     if config.run.dry_run:
         model = load_model(config, data, tokenizer)
+        load_distillation_teacher(config, tokenizer)
         announce(f"dry run: {_sizes(tokens)}; {type(model).__name__}, {model.num_parameters():,} weights; settings are sound")
         return None
     _prepare_output(config)

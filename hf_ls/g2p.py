@@ -50,7 +50,7 @@ def load_g2p() -> SequenceData:
         _, source, target = zip(*sorted(rows), strict=True)
         splits[split] = Dataset.from_dict({"source": source, "target": target})
     name, licence = "CMU Pronouncing Dictionary", "BSD-2-Clause, Carnegie Mellon University 1993-2015"
-    return SequenceData(DatasetDict(splits), (), name, None, licence)
+    return SequenceData(DatasetDict(splits), (), name, None, licence, splits["test"][0]["source"])
 
 
 def read_dictionary() -> dict[str, str]:

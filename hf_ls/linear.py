@@ -17,8 +17,8 @@ from torch import Tensor
 from hf_ls import linear_cuda
 from hf_ls.linear_chunks import Needs, RowsAndGradients, chunk_loop
 from hf_ls.linear_cuda import Backend, Engine
-from hf_ls.linear_objective import Objective, Observer, RowLoss, exact_dtype
-from hf_ls.losses import Reduction, _check_finite, _check_options, _check_range
+from hf_ls.linear_objective import Observer, RowLoss, RowObjective, exact_dtype
+from hf_ls.losses import Reduction, check_finite, check_options, check_range
 from hf_ls.smoothing import Smoothing
 
 
@@ -39,7 +39,7 @@ def linear_smoothed_cross_entropy(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    objective: Objective | None = None,
+    objective: RowObjective | None = None,
     ignore_index: int = -100,
     token_weight: Tensor | None = None,
     reduction: Reduction = "mean",
@@ -109,7 +109,7 @@ def linear_smoothed_terms(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    objective: Objective | None = None,
+    objective: RowObjective | None = None,
     ignore_index: int = -100,
     token_weight: Tensor | None = None,
     reduction: Reduction = "mean",
@@ -128,21 +128,21 @@ def linear_smoothed_terms(
     """
     if not isinstance(smoothing, Smoothing):
         smoothing = Smoothing(smoothing)
-    _check_tensors(hidden, weight, bias, labels, token_weight)
-    _check_options(reduction, "example", None, num_items_in_batch, weight.shape[0])
+    check_tensors(hidden, weight, bias, labels, token_weight)
+    check_options(reduction, "example", None, num_items_in_batch, weight.shape[0])
     for name, value in (("logit_scale", logit_scale), ("softcap", softcap), ("chunk_rows", chunk_rows)):
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"expected {name} > 0, got {value}; leave it out for none")
     is_kept = labels != ignore_index
-    _check_range(labels, is_kept, weight.shape[0], ignore_index)
+    check_range(labels, is_kept, weight.shape[0], ignore_index)
     kept = None if bool(is_kept.all()) else is_kept.flatten().nonzero().squeeze(1)
-    dtype = _matmul_dtype(hidden, weight)
+    dtype = matmul_dtype(hidden, weight)
     row_weight = None
     if token_weight is not None:
-        row_weight = _gather(token_weight.reshape(-1), kept).to(exact_dtype(dtype))
-    call = _Call(
+        row_weight = gather_rows(token_weight.reshape(-1), kept).to(exact_dtype(dtype))
+    call = LinearCall(
         loss=RowLoss(smoothing, objective, softcap, float(z_loss), observer),
-        labels=_gather(labels.reshape(-1), kept).long(),
+        labels=gather_rows(labels.reshape(-1), kept).long(),
         kept=kept,
         shape=labels.shape,
         row_weight=row_weight,
@@ -154,14 +154,14 @@ def linear_smoothed_terms(
         per_item=per_item,
         dtype=dtype,
     )
-    call = replace(call, factor=_factor(call, num_items_in_batch), engine=_engine(call, backend, hidden.device.type))
+    call = replace(call, factor=mean_factor(call, num_items_in_batch), engine=_engine(call, backend, hidden.device.type))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
-        return LinearTerms(*_LinearLoss.apply(hidden, weight, bias, call))
+        return LinearTerms(*LinearLoss.apply(hidden, weight, bias, call))
     return call.terms(call.solve(hidden, weight, bias, (False, False, False)))
 
 
 @dataclass(frozen=True, eq=False)
-class _Call:
+class LinearCall:
     """All of a call but the three differentiable tensors; labels and weights are those of the kept rows."""
 
     loss: RowLoss
@@ -179,7 +179,7 @@ class _Call:
 
     def solve(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs) -> RowsAndGradients:
         """Terms and gradients of the kept rows, by the engine of this call."""
-        rows = _gather(hidden.reshape(-1, hidden.shape[-1]), self.kept).to(self.dtype)
+        rows = gather_rows(hidden.reshape(-1, hidden.shape[-1]), self.kept).to(self.dtype)
         head, offset = weight.to(self.dtype), None if bias is None else bias.to(self.dtype)
         # These casts are all that autocast stands for; left on, it would round the engines' float32 sums.
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
@@ -196,7 +196,7 @@ class _Call:
                 kernel = linear_cuda.fused_nll(self.engine)
                 common["per_row"] = self.per_item
                 found = linear_cuda.delegated(kernel, self.loss, rows, head, offset, self.labels, **common)
-        _check_finite(found.losses, found.nll)
+        check_finite(found.losses, found.nll)
         return found
 
     def terms(self, found: RowsAndGradients) -> LinearTerms:
@@ -214,11 +214,12 @@ class _Call:
         return rows.new_zeros((self.shape.numel(), *rows.shape[1:])).index_copy_(0, self.kept, rows)
 
 
-class _LinearLoss(torch.autograd.Function):
+class LinearLoss(torch.autograd.Function):
     """Gradients are made in the forward; the backward scales them, or computes again where that fails."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearCall) -> tuple[Tensor, ...]:
+        """The terms of the call; its gradients are kept for the backward."""
         needs = ctx.needs_input_grad[:3]
         # Row weights, unknown before the backward, scale the rows of dH but sit inside the sums of dW and db.
         deferred = call.reduction == "none" and (needs[1] or needs[2])
@@ -233,6 +234,10 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients of (hidden, weight, bias), scaled by the one which comes in.
+
+        Raises: RuntimeError under `create_graph`, since there is no second derivative.
+        """
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "expected a first derivative of the linear-head loss, got create_graph=True; use "
@@ -246,7 +251,7 @@ class _LinearLoss(torch.autograd.Function):
         # Given away once; a second backward through a retained graph makes them again.
         ctx.found = None
         if call.reduction == "none":
-            row_scale = _gather(grad_loss.reshape(-1), call.kept)
+            row_scale = gather_rows(grad_loss.reshape(-1), call.kept)
             if found is None:
                 row_weight = row_scale if call.row_weight is None else row_scale * call.row_weight
                 found = replace(call, row_weight=row_weight).solve(*ctx.saved_tensors, ctx.needs)
@@ -267,12 +272,12 @@ class _LinearLoss(torch.autograd.Function):
         return grad_hidden, found.grad_weight, grad_bias, None
 
 
-def _gather(values: Tensor, kept: Tensor | None) -> Tensor:
+def gather_rows(values: Tensor, kept: Tensor | None) -> Tensor:
     """The kept rows of values [N, ...]."""
     return values if kept is None else values.index_select(0, kept)
 
 
-def _factor(call: _Call, num_items_in_batch: Tensor | float | None) -> float:
+def mean_factor(call: LinearCall, num_items_in_batch: Tensor | float | None) -> float:
     """1 over what a mean divides by; 0 for a mean over nothing, whose sum is 0."""
     if call.reduction != "mean":
         return 1.0
@@ -282,7 +287,7 @@ def _factor(call: _Call, num_items_in_batch: Tensor | float | None) -> float:
     return 1 / total if total else 0.0
 
 
-def _engine(call: _Call, backend: Backend, device_type: str) -> Engine:
+def _engine(call: LinearCall, backend: Backend, device_type: str) -> Engine:
     prior = call.loss.smoothing.prior
     requested = {
         "an objective": call.loss.objective is not None,
@@ -303,7 +308,7 @@ def _engine(call: _Call, backend: Backend, device_type: str) -> Engine:
     return engine if call.labels.numel() else "chunks"
 
 
-def _matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+def matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype in which `nn.Linear` would multiply here: autocast casts all but float64."""
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type) and torch.float64 not in (hidden.dtype, weight.dtype):
@@ -315,7 +320,11 @@ def _matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def _check_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, token_weight: Tensor | None) -> None:
+def check_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, token_weight: Tensor | None) -> None:
+    """Refuse tensors which do not fit together.
+
+    Raises: TypeError for their dtypes, ValueError for their shapes and for token weights below 0 or with a gradient.
+    """
     given = tuple(hidden.shape), tuple(weight.shape)
     if not (hidden.is_floating_point() and weight.is_floating_point()):
         raise TypeError(

@@ -131,7 +131,7 @@ def chunk_loop(
             buffer[used] = riding.row
             used += 1
         if grad_hidden is not None:
-            product = _rows_times_weight(buffer[:used], weight)
+            product = rows_times_weight(buffer[:used], weight)
             grad_hidden[start:stop] = product[: stop - start]
             if riding is not None:
                 riding.mean = product[-1]
@@ -141,7 +141,7 @@ def chunk_loop(
             if padding:
                 buffer[used : used + padding] = 0
                 partner = F.pad(partner, (0, 0, 0, padding))
-            _accumulate(grad_weight, buffer[: used + padding], partner, factor * logit_scale, fresh=start == 0)
+            accumulate(grad_weight, buffer[: used + padding], partner, factor * logit_scale, fresh=start == 0)
     if grad_weight is not None and not n:
         grad_weight.zero_()
 
@@ -181,7 +181,7 @@ def _aligned(rows: int, dtype: torch.dtype) -> int:
     return -(-rows // 32) * 32 if dtype.itemsize == 2 else rows
 
 
-def _rows_times_weight(rows: Tensor, weight: Tensor) -> Tensor:
+def rows_times_weight(rows: Tensor, weight: Tensor) -> Tensor:
     """rows [m, K] · weight [K, d], in blocks of about 256 rows on a CPU."""
     if not rows.is_cpu:
         return torch.mm(rows, weight)
@@ -193,7 +193,7 @@ def _rows_times_weight(rows: Tensor, weight: Tensor) -> Tensor:
     return product
 
 
-def _accumulate(grad_weight: Tensor, gradient: Tensor, rows: Tensor, factor: float, *, fresh: bool) -> None:
+def accumulate(grad_weight: Tensor, gradient: Tensor, rows: Tensor, factor: float, *, fresh: bool) -> None:
     """grad_weight [K, d] += factor · gradientᵀ [K, m] · rows [m, d]; `fresh` overwrites."""
     if grad_weight.dtype == gradient.dtype:
         torch.addmm(grad_weight, gradient.t(), rows, beta=0.0 if fresh else 1.0, alpha=factor, out=grad_weight)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_ls.smoothing import Smoothing
 
-Objective = Callable[[Tensor, Tensor], Tensor]
+RowObjective = Callable[[Tensor, Tensor], Tensor]
 # Sees final logits [m, K], which it must not change, and labels [m], chunk by chunk in the order of the rows.
 Observer = Callable[[Tensor, Tensor], None]
 
@@ -45,7 +45,7 @@ class RowLoss:
     """
 
     smoothing: Smoothing
-    objective: Objective | None = None
+    objective: RowObjective | None = None
     softcap: float | None = None
     z_loss: float = 0.0
     observer: Observer | None = None
@@ -211,7 +211,7 @@ def _capped_chunk_(
 
 def _objective_chunk_(
     loss: RowLoss,
-    objective: Objective,
+    objective: RowObjective,
     logits: Tensor,
     labels: Tensor,
     row_weight: Tensor | None,

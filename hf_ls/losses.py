@@ -42,7 +42,7 @@ def smoothed_terms(logits: Tensor, labels: Tensor, smoothing: Smoothing, *, igno
     _check_shapes(logits, labels)
     num_classes = logits.shape[-1]
     kept = labels != ignore_index
-    _check_range(labels, kept, num_classes, ignore_index)
+    check_range(labels, kept, num_classes, ignore_index)
     # Ignored rows are dropped, not masked: whatever they hold (NaN, -inf) then reaches neither the value nor the gradient.
     rows = kept.reshape(-1).nonzero().squeeze(1)
     whole = rows.numel() == labels.numel()
@@ -58,7 +58,7 @@ def smoothed_terms(logits: Tensor, labels: Tensor, smoothing: Smoothing, *, igno
         # 0·(−inf) is NaN, but a class without prior mass must add exactly 0.
         expected = (z.masked_fill(prior == 0, 0) * prior).sum(-1) if smoothing.prior is not None else z.mean(-1)
         term = smoothing.mixing(y, prior) * (z_y - expected)
-    _check_finite(nll, term)
+    check_finite(nll, term)
     if not whole:
         nll, term = (part.new_zeros(labels.numel()).index_copy(0, rows, part) for part in (nll, term))
     return SmoothedTerms(nll.reshape(labels.shape), term.reshape(labels.shape))
@@ -101,7 +101,7 @@ def smoothed_cross_entropy(
     """
     if not isinstance(smoothing, Smoothing):
         smoothing = Smoothing(smoothing)
-    _check_options(reduction, weighting, class_weight, num_items_in_batch, logits.shape[-1])
+    check_options(reduction, weighting, class_weight, num_items_in_batch, logits.shape[-1])
     if labels.is_floating_point():
         losses, weight = _soft_target_losses(logits, labels, smoothing, class_weight, smooth_soft_targets)
     elif class_weight is not None and weighting == "torch":
@@ -260,7 +260,7 @@ def _soft_target_losses(
         prior = smoothing.prior_for(torch.zeros((), dtype=torch.long, device=z.device), z.shape[-1], z.dtype)
         q = (1 - smoothing.epsilon) * q + smoothing.epsilon * prior
     losses = z.logsumexp(-1) * q.sum(-1) - (z.masked_fill(q == 0, 0) * q).sum(-1)
-    _check_finite(losses, losses)
+    check_finite(losses, losses)
     return losses, torch.ones_like(losses)
 
 
@@ -270,7 +270,7 @@ def _torch_weighted_losses(
     """−Σ_k w_k·t_k·log p_k, torch's reading of `weight` with `label_smoothing` (pytorch issue 104776)."""
     _check_shapes(logits, labels)
     kept = labels != ignore_index
-    _check_range(labels, kept, logits.shape[-1], ignore_index)
+    check_range(labels, kept, logits.shape[-1], ignore_index)
     z = logits if logits.dtype == torch.float64 else logits.float()
     target = smoothing.target(labels.long().masked_fill(~kept, 0), logits.shape[-1]).to(z.dtype)
     weighted = target * class_weight.to(z.device, z.dtype)
@@ -297,7 +297,11 @@ def _check_shapes(logits: Tensor, labels: Tensor) -> None:
         raise ValueError(f"expected logits over at least 2 classes, got {logits.shape[-1]}; a single output is a regression head")
 
 
-def _check_range(labels: Tensor, kept: Tensor, num_classes: int, ignore_index: int) -> None:
+def check_range(labels: Tensor, kept: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Refuse labels outside the classes where they are kept.
+
+    Raises: ValueError for the first of them.
+    """
     bad = kept & ((labels < 0) | (labels >= num_classes))
     if bool(bad.any()):
         raise ValueError(
@@ -306,7 +310,11 @@ def _check_range(labels: Tensor, kept: Tensor, num_classes: int, ignore_index: i
         )
 
 
-def _check_finite(nll: Tensor, term: Tensor) -> None:
+def check_finite(nll: Tensor, term: Tensor) -> None:
+    """Refuse losses which are not numbers.
+
+    Raises: ValueError when the sum of both parts is not finite.
+    """
     total = (nll + term).detach().sum()
     if not bool(torch.isfinite(total)):
         raise ValueError(
@@ -315,9 +323,11 @@ def _check_finite(nll: Tensor, term: Tensor) -> None:
         )
 
 
-def _check_options(
-    reduction: str, weighting: str, class_weight: Tensor | None, num_items_in_batch: Any, num_classes: int
-) -> None:
+def check_options(reduction: str, weighting: str, class_weight: Tensor | None, num_items_in_batch: Any, num_classes: int) -> None:
+    """Refuse options which are unknown or contradict each other.
+
+    Raises: ValueError for the first such option.
+    """
     if reduction not in get_args(Reduction):
         raise ValueError(f"expected reduction in {get_args(Reduction)}, got {reduction!r}; choose one of them")
     if weighting not in get_args(Weighting):

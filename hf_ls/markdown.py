@@ -45,7 +45,7 @@ def in_words(given: Any) -> str:
     return plain(given)
 
 
-def table(lines: list[list[str]], texts: int) -> str:
+def markdown_table(lines: list[list[str]], texts: int) -> str:
     """A table whose first line are headings and whose first `texts` columns are words."""
     head, *rest = lines
     rule = [":--" if i < texts else "--:" for i in range(len(head))]

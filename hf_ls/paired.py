@@ -21,10 +21,10 @@ from scipy.stats import t as student
 from hf_ls.metrics.core import PredictionStatistics, aurc, bin_index, e_aurc
 from hf_ls.metrics.intervals import ece_interval, null_gaps, wilson_interval
 from hf_ls.metrics.ties import tie_groups
+from hf_ls.metrics.tokens import N_BINS
 from hf_ls.metrics.validation import Floats, Integers
 
 RESAMPLED = ("accuracy", "nll", "brier", "signed_gap", "aurc", "e_aurc", "ece")
-N_BINS = 15
 _UNITS = 4096  # examples or clusters per block of weights: 33 MB at 1000 repetitions
 
 

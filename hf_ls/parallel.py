@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from hf_ls.linear import LinearTerms, _Call, _check_tensors, _factor, _gather, _LinearLoss, _matmul_dtype
-from hf_ls.linear_chunks import CLASS_BLOCK, Needs, RowsAndGradients, _accumulate, _rows_times_weight, default_chunk_rows
+from hf_ls.linear import LinearCall, LinearLoss, LinearTerms, check_tensors, gather_rows, matmul_dtype, mean_factor
+from hf_ls.linear_chunks import CLASS_BLOCK, Needs, RowsAndGradients, accumulate, default_chunk_rows, rows_times_weight
 from hf_ls.linear_objective import RowLoss, exact_dtype
-from hf_ls.losses import Reduction, _check_finite, _check_options, _check_range
+from hf_ls.losses import Reduction, check_finite, check_options, check_range
 from hf_ls.smoothing import Smoothing
 
 
@@ -107,21 +107,21 @@ def vocab_parallel_smoothed_terms(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"expected bias [{weight.shape[0]}] as this process's rows, got {tuple(bias.shape)}; shard it alike")
     whole = torch.empty((shard.classes, *weight.shape[1:]), dtype=weight.dtype, device="meta")  # what the checks speak of
-    _check_tensors(hidden, whole, None, labels, token_weight)
-    _check_options(reduction, "example", None, num_items_in_batch, shard.classes)
+    check_tensors(hidden, whole, None, labels, token_weight)
+    check_options(reduction, "example", None, num_items_in_batch, shard.classes)
     for name, value in (("logit_scale", logit_scale), ("softcap", softcap), ("chunk_rows", chunk_rows)):
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"expected {name} > 0, got {value}; leave it out for none")
     is_kept = labels != ignore_index
-    _check_range(labels, is_kept, shard.classes, ignore_index)
+    check_range(labels, is_kept, shard.classes, ignore_index)
     kept = None if bool(is_kept.all()) else is_kept.flatten().nonzero().squeeze(1)
-    dtype = _matmul_dtype(hidden, weight)
+    dtype = matmul_dtype(hidden, weight)
     call = _ShardCall(
         loss=RowLoss(smoothing, softcap=softcap, z_loss=float(z_loss)),
-        labels=_gather(labels.reshape(-1), kept).long(),
+        labels=gather_rows(labels.reshape(-1), kept).long(),
         kept=kept,
         shape=labels.shape,
-        row_weight=None if token_weight is None else _gather(token_weight.reshape(-1), kept).to(exact_dtype(dtype)),
+        row_weight=None if token_weight is None else gather_rows(token_weight.reshape(-1), kept).to(exact_dtype(dtype)),
         logit_scale=float(logit_scale),
         reduction=reduction,
         factor=1.0,
@@ -131,9 +131,9 @@ def vocab_parallel_smoothed_terms(
         dtype=dtype,
         shard=shard,
     )
-    call = replace(call, factor=_factor(call, num_items_in_batch))
+    call = replace(call, factor=mean_factor(call, num_items_in_batch))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
-        return LinearTerms(*_LinearLoss.apply(hidden, weight, bias, call))
+        return LinearTerms(*LinearLoss.apply(hidden, weight, bias, call))
     return call.terms(call.solve(hidden, weight, bias, (False, False, False)))
 
 
@@ -163,20 +163,20 @@ class _Vocabulary(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class _ShardCall(_Call):
+class _ShardCall(LinearCall):
     """A call of which this process sees the classes `shard.start` to `shard.stop`."""
 
     shard: _Vocabulary
 
     def solve(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs) -> RowsAndGradients:
         """Terms of the kept rows, the whole gradient of hidden, and the gradients of this process's rows."""
-        rows = _gather(hidden.reshape(-1, hidden.shape[-1]), self.kept).to(self.dtype)
+        rows = gather_rows(hidden.reshape(-1, hidden.shape[-1]), self.kept).to(self.dtype)
         # These casts are all that autocast stands for.
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             found = self._chunk_loop(
                 rows, weight.to(self.dtype), None if bias is None else bias.to(self.dtype), needs, weight.dtype
             )
-        _check_finite(found.losses, found.nll)
+        check_finite(found.losses, found.nll)
         return found
 
     def _chunk_loop(
@@ -206,9 +206,9 @@ class _ShardCall(_Call):
                 grad_bias += z.sum(0)
             gradient = z.to(hidden.dtype)
             if grad_hidden is not None:
-                grad_hidden[part] = _rows_times_weight(gradient, weight)
+                grad_hidden[part] = rows_times_weight(gradient, weight)
             if grad_weight is not None:
-                _accumulate(grad_weight, gradient, chunk, scale, fresh=False)
+                accumulate(grad_weight, gradient, chunk, scale, fresh=False)
         if grad_hidden is not None:
             self.shard.add_up(grad_hidden)
         if rider is not None:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from hf_ls.figures import GREY, INK, LIGHT, PALETTE, figure_style, logged_series, new_figure, row_colours, save_figure, short_name
 from hf_ls.files import write_atomically
-from hf_ls.plots import _GREY, _INK, _LIGHT, _PALETTE, _colours, _label, _new_figure, _save, _series, _style
 from hf_ls.report import CalibrationReport
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 PENULTIMATE = "penultimate.npz"
 _GAP_BINS = 60
 POINTS = 400  # of one class in a panel: more hide each other
-_CLASS_COLOURS = [strong for strong, _ in _PALETTE[:3]]
+_CLASS_COLOURS = [strong for strong, _ in PALETTE[:3]]
 _STEPS = {"eval_nll": "NLL, nats", "eval_ece": "ECE", "eval_signed_gap": "confidence − accuracy"}
 _Floats = NDArray[np.float64]
 
@@ -81,16 +81,16 @@ def penultimate(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, label
     """
     import torch
 
-    from hf_ls.temperature import _evaluating, _find_head
+    from hf_ls.temperature import find_head, in_eval_mode
 
     device, seen = next(model.parameters()).device, []
     features, labels, head = [], [], None
-    with _evaluating(model), torch.no_grad():
+    with in_eval_mode(model), torch.no_grad():
         for batch in batches:
             if batch.get(label_name) is None:
                 raise ValueError(f"expected {label_name!r} in each batch, got {sorted(batch)}; the colours are the labels")
             inputs = {key: value.to(device) for key, value in batch.items() if key != label_name}
-            head = _find_head(model, inputs)[2] if head is None else head
+            head = find_head(model, inputs)[2] if head is None else head
             handles = [
                 head.register_forward_pre_hook(lambda _, args: seen.append(args[0])),
                 head.register_forward_hook(lambda _, args, output: seen.append(output)),
@@ -192,13 +192,13 @@ def penultimate_plane(
     if not runs:
         raise ValueError("expected at least one run, got none; skip this picture")
     three = _three_classes(next(iter(runs.values())), classes)
-    names = [_label(label_names[c]) if label_names else f"class {c}" for c in three]
-    with _style():
-        figure = _new_figure(0.4 + 4.1 * len(runs), 5.2)
+    names = [short_name(label_names[c]) if label_names else f"class {c}" for c in three]
+    with figure_style():
+        figure = new_figure(0.4 + 4.1 * len(runs), 5.2)
         axes = figure.subplots(1, len(runs), squeeze=False)[0]
         for ax, (title, run) in zip(axes, runs.items(), strict=True):
             _draw_plane(ax, run, three)
-            ax.set_title(_label(title), loc="left", fontweight="bold", pad=18)
+            ax.set_title(short_name(title), loc="left", fontweight="bold", pad=18)
             ax.set_xlabel("plane of the three class templates, own scale", fontsize=8)
         handles = [axes[0].collections[i] for i in range(3)]
         figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=8, markerscale=1.8)
@@ -221,23 +221,25 @@ def logit_gap_histogram(gaps: Mapping[str, ArrayLike], optima: Mapping[str, floa
     known = {name: value for name, value in (optima or {}).items() if value is not None and math.isfinite(value)}
     drawn = np.concatenate([*values.values(), [value for name, value in known.items() if name in values]])
     edges = np.linspace(drawn.min(), drawn.max() if drawn.max() > drawn.min() else drawn.min() + 1, _GAP_BINS + 1)
-    with _style():
-        figure = _new_figure(6.4, 3.9)
+    with figure_style():
+        figure = new_figure(6.4, 3.9)
         ax = figure.subplots()
         for i, (name, gap) in enumerate(values.items()):
-            colour = _PALETTE[i % len(_PALETTE)][0]
+            colour = PALETTE[i % len(PALETTE)][0]
             share = np.histogram(gap, edges)[0] / len(gap)
             ax.stairs(share, edges, fill=True, color=colour, alpha=0.18)
-            ax.stairs(share, edges, color=colour, lw=1.4, label=f"{_label(name)} (median {np.median(gap):.2f}, n = {len(gap):,})")
+            ax.stairs(
+                share, edges, color=colour, lw=1.4, label=f"{short_name(name)} (median {np.median(gap):.2f}, n = {len(gap):,})"
+            )
             if name in known:
                 ax.axvline(
-                    known[name], color=colour, lw=1.4, ls=(0, (4, 2)), label=f"optimum of {_label(name)}: {known[name]:.2f}"
+                    known[name], color=colour, lw=1.4, ls=(0, (4, 2)), label=f"optimum of {short_name(name)}: {known[name]:.2f}"
                 )
-        ax.axvline(0, color=_GREY, lw=0.8)
+        ax.axvline(0, color=GREY, lw=0.8)
         ax.set_xlabel("logit of the label less the mean of the others, nats")
         ax.set_ylabel("share of examples")
         ax.set_ylim(bottom=0)
-        ax.grid(axis="y", color=_LIGHT, lw=0.8)
+        ax.grid(axis="y", color=LIGHT, lw=0.8)
         figure.legend(loc="outside lower center", ncols=2, fontsize=8)
         return figure
 
@@ -247,27 +249,27 @@ def calibration_over_steps(report: CalibrationReport) -> Figure:
 
     Raises: ValueError for a history without evaluations.
     """
-    runs = {name: {key: _series(records, key) for key in _STEPS} for name, records in report.history.items()}
+    runs = {name: {key: logged_series(records, key) for key in _STEPS} for name, records in report.history.items()}
     panels = [key for key in _STEPS if any(run[key] for run in runs.values())]
     if not panels:
         raise ValueError(f"expected 'step' with one of {list(_STEPS)} in history, got none; evaluate during training")
-    colours, epsilons = _colours(report), {row.name: row.epsilon for row in report.rows}
-    with _style():
-        figure = _new_figure(0.5 + 3.3 * len(panels), 3.5)
+    colours, epsilons = row_colours(report), {row.name: row.epsilon for row in report.rows}
+    with figure_style():
+        figure = new_figure(0.5 + 3.3 * len(panels), 3.5)
         for ax, key in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             for name, run in runs.items():
                 if run[key]:
-                    label = f"{_label(name)} (ε = {epsilons[name]:g})"
+                    label = f"{short_name(name)} (ε = {epsilons[name]:g})"
                     ax.plot(*zip(*run[key], strict=True), color=colours[name], lw=1.6, marker="o", ms=3.5, label=label)
             if key == "eval_signed_gap":
-                ax.axhline(0, color=_INK, lw=0.8, ls=(0, (4, 3)))
+                ax.axhline(0, color=INK, lw=0.8, ls=(0, (4, 3)))
                 ax.set_title("above 0: over-confident", loc="left")
             ax.set_ylabel(_STEPS[key])
             ax.set_xlabel("optimizer step")
             ax.set_xlim(left=0)
             if key == "eval_ece":
                 ax.set_ylim(bottom=0)
-            ax.grid(axis="y", color=_LIGHT, lw=0.8)
+            ax.grid(axis="y", color=LIGHT, lw=0.8)
         named = {line.get_label(): line for ax in figure.axes for line in ax.lines if not str(line.get_label()).startswith("_")}
         figure.legend(handles=list(named.values()), loc="outside lower center", ncols=max(1, len(panels)), fontsize=8)
         return figure
@@ -287,16 +289,16 @@ def write_pictures(
         features: name of a row -> its `Penultimate`; needs three classes.
     """
     found = []
-    if any(_series(records, key) for records in report.history.values() for key in _STEPS):
-        found.append(_save(calibration_over_steps(report), Path(folder, "calibration_steps.png")))
+    if any(logged_series(records, key) for records in report.history.values() for key in _STEPS):
+        found.append(save_figure(calibration_over_steps(report), Path(folder, "calibration_steps.png")))
     if predictions:
         gaps = {name: logit_gap(*arrays) for name, arrays in predictions.items()}
         optima = {name: optimal_gap(report, name) for name in gaps}
-        found.append(_save(logit_gap_histogram(gaps, optima), Path(folder, "logit_gap.png")))
+        found.append(save_figure(logit_gap_histogram(gaps, optima), Path(folder, "logit_gap.png")))
     if features and all(len(np.unique(run.labels)) >= 3 for run in features.values()):
         epsilons = {row.name: row.epsilon for row in report.rows}
         titled = {f"{name} (ε = {epsilons[name]:g})": run for name, run in features.items()}
-        found.append(_save(penultimate_plane(titled, report.label_names), Path(folder, "penultimate.png")))
+        found.append(save_figure(penultimate_plane(titled, report.label_names), Path(folder, "penultimate.png")))
     return found
 
 

@@ -7,52 +7,27 @@ a Figure always saves through Agg and leaves the caller's backend alone.
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_ls.files import write_atomically
+from hf_ls.figures import GREY, INK, LIGHT, Series, figure_style, logged_series, new_figure, row_colours, save_figure, short_name
 from hf_ls.metrics.intervals import wilson_interval
-from hf_ls.report import HISTOGRAM_BINS, CalibrationReport, CalibrationRow, one_line
+from hf_ls.report import HISTOGRAM_BINS, CalibrationReport, CalibrationRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-DPI = 150
-# After Okabe and Ito 2008, safe for colour-blind readers: one colour an epsilon, lighter with temperature.
-_PALETTE = (("#0072B2", "#56B4E9"), ("#D55E00", "#E69F00"), ("#009E73", "#66C2A5"), ("#7B3F8C", "#CC79A7"))
-_INK, _GREY, _LIGHT, _BAND, _WRONG = "#222222", "#767676", "#EEEEEE", "#DDDDDD", "#B5B5B5"
+_BAND, _WRONG = "#DDDDDD", "#B5B5B5"
 _CURVES = ("loss", "nll", "eval_nll")
 _GROUPS = {"position": "position in the sequence", "frequency": "occurrences of the label token in training"}
-_Series = list[tuple[float, float]]
-_STYLE: dict[str, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9.0,
-    "axes.titlesize": 9.0,
-    "axes.edgecolor": _GREY,
-    "axes.labelcolor": _INK,
-    "axes.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": _GREY,
-    "ytick.color": _GREY,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-    "text.color": _INK,
-    "legend.frameon": False,
-    "figure.facecolor": "white",
-}
 
 
 def loss_curve(report: CalibrationReport) -> Figure:
@@ -63,7 +38,7 @@ def loss_curve(report: CalibrationReport) -> Figure:
 
     Raises: ValueError for a report without such records.
     """
-    runs = {name: {key: _series(records, key) for key in _CURVES} for name, records in report.history.items()}
+    runs = {name: {key: logged_series(records, key) for key in _CURVES} for name, records in report.history.items()}
     panels = [
         (title, keys)
         for title, keys in (("Training", ("nll", "loss")), ("Evaluation during training", ("eval_nll",)))
@@ -72,9 +47,9 @@ def loss_curve(report: CalibrationReport) -> Figure:
     if not panels:
         raise ValueError(f"expected 'step' with one of {_CURVES} in history, got none; skip this plot")
     epsilons = {row.name: row.epsilon_text for row in report.rows}
-    colours, objective = _colours(report), False
-    with _style():
-        figure = _new_figure(0.6 + 4.1 * len(panels), 3.7)
+    colours, objective = row_colours(report), False
+    with figure_style():
+        figure = new_figure(0.6 + 4.1 * len(panels), 3.7)
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for ax, (title, keys) in zip(axes, panels, strict=True):
             for (name, run), key in itertools.product(runs.items(), keys):
@@ -84,12 +59,12 @@ def loss_curve(report: CalibrationReport) -> Figure:
                 if key == "loss":
                     style, objective = {"lw": 0.9, "ls": (0, (4, 2))}, True
                 what = "objective" if key == "loss" else "nll"
-                label = f"{_label(name)} (ε = {epsilons[name]}): {what}"
+                label = f"{short_name(name)} (ε = {epsilons[name]}): {what}"
                 ax.plot(*zip(*run[key], strict=True), color=colours[name], label=label, **style)
             ax.set_title(title, loc="left", fontweight="bold")
             ax.set_xlabel("optimizer step")
             ax.set_xlim(left=0)
-            ax.grid(axis="y", color=_LIGHT, lw=0.8)
+            ax.grid(axis="y", color=LIGHT, lw=0.8)
         axes[0].set_ylabel(f"nats per {'token' if report.is_token_task else 'example'}")
         if objective:
             axes[0].set_xlabel("optimizer step\nobjective = nll + smoothing term: not comparable between runs")
@@ -107,12 +82,12 @@ def reliability(report: CalibrationReport) -> Figure:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    colours = _colours(report)
+    colours = row_colours(report)
     top = max(_array(row, "count").max() for row in report.rows)
     alone = ", tokens taken as independent" if report.is_token_task else ""
-    with _style():
+    with figure_style():
         columns, lines = _grid(len(report.rows))
-        figure = _new_figure(0.4 + 3.9 * columns, 0.5 + 4.7 * lines)
+        figure = new_figure(0.4 + 3.9 * columns, 0.5 + 4.7 * lines)
         # The third, empty line of each group parts it from the title of the next.
         grid = figure.add_gridspec(3 * lines, columns, height_ratios=(4.5, 1, 0.12) * lines)
         for i, row in enumerate(report.rows):
@@ -130,9 +105,9 @@ def reliability(report: CalibrationReport) -> Figure:
                 strip.set_ylabel("count\n(log axis)" if row.is_token else "count")
         figure.legend(
             handles=[
-                Line2D([], [], color=_INK, marker="o", ms=4, lw=1, label=f"accuracy in the bin, Wilson 95 %{alone}"),
+                Line2D([], [], color=INK, marker="o", ms=4, lw=1, label=f"accuracy in the bin, Wilson 95 %{alone}"),
                 Patch(facecolor=_BAND, label="95 % band of a calibrated model, per bin"),
-                Line2D([], [], color=_GREY, lw=1, ls=(0, (4, 3)), label="perfect calibration"),
+                Line2D([], [], color=GREY, lw=1, ls=(0, (4, 3)), label="perfect calibration"),
             ],
             loc="outside lower center",
             ncols=1 if columns == 1 else 2 if alone else 3,
@@ -149,11 +124,11 @@ def confidence(report: CalibrationReport) -> Figure:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    colours = _colours(report)
+    colours = row_colours(report)
     edges = np.arange(HISTOGRAM_BINS + 1) / HISTOGRAM_BINS
-    with _style():
+    with figure_style():
         columns, lines = _grid(len(report.rows))
-        figure = _new_figure(0.4 + 3.9 * columns, 0.5 + 2.7 * lines, hspace=0.05)
+        figure = new_figure(0.4 + 3.9 * columns, 0.5 + 2.7 * lines, hspace=0.05)
         axes = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
         for ax in axes[len(report.rows) :]:
             ax.remove()
@@ -176,8 +151,8 @@ def confidence(report: CalibrationReport) -> Figure:
                 ax.yaxis.get_major_locator().set_params(integer=True)
             accuracy = row.value("accuracy")
             mean = accuracy + row.value("signed_gap")
-            ax.axvline(mean, color=_INK, lw=1.2)
-            ax.axvline(accuracy, color=_INK, lw=1.2, ls=(0, (2, 2)))
+            ax.axvline(mean, color=INK, lw=1.2)
+            ax.axvline(accuracy, color=INK, lw=1.2, ls=(0, (2, 2)))
             _title(ax, row, f"mean confidence {mean:.3f}, accuracy {accuracy:.3f}, n = {row.n:,}")
             ax.set_xlim(_left(report, edges), 1)
             ax.set_xlabel("confidence")
@@ -187,8 +162,8 @@ def confidence(report: CalibrationReport) -> Figure:
             handles=[
                 Patch(facecolor=colours[report.rows[0].name], label="correct (colour of the run)"),
                 Patch(facecolor=_WRONG, label="incorrect"),
-                Line2D([], [], color=_INK, lw=1.2, label="mean confidence"),
-                Line2D([], [], color=_INK, lw=1.2, ls=(0, (2, 2)), label="accuracy"),
+                Line2D([], [], color=INK, lw=1.2, label="mean confidence"),
+                Line2D([], [], color=INK, lw=1.2, ls=(0, (2, 2)), label="accuracy"),
             ],
             loc="outside lower center",
             ncols=4 if columns > 1 else 2,
@@ -205,9 +180,9 @@ def groups(report: CalibrationReport) -> Figure:
     kinds = [(kind, title) for kind, title in _GROUPS.items() if _names(report, kind)]
     if not kinds:
         raise ValueError(f"expected rows with groups of a kind in {list(_GROUPS)}, got none; skip this plot")
-    colours = _colours(report)
-    with _style():
-        figure = _new_figure(0.6 + 5.0 * len(kinds), 6.2)
+    colours = row_colours(report)
+    with figure_style():
+        figure = new_figure(0.6 + 5.0 * len(kinds), 6.2)
         axes = figure.subplots(2, len(kinds), sharey="row", sharex="col", squeeze=False)
         for (kind, title), (above, below) in zip(kinds, axes.T, strict=True):
             names = _names(report, kind)
@@ -217,10 +192,10 @@ def groups(report: CalibrationReport) -> Figure:
                     values = [found.get(name, {}).get(metric) for name in names]
                     points = [math.nan if value is None else value for value in values]
                     dashes = "-" if row.temperature == 1 else (0, (4, 2))
-                    label = f"{_label(row.name)} (ε = {row.epsilon_text})"
+                    label = f"{short_name(row.name)} (ε = {row.epsilon_text})"
                     ax.plot(range(len(names)), points, color=colours[row.name], ls=dashes, lw=1.6, marker="o", ms=4, label=label)
-                    ax.grid(axis="y", color=_LIGHT, lw=0.8)
-            ticks = [f"{re.sub('[0-9]+', _rounded_down, _label(name))}\n{_short(n)}" for name, n in names.items()]
+                    ax.grid(axis="y", color=LIGHT, lw=0.8)
+            ticks = [f"{re.sub('[0-9]+', _rounded_down, short_name(name))}\n{_short(n)}" for name, n in names.items()]
             below.set_xticks(range(len(names)), ticks)
             below.set_xlabel(f"{title} (below: number of tokens)")
             above.set_title(f"By {kind}", loc="left", fontweight="bold")
@@ -236,7 +211,7 @@ def write_plots(report: CalibrationReport, folder: str | os.PathLike[str]) -> li
     """Save reliability.png, confidence.png and, when there is such data, loss_curve.png and groups.png, at 150 dpi."""
     plots = [plot_reliability(report, Path(folder, "reliability.png"))]
     plots.append(plot_confidence(report, Path(folder, "confidence.png")))
-    if any(_series(records, key) for records in report.history.values() for key in _CURVES):
+    if any(logged_series(records, key) for records in report.history.values() for key in _CURVES):
         plots.append(plot_loss_curve(report, Path(folder, "loss_curve.png")))
     if any(_names(report, kind) for kind in _GROUPS):
         plots.append(plot_groups(report, Path(folder, "groups.png")))
@@ -245,29 +220,22 @@ def write_plots(report: CalibrationReport, folder: str | os.PathLike[str]) -> li
 
 def plot_loss_curve(report: CalibrationReport, path: str | os.PathLike[str]) -> Path:
     """Save `loss_curve` as a PNG."""
-    return _save(loss_curve(report), path)
+    return save_figure(loss_curve(report), path)
 
 
 def plot_reliability(report: CalibrationReport, path: str | os.PathLike[str]) -> Path:
     """Save `reliability` as a PNG."""
-    return _save(reliability(report), path)
+    return save_figure(reliability(report), path)
 
 
 def plot_confidence(report: CalibrationReport, path: str | os.PathLike[str]) -> Path:
     """Save `confidence` as a PNG."""
-    return _save(confidence(report), path)
+    return save_figure(confidence(report), path)
 
 
 def plot_groups(report: CalibrationReport, path: str | os.PathLike[str]) -> Path:
     """Save `groups` as a PNG."""
-    return _save(groups(report), path)
-
-
-def _save(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    buffer = io.BytesIO()
-    with _style():  # some ticks are only made now
-        figure.savefig(buffer, format="png", dpi=DPI)
-    return write_atomically(path, buffer.getvalue())
+    return save_figure(groups(report), path)
 
 
 def _draw_bins(ax: Axes, row: CalibrationRow, colour: str) -> None:
@@ -276,7 +244,7 @@ def _draw_bins(ax: Axes, row: CalibrationRow, colour: str) -> None:
     mean, accuracy = _array(row, "confidence")[filled], _array(row, "accuracy")[filled]
     low, high = _array(row, "band_low")[filled], _array(row, "band_high")[filled]
     ax.bar(edges[:-1][filled], high - low, np.diff(edges)[filled], low, align="edge", color=_BAND)
-    ax.plot([0, 1], [0, 1], color=_GREY, lw=1, ls=(0, (4, 3)))
+    ax.plot([0, 1], [0, 1], color=GREY, lw=1, ls=(0, (4, 3)))
     ends = wilson_interval(np.rint(accuracy * count[filled]), count[filled])
     errors = np.abs(np.stack(ends) - accuracy)
     ax.errorbar(mean, accuracy, errors, fmt="o", ms=4.5, color=colour, elinewidth=1.2, capsize=0)
@@ -313,9 +281,9 @@ def _rounded_down(number: re.Match[str]) -> str:
 def _title(ax: Axes, row: CalibrationRow, facts: str) -> None:
     ax.set_title(facts, loc="left", pad=5)
     above: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "bottom"}
-    ax.annotate(_label(row.name), (0, 1), (0, 17), fontweight="bold", fontsize=9.5, **above)
+    ax.annotate(short_name(row.name), (0, 1), (0, 17), fontweight="bold", fontsize=9.5, **above)
     settings = f"ε = {row.epsilon_text}" + ("" if row.temperature == 1 else f", T = {row.temperature:.3g}")
-    ax.annotate(settings, (1, 1), (0, 17), ha="right", color=_GREY, **above)
+    ax.annotate(settings, (1, 1), (0, 17), ha="right", color=GREY, **above)
 
 
 def _left(report: CalibrationReport, edges: NDArray[np.float64]) -> float:
@@ -335,45 +303,11 @@ def _grid(panels: int) -> tuple[int, int]:
     return columns, -(-panels // columns)
 
 
-def _colours(report: CalibrationReport) -> dict[str, str]:
-    epsilons = list(dict.fromkeys(row.epsilon for row in report.rows))
-    return {row.name: _PALETTE[epsilons.index(row.epsilon) % len(_PALETTE)][row.temperature != 1] for row in report.rows}
-
-
-def _label(name: str) -> str:
-    text = one_line(name)
-    text = text if len(text) <= 28 else text[:27] + "…"
-    # An unescaped pair of $ would be read as a formula, and a leading _ would keep it out of legends.
-    return text.replace("$", r"\$").replace("_", " _", text.startswith("_"))
-
-
 def _array(row: CalibrationRow, key: str) -> NDArray[np.float64]:
     return np.array(row.reliability[key], dtype=np.float64)  # None becomes NaN
 
 
-def _series(records: list[dict[str, Any]], key: str) -> _Series:
-    points = [(record["step"], record[key]) for record in records if "step" in record and key in record]
-    return [(step, math.nan if value is None else value) for step, value in points]
-
-
-def _differ(loss: _Series, nll: _Series) -> bool:
+def _differ(loss: Series, nll: Series) -> bool:
     """Whether the objective is another quantity than the NLL, beyond the Trainer's rounding of its log."""
     known = dict(nll)
     return any(not abs(value - known.get(step, math.inf)) < 1e-3 for step, value in loss)
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    import matplotlib.style
-
-    with matplotlib.style.context(["default", _STYLE]):  # whatever the user's matplotlibrc says
-        yield
-
-
-def _new_figure(width: float, height: float, hspace: float = 0) -> Figure:
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    rect = (0.01, 0.01, 0.98, 0.98)
-    layout = ConstrainedLayoutEngine(rect=rect, w_pad=0.07, h_pad=0.02, wspace=0, hspace=hspace)
-    return Figure(figsize=(width, height), layout=layout)

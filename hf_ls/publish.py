@@ -6,8 +6,6 @@ Does not own: training (`finetune`), evaluation (`outcome`), numbers and picture
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +18,6 @@ from rich.console import Console
 from transformers import SchedulerType
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_ls import __version__
 from hf_ls.arguments import LabelSmoothingArguments, smoothing_of, techniques_of
 from hf_ls.card import write_card
 from hf_ls.config import Config
@@ -30,13 +27,11 @@ from hf_ls.findings import regime, verdict
 from hf_ls.outcome import GENERATIONS, OUTCOME, PREDICTIONS, Outcome
 from hf_ls.pictures import PENULTIMATE, Penultimate, write_pictures
 from hf_ls.plots import write_plots
-from hf_ls.report import CalibrationReport
+from hf_ls.report import REPORT, CalibrationReport, package_versions
 from hf_ls.sequence_data import SequenceData
 from hf_ls.tables import group_table, table
 from hf_ls.tasks import TASKS
 from hf_ls.temperature import bake_folder
-
-REPORT = "calibration.json"
 
 
 def folder_of(config: Config) -> Path:
@@ -61,13 +56,13 @@ def publish(config: Config, data: ClassificationData | SequenceData, runs: dict[
         task=TASKS[config.run.task].hub_task,
         model_name=training.hub_model_id or folder_of(config).name,
         base_model=None if config.model.model_type else config.model.model_name_or_path,
-        dataset=_dataset_facts(data, main),
+        dataset=_dataset_facts(config, data, main),
         label_names=list(data.label_names),
         smoothing=_smoothing_facts(training, main.num_classes),
         rows=[row for run in runs.values() for row in run.rows],
         training=_training_facts(config, runs),
         history={name: run.history for name, run in runs.items()},
-        versions=_versions(),
+        versions=package_versions(),
         published=published,
     )
     folder = folder_of(config)
@@ -130,7 +125,7 @@ def _bake(config: Config, temperature: float) -> None:
     bake_folder(folder, temperature)
 
 
-def _dataset_facts(data: ClassificationData | SequenceData, main: Outcome) -> dict[str, Any]:
+def _dataset_facts(config: Config, data: ClassificationData | SequenceData, main: Outcome) -> dict[str, Any]:
     sizes = {f"n_{name}": len(part) for name, part in data.splits.items() if name != "test"}
     facts = {
         "name": data.name,
@@ -140,7 +135,9 @@ def _dataset_facts(data: ClassificationData | SequenceData, main: Outcome) -> di
         "class_counts": main.class_counts,
         "licence": data.licence,
     }
-    return facts | sizes | ({} if main.n_sequences is None else {"n_sequences": main.n_sequences})
+    example = None if data.example is None else config.data.source_prefix + data.example + config.data.source_suffix
+    known = {"n_sequences": main.n_sequences, "example": example}
+    return facts | sizes | {name: value for name, value in known.items() if value is not None}
 
 
 def _smoothing_facts(training: LabelSmoothingArguments, num_classes: int) -> dict[str, Any]:
@@ -163,7 +160,7 @@ def _training_facts(config: Config, runs: dict[str, Outcome]) -> dict[str, Any]:
     return {
         "seeds": [training.seed],
         "steps": last[-1].get("step") if last else None,
-        "epochs": training.num_train_epochs,
+        "epochs": round(last[-1]["epoch"], 2) if last and "epoch" in last[-1] else None,
         "global_batch": training.per_device_train_batch_size
         * training.gradient_accumulation_steps
         * PartialState().num_processes,
@@ -180,8 +177,3 @@ def _training_facts(config: Config, runs: dict[str, Outcome]) -> dict[str, Any]:
         "num_processes": PartialState().num_processes,
         "train_runtime_s": round(sum(seconds), 1) if len(seconds) == len(runs) else None,
     }
-
-
-def _versions() -> dict[str, str]:
-    packages = {name: importlib.metadata.version(name) for name in ("transformers", "torch", "accelerate", "datasets")}
-    return {"hf_ls": __version__, **packages, "python": platform.python_version()}

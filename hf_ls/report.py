@@ -12,14 +12,17 @@ import itertools
 import json
 import math
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from hf_ls import __version__
 from hf_ls.files import write_atomically
 from hf_ls.metrics.core import PredictionStatistics, bin_index, reliability_bins
 from hf_ls.metrics.intervals import consistency_band
@@ -29,6 +32,7 @@ from hf_ls.temperature import apply_temperature
 
 Metric = Mapping[str, float | None]
 
+REPORT = "calibration.json"
 HISTOGRAM_BINS = 20
 CLASS_METRICS = ("accuracy", "nll", "brier", "ece", "signed_gap", "aurc")
 TOKEN_METRICS = ("accuracy", "nll", "perplexity", "brier", "ece", "signed_gap")
@@ -320,6 +324,12 @@ class CalibrationReport:
         behind = self.rows[self.rows.index(row) + 1 :]
         run = itertools.takewhile(lambda r: r.temperature != 1 and r.epsilon == row.epsilon, behind)
         return next(run, None)
+
+
+def package_versions(*packages: str) -> dict[str, str]:
+    """What a report says it was made with: hf_ls, some packages, by default those which train, and Python."""
+    names = packages or ("transformers", "torch", "accelerate", "datasets")
+    return {"hf_ls": __version__, **{name: version(name) for name in names}, "python": platform.python_version()}
 
 
 def one_line(text: str) -> str:

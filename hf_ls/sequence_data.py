@@ -15,12 +15,12 @@ import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, LargeList, List, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
-from hf_ls.data import _FORMATS, _with_validation, check_overlap
+from hf_ls.alignment import IGNORE_INDEX
+from hf_ls.data import FORMATS, check_overlap, with_validation
 from hf_ls.priors import count_labels
 
 logger = logging.getLogger(__name__)
 
-IGNORE_INDEX = -100
 SequenceTask = Literal["seq2seq", "causal-lm", "token-classification"]
 
 
@@ -29,7 +29,8 @@ class SequenceData:
     """Splits with the columns of a task, and what is known about where they come from.
 
     Columns: `source` and `target` (seq2seq, or prompt and completion), `text` (causal-lm), `tokens` and `tags`
-    (token-classification; `label_names` are those of the tags, and empty for the other tasks).
+    (token-classification; `label_names` are those of the tags, and empty for the other tasks). `example` as in
+    `ClassificationData`.
     """
 
     splits: DatasetDict
@@ -37,6 +38,7 @@ class SequenceData:
     name: str
     hub_id: str | None
     licence: str | None
+    example: str | None = None
 
 
 def read_splits(
@@ -47,9 +49,9 @@ def read_splits(
     Raises: ValueError for missing, empty or broken files, unknown or mixed file types, and data without a train split.
     """
     if files:
-        types = {_FORMATS.get(Path(path).suffix.lower()) for path in files.values()}
+        types = {FORMATS.get(Path(path).suffix.lower()) for path in files.values()}
         if len(types) != 1 or None in types:
-            raise ValueError(f"expected files of one type among {sorted(_FORMATS)}, got {sorted(files.values())}; convert them")
+            raise ValueError(f"expected files of one type among {sorted(FORMATS)}, got {sorted(files.values())}; convert them")
         missing = [path for path in files.values() if not Path(path).is_file()]
         if missing:
             raise ValueError(f"expected existing files, got {missing}; check the paths")
@@ -62,10 +64,10 @@ def read_splits(
         except (ValueError, DatasetGenerationError) as error:
             cause = " ".join(str(error.__cause__ or error).split())
             raise ValueError(f"expected rows in {sorted(files.values())}, got: {cause}; check the files") from error
-        return _with_validation(loaded, fraction, seed), ", ".join(Path(path).name for path in files.values()), None
+        return with_validation(loaded, fraction, seed), ", ".join(Path(path).name for path in files.values()), None
     if dataset_name:
         loaded = load_dataset(dataset_name, dataset_config)
-        return _with_validation(loaded, fraction, seed), dataset_name, None if Path(dataset_name).exists() else dataset_name
+        return with_validation(loaded, fraction, seed), dataset_name, None if Path(dataset_name).exists() else dataset_name
     raise ValueError("expected dataset_name or train_file, got neither; use the name of embedded data, a Hub id or a file")
 
 

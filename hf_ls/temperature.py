@@ -130,8 +130,8 @@ def bake_temperature(model: PreTrainedModel, temperature: float, inputs: Mapping
 
     t = _check_temperature(temperature)
     batch = _example_inputs(model) if inputs is None else dict(inputs)
-    with _evaluating(model), torch.no_grad():
-        before, name, head = _find_head(model, batch)
+    with in_eval_mode(model), torch.no_grad():
+        before, name, head = find_head(model, batch)
         _check_head(model, name, head)
         parameters = [p for p in (head.weight, head.bias) if p is not None]
         original = [p.detach().clone() for p in parameters]
@@ -169,7 +169,7 @@ def bake_folder(folder: str | os.PathLike[str], temperature: float, inputs: Mapp
     if t != 1.0 and math.isclose(getattr(model.config, "calibration_temperature", 1.0), t, rel_tol=1e-9):
         return
     batch = _example_inputs(model) if inputs is None else dict(inputs)
-    with _evaluating(model), torch.no_grad():
+    with in_eval_mode(model), torch.no_grad():
         before = _logits_of(model, batch)
     bake_temperature(model, t, batch)
 
@@ -218,7 +218,7 @@ def _example_inputs(model: Any) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Switch off dropout, and restore each module's own mode afterwards: a frozen backbone may be in eval mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -243,7 +243,7 @@ def _logits_of(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
     return logits
 
 
-def _find_head(model: Any, batch: Mapping[str, Any]) -> tuple[torch.Tensor, str, nn.Linear]:
+def find_head(model: Any, batch: Mapping[str, Any]) -> tuple[torch.Tensor, str, nn.Linear]:
     """Return the logits of the batch with the name and module of the linear layer that produced them."""
     from torch import nn
 

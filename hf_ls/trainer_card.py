@@ -9,28 +9,23 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-import platform
 from collections.abc import Mapping
-from importlib.metadata import version
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import Tensor
 from transformers import Trainer
 from transformers.modelcard import TASK_MAPPING
 
-import hf_ls
 from hf_ls.card import MARKER, is_generated, model_card, smoothing_lines
 from hf_ls.card_metadata import HUB_METRICS, hub_id
 from hf_ls.files import write_atomically
 from hf_ls.head import output_embedding
-from hf_ls.markdown import in_words, link, plain, table
-from hf_ls.report import CalibrationReport, one_line
+from hf_ls.markdown import in_words, link, markdown_table, plain
+from hf_ls.report import REPORT, CalibrationReport, one_line, package_versions
 from hf_ls.softening import techniques
 
 if TYPE_CHECKING:
@@ -40,7 +35,6 @@ else:
 
 logger = logging.getLogger(__name__)
 
-REPORT = "calibration.json"
 _N_BINS = 15  # of the ECE which an evaluation logs
 _NO_METRICS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 _TEMPLATE = """---
@@ -148,13 +142,15 @@ def trainer_card(trainer: Any, given: Mapping[str, Any]) -> str:
         summary=f"A {plain(type(trainer.accelerator.unwrap_model(trainer.model)).__name__)}, {origin}."
         + (f" Data: {', '.join(titles)}." if titles else ""),
         evaluated=where,
-        table=table([["metric", "value"], *([key.replace("_", " "), f"{number:.4f}"] for key, number in metrics.items())], 1)
+        table=markdown_table(
+            [["metric", "value"], *([key.replace("_", " "), f"{number:.4f}"] for key, number in metrics.items())], 1
+        )
         if metrics
         else None,
         smoothing=smoothing,
         settings=_settings(trainer, base),
         limitations=_limitations(metrics, smoothed, trainer._spans),
-        versions=[f"{plain(key)} {plain(number)}" for key, number in _versions().items()],
+        versions=[f"{plain(key)} {plain(number)}" for key, number in package_versions().items()],
     )
     return str(card).rstrip() + "\n"
 
@@ -381,11 +377,6 @@ def _limitations(metrics: Mapping[str, float], smoothed: bool, spans: bool) -> l
             "errors by confidence (Xia 2025), and a smoothed model is usually a worse teacher for distillation (Müller 2019)."
         )
     return [*lines, "Biases of the base model and of the data were not examined."]
-
-
-def _versions() -> dict[str, str]:
-    known = {"hf_ls": hf_ls.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
-    return known | {name: version(name) for name in ("accelerate", "datasets")} | {"python": platform.python_version()}
 
 
 def _listed(value: Any) -> list[str]:

@@ -10,6 +10,8 @@ import transformers as tf
 from torch.utils.data import Dataset
 from transformers.trainer_callback import PrinterCallback
 
+from hf_ls import LabelSmoothingArguments, LabelSmoothingTrainer
+
 VOCAB, CLASSES = 97, 5
 LENGTHS = (40, 38, 6, 5, 20, 3, 9, 4)
 
@@ -169,3 +171,16 @@ def one_step(trainer_class: type, model: Any, rows: Rows, folder: Path, args_cla
     trainer.train()
     record = next(entry for entry in trainer.state.log_history if "loss" in entry)
     return record, before - weights(model)
+
+
+def ours(folder: Path | str, model: Any, rows: Rows | None = None, **kwargs: Any) -> LabelSmoothingTrainer:
+    """Our Trainer with `arguments`, silent."""
+    trainer = LabelSmoothingTrainer(
+        model=model,
+        args=arguments(folder, LabelSmoothingArguments, **kwargs),
+        train_dataset=rows,
+        eval_dataset=rows,
+        data_collator=collate,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer

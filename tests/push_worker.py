@@ -10,7 +10,7 @@ from test_report import make_report
 
 from hf_ls import LabelSmoothingTrainer
 from hf_ls.evaluating import update_card
-from hf_ls.publish import REPORT
+from hf_ls.report import REPORT
 
 
 def pushed(trainer_class: type, folder: Path, report: bool = False) -> None:

@@ -30,8 +30,7 @@ from hf_ls.evaluating import POSTHOC, ROW, EvaluateArguments, evaluate, parse_ev
 from hf_ls.label_matching import match_labels, permutation_warning
 from hf_ls.metrics import ece, nll
 from hf_ls.pipelines import probabilities
-from hf_ls.publish import REPORT
-from hf_ls.report import CalibrationReport
+from hf_ls.report import REPORT, CalibrationReport
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("negative", "neutral", "positive")

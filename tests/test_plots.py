@@ -18,8 +18,9 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 from test_report import make_report, make_token_report
 
+from hf_ls.figures import DPI
 from hf_ls.metrics import wilson_interval
-from hf_ls.plots import DPI, confidence, groups, loss_curve, plot_reliability, reliability, write_plots
+from hf_ls.plots import confidence, groups, loss_curve, plot_reliability, reliability, write_plots
 from hf_ls.report import CalibrationReport
 
 REPORTS: dict[str, dict[str, Any]] = {

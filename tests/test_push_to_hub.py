@@ -13,18 +13,18 @@ import pytest
 import torch
 import transformers as tf
 import yaml
+from card_reading import HOSTILE, headings, rendered
 from fake_hub import fake_hub
 from helpers import CLASSES, VOCAB, arguments, classification_rows, collate, tiny_bert, tiny_llama, token_rows
 from huggingface_hub import EvalResult, ModelCard
-from test_card import HOSTILE, headings, rendered
 from test_report import make_report
 
 from hf_ls import LabelSmoothingArguments, LabelSmoothingTrainer, Objective, Schedule, Smoothing
 from hf_ls.card import MARKER, model_card
 from hf_ls.card_metadata import eval_results
 from hf_ls.distillation import smoothing_evidence
-from hf_ls.report import one_line
-from hf_ls.trainer_card import REPORT, last_evaluation
+from hf_ls.report import REPORT, one_line
+from hf_ls.trainer_card import last_evaluation
 
 TESTS = Path(__file__).parent
 SECTIONS = ["Evaluation", "Label smoothing", "Training", "Limitations", "Versions"]

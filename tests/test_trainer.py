@@ -14,6 +14,7 @@ from helpers import (
     classification_rows,
     collate,
     one_step,
+    ours,
     seq2seq_rows,
     tiny_bart,
     tiny_bert,
@@ -25,23 +26,10 @@ from helpers import (
 )
 
 from hf_ls import LabelSmoothingArguments, LabelSmoothingMixin, LabelSmoothingTrainer, SmoothedCrossEntropy, Smoothing
-from hf_ls.metrics.core import ece
 
 CLASSIFIERS = [tiny_bert, tiny_distilbert, tiny_modernbert]
 GENERATORS = [(tiny_llama, token_rows), (tiny_t5, seq2seq_rows), (tiny_bart, seq2seq_rows)]
 ALL = [(model, classification_rows) for model in CLASSIFIERS] + GENERATORS
-
-
-def ours(folder, model, rows=None, **kwargs):
-    trainer = LabelSmoothingTrainer(
-        model=model,
-        args=arguments(folder, LabelSmoothingArguments, **kwargs),
-        train_dataset=rows,
-        eval_dataset=rows,
-        data_collator=collate,
-    )
-    trainer.remove_callback(tf.trainer_callback.PrinterCallback)
-    return trainer
 
 
 def full_batch(model, rows, epsilon):
@@ -128,80 +116,6 @@ def test_class_weights_are_exact_under_accumulation(tmp_path):
         assert trainer.state.log_history[0]["loss"] == pytest.approx(((losses * w).sum() / w.sum()).item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 7, 23])
-def test_trap_04_evaluation_is_unsmoothed_and_does_not_depend_on_the_batch_size(tmp_path, batch_size):
-    rows = classification_rows(23)
-    model = tiny_bert().double().eval()
-    metrics = ours(tmp_path, model, rows, per_device_eval_batch_size=batch_size, label_smoothing_factor=0.1).evaluate()
-    batch = collate(rows.rows)
-    with torch.no_grad():
-        logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
-    y, p = batch["labels"], logits.softmax(-1)
-    confidence, prediction = p.max(-1)
-    assert metrics["eval_nll"] == pytest.approx(F.cross_entropy(logits, y).item(), abs=1e-9)
-    assert metrics["eval_loss"] == metrics["eval_nll"]
-    assert metrics["eval_brier"] == pytest.approx(((p - F.one_hot(y, 5)) ** 2).sum(-1).mean().item(), abs=1e-9)
-    assert metrics["eval_accuracy"] == pytest.approx((prediction == y).double().mean().item())
-    assert metrics["eval_ece"] == pytest.approx(ece(confidence.numpy(), (prediction == y).numpy()), abs=1e-9)
-    assert metrics["eval_signed_gap"] == pytest.approx((confidence - (prediction == y).double()).mean().item(), abs=1e-9)
-
-
-def test_trap_04_stock_eval_loss_is_smoothed_and_a_mean_of_means(tmp_path):
-    model, rows = tiny_llama(sharpness=30).eval(), token_rows(seed=3)
-    batch = collate(rows.rows)
-    nll = model(**batch).loss.item()
-    stock, mine = {}, {}
-    for size in (1, 8):
-        kwargs = dict(per_device_eval_batch_size=size, label_smoothing_factor=0.1)
-        trainer = tf.Trainer(model=model, args=arguments(tmp_path, **kwargs), eval_dataset=rows, data_collator=collate)
-        stock[size] = trainer.evaluate()["eval_loss"]
-        mine[size] = ours(tmp_path, model, rows, **kwargs).evaluate()["eval_loss"]
-    assert mine[1] == pytest.approx(nll, rel=1e-5)
-    assert mine[8] == pytest.approx(mine[1], rel=1e-6)
-    if stock[1] == pytest.approx(nll, rel=1e-3) and stock[8] == pytest.approx(nll, rel=1e-3):
-        pytest.skip("this version of transformers reports the unsmoothed, token-weighted eval_loss")
-    assert abs(stock[1] - stock[8]) > 1e-3 or abs(stock[8] - nll) > 1e-3
-
-
-def test_evaluation_leaves_the_training_loss_smoothed(tmp_path):
-    trainer = ours(tmp_path, tiny_bert(), classification_rows(), label_smoothing_factor=0.3)
-    batch, model = collate(classification_rows().rows), trainer.model
-    logits = model.train()(**batch).logits
-    assert trainer.compute_loss(model, batch).item() == pytest.approx(
-        F.cross_entropy(logits, batch["labels"], label_smoothing=0.3).item()
-    )
-    assert trainer.compute_loss(model.eval(), batch).item() == pytest.approx(F.cross_entropy(logits, batch["labels"]).item())
-    assert "labels" in batch
-
-
-def test_own_compute_metrics_are_kept_beside_ours(tmp_path):
-    trainer = ours(tmp_path, tiny_bert(), classification_rows(11), per_device_eval_batch_size=4)
-    trainer.compute_metrics = lambda p: {"n": p.predictions.shape[0], "accuracy": 2.0}
-    metrics = trainer.evaluate()
-    assert (metrics["eval_n"], metrics["eval_accuracy"]) == (11, 2.0)
-    assert 0 <= metrics["eval_ece"] <= 1
-
-
-def test_named_evaluation_sets_get_their_own_metrics(tmp_path):
-    trainer = ours(tmp_path, tiny_bert(), classification_rows())
-    metrics = trainer.evaluate({"a": classification_rows(5), "b": classification_rows(6, seed=1)})
-    assert metrics["eval_a_nll"] != metrics["eval_b_nll"]
-    assert metrics["eval_a_loss"] == metrics["eval_a_nll"]
-
-
-def test_predict_returns_logits_and_prefixed_metrics(tmp_path):
-    output = ours(tmp_path, tiny_bert(), classification_rows(9), per_device_eval_batch_size=4).predict(classification_rows(9))
-    assert output.predictions.shape == (9, 5)
-    assert output.metrics["test_loss"] == output.metrics["test_nll"]
-
-
-def test_unlabelled_prediction_has_no_invented_metrics(tmp_path):
-    rows = Rows([{k: v for k, v in row.items() if k != "labels"} for row in classification_rows(5).rows])
-    output = ours(tmp_path, tiny_bert(), classification_rows()).predict(rows)
-    assert output.predictions.shape == (5, 5)
-    assert not any("nll" in name or "loss" in name for name in output.metrics)
-
-
 def test_trap_09_an_all_ignored_batch_trains_on_nothing(tmp_path):
     rows = token_rows((5, 6, 7, 8))
     rows.rows[0]["labels"][:] = -100
@@ -239,43 +153,6 @@ def test_tokens_are_counted_right_when_the_first_micro_batch_has_no_label(tmp_pa
         **kwargs,
     )
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-6)
-
-
-@pytest.mark.parametrize("name", ["ece", "eval_nll", "brier", "loss", "eval_test_ece", "eval_loss"])
-def test_trap_10_lower_is_better_for_losses_and_calibration_errors(tmp_path, name):
-    assert LabelSmoothingArguments(str(tmp_path), metric_for_best_model=name).greater_is_better is False
-    with pytest.raises(ValueError, match="greater_is_better=False"):
-        LabelSmoothingArguments(str(tmp_path), metric_for_best_model=name, greater_is_better=True)
-
-
-def test_trap_10_greater_is_better_for_accuracy(tmp_path):
-    assert LabelSmoothingArguments(str(tmp_path), metric_for_best_model="accuracy").greater_is_better is True
-
-
-def test_trap_10_plain_arguments_which_guessed_wrong_are_refused(tmp_path):
-    stock = arguments(tmp_path, metric_for_best_model="ece")
-    if stock.greater_is_better is False:
-        pytest.skip("this version of transformers knows that ece is lower-is-better")
-    with pytest.raises(ValueError, match="LabelSmoothingArguments"):
-        LabelSmoothingTrainer(model=tiny_bert(), args=stock)
-
-
-def test_trap_10_the_best_checkpoint_is_the_one_with_the_lowest_nll(tmp_path):
-    args = LabelSmoothingArguments(
-        str(tmp_path), use_cpu=True, report_to=[], max_steps=4, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
-        learning_rate=5e-2, load_best_model_at_end=True, metric_for_best_model="nll", disable_tqdm=True, label_smoothing_factor=0.1,
-    )  # fmt: skip
-    trainer = LabelSmoothingTrainer(
-        model=tiny_bert(),
-        args=args,
-        train_dataset=classification_rows(),
-        eval_dataset=classification_rows(16, seed=5),
-        data_collator=collate,
-    )
-    trainer.train()
-    history = {r["step"]: r["eval_nll"] for r in trainer.state.log_history if "eval_nll" in r}
-    assert trainer.state.best_global_step == min(history, key=history.get)
-    assert trainer.evaluate()["eval_nll"] == pytest.approx(min(history.values()), rel=1e-6)
 
 
 def test_trap_14_compute_loss_func_is_refused(tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_ls.metrics.core import CELLS, PredictionStatistics, ReliabilityBins, bin_edges, bin_index
+from hf_ls.metrics.core import CELLS, ReliabilityBins, bin_edges, bin_index
 from hf_ls.metrics.ties import equal_mass_sums
 from hf_ls.metrics.validation import Floats, check_confidence, check_count
 
@@ -89,10 +89,6 @@ class StreamingCalibration:
         self.correct += np.bincount(cell[hits], minlength=CELLS)
         self.nll += float(nats.sum())
         self.brier += float(squares.sum())
-
-    def update_statistics(self, stats: PredictionStatistics) -> None:
-        """Add the predictions of one `PredictionStatistics`."""
-        self.update(stats.confidence, stats.correct, stats.nll, stats.brier)
 
     def __add__(self, other: StreamingCalibration) -> StreamingCalibration:
         """Return the state of both sets of predictions together."""

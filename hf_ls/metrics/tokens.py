@@ -66,10 +66,10 @@ class TokenCalibration:
         seed: int = 0,
     ) -> None:
         """Start with no tokens."""
-        self.eos_token_id = None if eos_token_id is None else _check_natural(eos_token_id, "eos_token_id")
+        self.eos_token_id = None if eos_token_id is None else check_count(eos_token_id, "eos_token_id", least=0)
         self.token_counts = None if token_counts is None else _check_token_counts(token_counts)
         self.repetitions = check_count(repetitions, "repetitions")
-        self.seed = _check_natural(seed, "seed")
+        self.seed = check_count(seed, "seed", least=0)
         self._frequency = None if self.token_counts is None else np.searchsorted(_DECADES, self.token_counts, side="right")
         self._cells = StreamingCalibration()
         self._groups = np.zeros((2, len(_GROUPS), _WIDTH))  # sums, and what their rounding lost
@@ -363,14 +363,6 @@ def _add(sums: Floats, values: Floats) -> None:
 def _exp(nats: Any) -> float:
     with np.errstate(over="ignore"):  # inf is the value beyond 709 nats
         return float(np.exp(nats))
-
-
-def _check_natural(value: Any, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"expected an integer {name}, got {value!r}; give one whole number")
-    if value < 0:
-        raise ValueError(f"expected {name} of at least 0, got {value}; give a whole number such as 2")
-    return int(value)
 
 
 def _check_token_counts(token_counts: Any) -> Integers:

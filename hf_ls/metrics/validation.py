@@ -170,15 +170,15 @@ def check_confidence(confidence: Any, correct: Any) -> tuple[Floats, Booleans]:
     return values, hits.astype(bool)
 
 
-def check_count(value: Any, name: str) -> int:
-    """Return `value` as an int of at least 1.
+def check_count(value: Any, name: str, least: int = 1) -> int:
+    """Return `value` as an int of at least `least`.
 
     Raises:
         TypeError: not an integer.
-        ValueError: below 1.
+        ValueError: below it.
     """
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"expected an integer {name}, got {value!r}; give a whole number such as 15")
-    if value < 1:
-        raise ValueError(f"expected {name} of at least 1, got {value}; give a whole number such as 15")
+    if value < least:
+        raise ValueError(f"expected {name} of at least {least}, got {value}; give a whole number such as 15")
     return int(value)
