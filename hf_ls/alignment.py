@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import unwrap_model
 
-from hf_ls.losses import logits_of, shift_if, smoothed_terms
+from hf_ls.head import output_embedding
+from hf_ls.losses import check_no_probabilities, logits_of, shift_if, smoothed_terms
 from hf_ls.smoothing import Smoothing
 
 # What context parallelism and padding-free collators call labels which are aligned with the logits already.
@@ -95,11 +96,11 @@ def base_model(model: nn.Module) -> nn.Module:
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
-def check_supported(model: nn.Module, label_names: list[str], *, spans: bool = False) -> None:
+def check_supported(model: nn.Module, label_names: list[str], class_weight: Tensor | None = None, *, spans: bool = False) -> None:
     """Refuse tasks in which label smoothing over one softmax has no meaning; `spans`: two positions are the labels.
 
-    Raises: ValueError for multi-label and regression heads, for losses over alignments (CTC, transducers), and for models with
-    no or several label inputs.
+    Raises: ValueError for multi-label and regression heads, for losses over alignments (CTC, transducers), for models with
+    no or several label inputs, and for class weights of another K.
     """
     inner = base_model(model)
     name, config = type(inner).__name__, getattr(model, "config", None)
@@ -133,6 +134,9 @@ def check_supported(model: nn.Module, label_names: list[str], *, spans: bool = F
         )
     if len(label_names) != 1 and not spans:
         raise ValueError(f"expected one label input, got {label_names}; {name} is not supported, use transformers.Trainer")
+    classes = getattr(config, "num_labels", None) if output_embedding(model) is None and not spans else None
+    if class_weight is not None and classes is not None and class_weight.shape != (classes,):
+        raise ValueError(f"expected class_weight [{classes}], got {tuple(class_weight.shape)}; one weight per class of the model")
 
 
 def decoder_inputs(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> dict[str, Any]:
@@ -163,7 +167,7 @@ def model_loss_gap(model: nn.Module, inputs: dict[str, Any], label_name: str) ->
     Two forwards in evaluation mode: no dropout, no random numbers drawn. A batch which has only `shift_labels` is compared
     with the NLL without a further shift.
 
-    Raises: ValueError/TypeError as `smoothed_terms`, and when the model returns no logits.
+    Raises: ValueError/TypeError as `smoothed_terms`, and when the model returns no logits, or probabilities instead.
     """
     given = inputs.get(label_name)
     aligned = given is None
@@ -173,6 +177,7 @@ def model_loss_gap(model: nn.Module, inputs: dict[str, Any], label_name: str) ->
     with evaluating(model):
         outputs = model(**bare)
         logits = logits_of(outputs)
+        check_no_probabilities(logits)
         # Before the model sees the labels: wrong ones end in an index error there, or in a crashed GPU.
         unshifted = _mean_nll(logits, labels)
         shifted = _mean_nll(*shift_if(True, logits, labels)) if labels.dim() == 2 and not aligned else None

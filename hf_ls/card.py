@@ -102,11 +102,21 @@ def write_card(report: CalibrationReport, folder: str | os.PathLike[str], *, ove
 
     Raises: ValueError for one which was written by hand, unless `overwrite`; and as `model_card`.
     """
-    path, text = Path(folder, "README.md"), model_card(report)
-    if not overwrite and path.exists() and not is_generated(path.read_text(encoding="utf-8", errors="replace")):
-        remedy = "move it away, or pass overwrite=True"
+    text = model_card(report)
+    if not overwrite:
+        check_card(folder)
+    return write_atomically(Path(folder, "README.md"), text)
+
+
+def check_card(folder: str | os.PathLike[str]) -> None:
+    """Refuse a folder with a README.md which somebody wrote.
+
+    Raises: ValueError.
+    """
+    path = Path(folder, "README.md")
+    if path.exists() and not is_generated(path.read_text(encoding="utf-8", errors="replace")):
+        remedy = "move it away, or call write_card with overwrite=True"
         raise ValueError(f"expected {path} to be absent or generated, got one written by hand; {remedy}")
-    return write_atomically(path, text)
 
 
 def _base(report: CalibrationReport) -> str:

@@ -16,10 +16,12 @@ from accelerate import PartialState
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
+from hf_ls.explain import read_json
 from hf_ls.files import write_atomically
 from hf_ls.smoothing import Smoothing
 
 MARK = "hf_ls_complete.json"
+_SHAPE = ("model_type", "vocab_size", "hidden_size", "d_model", "dim", "num_hidden_layers", "n_layers", "n_layer", "id2label")
 
 
 class CheckpointMark(TrainerCallback):
@@ -40,7 +42,7 @@ class CheckpointMark(TrainerCallback):
         if not processes.is_main_process:
             return
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        write_atomically(folder / MARK, json.dumps(_identity(self.smoothing)))
+        write_atomically(folder / MARK, json.dumps(_identity(self.smoothing) | {"files": _sizes(folder)}))
         self._delete_old(args.output_dir, state.best_model_checkpoint)
 
     def _delete_old(self, output_dir: str, best: str | None) -> None:
@@ -57,6 +59,11 @@ def _identity(smoothing: Smoothing) -> dict[str, Any]:
     return {"num_processes": PartialState().num_processes, "epsilon": smoothing.epsilon, "convention": smoothing.convention}
 
 
+def _sizes(folder: Path) -> dict[str, int]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARK and path.suffix != ".tmp")
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """The marked checkpoint with the highest step in `output_dir`, or None."""
     folders = [path.parent for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{MARK}")]
@@ -64,17 +71,53 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
     return str(steps[max(steps)]) if steps else None
 
 
-def check_resumable(checkpoint: str | os.PathLike, smoothing: Smoothing) -> None:
+def check_resumable(checkpoint: str | os.PathLike, smoothing: Smoothing, model: Any = None) -> None:
     """Refuse a checkpoint which this run cannot continue exactly.
 
-    Raises: ValueError for an incomplete checkpoint, another number of processes (each has its own random state and share
-    of the data) or another epsilon.
+    Args:
+        model: whose sizes and labels are compared with those of the checkpoint; None leaves this out.
+
+    Raises: ValueError for an incomplete or changed checkpoint, one of another model, another number of processes (each has
+    its own random state and share of the data) or another epsilon.
     """
     mark = Path(checkpoint) / MARK
     if not mark.is_file():
         raise ValueError(f"expected a complete checkpoint, got {checkpoint} without {MARK}; resume from 'last' or an earlier one")
-    saved, now = json.loads(mark.read_text(encoding="utf-8")), _identity(smoothing)
+    saved, now = read_json(mark, "resume from an earlier checkpoint, or start afresh"), _identity(smoothing)
     different = {name: (saved.get(name), value) for name, value in now.items() if saved.get(name) != value}
     if different:
         shown = ", ".join(f"{name} {old} there and {new} here" for name, (old, new) in different.items())
         raise ValueError(f"expected the settings of {checkpoint}, got {shown}; resume with the same ones or start afresh")
+    # A missing optimizer.pt would not stop the Trainer: it goes on without the optimizer's state, in silence.
+    sizes = _sizes(Path(checkpoint))
+    changed = [
+        f"{name} with {sizes.get(name, 'no')} of {size} bytes"
+        for name, size in saved.get("files", {}).items()
+        if sizes.get(name) != size
+    ]
+    if changed:
+        raise ValueError(
+            f"expected {checkpoint} as it was written, got {', '.join(changed)}; copy it again, resume from an earlier "
+            "checkpoint, or start afresh"
+        )
+    if model is not None:
+        _check_model(Path(checkpoint), model)
+
+
+def _check_model(checkpoint: Path, model: Any) -> None:
+    if not (checkpoint / "config.json").is_file():  # adapters have none
+        return
+    saved, own = (
+        read_json(checkpoint / "config.json", "resume from an earlier checkpoint"),
+        json.loads(model.config.to_json_string(use_diff=False)),
+    )
+    different = [
+        f"{name} {saved[name]} there and {own[name]} here"
+        for name in _SHAPE
+        if name in saved and name in own and saved[name] != own[name]
+    ]
+    if different:
+        raise ValueError(
+            f"expected a checkpoint of this model, got {checkpoint} with {', '.join(different)}; resume in the "
+            "folder of its own run"
+        )

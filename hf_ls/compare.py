@@ -19,10 +19,11 @@ from hf_ls.compare_report import Facts, print_comparison, write_report
 from hf_ls.compare_results import Predictions, clearly_worse, epsilon_ceiling
 from hf_ls.comparison import BASELINE, Comparison, compare
 from hf_ls.config import Config, Parser, about, parse_config
-from hf_ls.criterion import parse_params
+from hf_ls.criterion import Criterion, parse_params
 from hf_ls.files import write_atomically
 from hf_ls.publish import folder_of, pictures_of
 from hf_ls.report import REPORT, CalibrationReport
+from hf_ls.smoothing import Smoothing
 
 SETTINGS = "compare.json"
 _GRID = (0.0, 0.05, 0.1, 0.2)
@@ -109,6 +110,8 @@ def parse_compare(argv: Sequence[str]) -> tuple[CompareArguments, Config, list[s
             "expected no resume_from_checkpoint or overwrite_output_dir, got one: finished runs in output_dir are always kept; "
             "give another output_dir to start afresh"
         )
+    for cell in plan(options, options.seeds[0]):  # before anything is written
+        Criterion(Smoothing(cell.epsilon), cell.objective, parse_params(cell.params))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("expected one process, got several; start it with python, it starts its own: --jobs")
     return options, config, rest

@@ -12,20 +12,18 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, concatenate_datasets, load_dataset
-from datasets.exceptions import DatasetGenerationError
+from datasets import ClassLabel, Dataset, concatenate_datasets
 
 from hf_ls.config import Config
 from hf_ls.data import EMBEDDED_DATASET, ClassificationData, load_snippets
 from hf_ls.files import write_atomically
 from hf_ls.loading import load_data
+from hf_ls.reading import read_files
 
 logger = logging.getLogger(__name__)
 
-_READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _COLUMNS = ("text", "text_pair", "label")
 
 
@@ -121,14 +119,7 @@ def read_labelled(path: Path, config: Config, data: ClassificationData) -> Datas
 
     Raises: ValueError for a missing or unreadable file, missing columns, and unknown labels.
     """
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None or not path.is_file():
-        raise ValueError(f"expected an existing file of a type among {sorted(_READERS)}, got {path}; check --ood_file")
-    extra: dict[str, Any] = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
-    try:
-        rows = load_dataset(reader, data_files=str(path), split="train", **extra)
-    except (ValueError, DatasetGenerationError) as error:
-        raise ValueError(f"expected rows in {path}, got: {' '.join(str(error.__cause__ or error).split())}; check it") from error
+    rows = read_files({"train": str(path)})["train"]
     settings = config.data
     names = {settings.text_column: "text", settings.label_column: "label"}
     names |= {settings.text_pair_column: "text_pair"} if settings.text_pair_column else {}

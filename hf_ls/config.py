@@ -181,7 +181,7 @@ class Parser(HfArgumentParser):
 
         Raises: ValueError, always.
         """
-        raise ValueError(f"{message}; see --help")
+        raise ValueError(f"expected settings as --help describes them, got: {message}; see --help")
 
 
 def parse_config(argv: Sequence[str] | None = None) -> Config:
@@ -204,9 +204,7 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
         [*from_file, *argv], return_remaining_strings=True, look_for_args_file=False
     )
     if rest:
-        raise ValueError(
-            f"expected known settings, got {rest[0]}{_nearest(rest[0].lstrip('-').split('=')[0], known)}; see --help"
-        )
+        raise ValueError(f"expected known settings, got {rest[0]}{nearest(rest[0].lstrip('-').split('=')[0], known)}; see --help")
     config = Config(*parsed)
     _check(config)
     return config
@@ -237,8 +235,9 @@ def yaml_arguments(path: Path, known: set[str], without: Collection[str] = ()) -
     """
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except FileNotFoundError as error:
-        raise ValueError(f"expected a config file, got no file at {path}; check the path") from error
+    except OSError as error:
+        found = f"no file at {path}" if isinstance(error, FileNotFoundError) else f"{path}: {error.strerror}"
+        raise ValueError(f"expected a config file, got {found}; check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"expected valid YAML in {path}, got: {' '.join(str(error).split())}; fix that line") from error
     if node is None:
@@ -250,7 +249,7 @@ def yaml_arguments(path: Path, known: set[str], without: Collection[str] = ()) -
     for key_node, value in node.value:
         key = str(key_node.value)
         if key not in known:
-            raise ValueError(f"expected known settings in {path}, got {key!r}{_nearest(key, known)}; see --help")
+            raise ValueError(f"expected known settings in {path}, got {key!r}{nearest(key, known)}; see --help")
         if key in seen:
             raise ValueError(f"expected each setting once in {path}, got {key!r} twice; remove one")
         seen.add(key)
@@ -272,7 +271,8 @@ def _argument(path: Path, key: str, node: yaml.Node) -> list[str]:
     return [f"--{key}={json.dumps(value)}"]
 
 
-def _nearest(name: str, known: set[str]) -> str:
+def nearest(name: str, known: Collection[str]) -> str:
+    """The known name which is most like this one, as a question; empty if none is."""
     matches = difflib.get_close_matches(name, sorted(known), n=1)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value, load_dataset
-from datasets.exceptions import DatasetGenerationError
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+
+from hf_ls.reading import check_texts, read_files, read_hub
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,6 @@ EMBEDDED_DATASET = "snippets"
 EMBEDDED_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 SNIPPET_LABELS = ("negative", "neutral", "positive")
 _SNIPPETS = Path(__file__).parent / "embedded" / "vader_human.jsonl.gz"
-FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -125,32 +125,8 @@ def load_classification(
     Raises: ValueError for missing splits or columns, unknown file types, one class only, and labels of a later split which
     train does not have.
     """
-    if files:
-        types = {FORMATS.get(Path(path).suffix.lower()) for path in files.values()}
-        if len(types) != 1 or None in types:
-            raise ValueError(f"expected files of one type among {sorted(FORMATS)}, got {sorted(files.values())}; convert them")
-        missing = [path for path in files.values() if not Path(path).is_file()]
-        if missing:
-            raise ValueError(f"expected existing files, got {missing}; check the paths")
-        empty = [path for path in files.values() if not Path(path).stat().st_size]
-        if empty:
-            raise ValueError(f"expected rows in {empty}, got: empty files; check the files")
-        extra = {"sep": "\t"} if any(path.endswith(".tsv") for path in files.values()) else {}
-        try:
-            loaded = load_dataset(next(iter(types)), data_files=files, **extra)
-        except (ValueError, DatasetGenerationError) as error:
-            cause = " ".join(str(error.__cause__ or error).split())
-            raise ValueError(f"expected rows in {sorted(files.values())}, got: {cause}; check the files") from error
-        name, hub_id = ", ".join(Path(path).name for path in files.values()), None
-    elif dataset_name:
-        loaded = load_dataset(dataset_name, dataset_config)
-        name, hub_id = dataset_name, None if Path(dataset_name).exists() else dataset_name
-    else:
-        raise ValueError(
-            f"expected dataset_name or train_file, got neither; use dataset_name: {EMBEDDED_DATASET} for the embedded data"
-        )
+    splits, name, hub_id = read_splits(dataset_name, dataset_config, files, validation_fraction, seed)
     columns = [column for column in (text_column, text_pair_column, label_column) if column]
-    splits = with_validation(loaded, validation_fraction, seed)
     for split, part in splits.items():
         absent = [column for column in columns if column not in part.column_names]
         if absent:
@@ -164,14 +140,33 @@ def load_classification(
         renamed = renamed.rename_column(text_column, "text")
     if text_pair_column and text_pair_column != "text_pair":
         renamed = renamed.rename_column(text_pair_column, "text_pair")
+    for split, part in renamed.items():
+        check_texts(part, split)
     labelled, names = _integer_labels(renamed)
     return ClassificationData(labelled, names, name, hub_id, None)
+
+
+def read_splits(
+    dataset_name: str | None, dataset_config: str | None, files: dict[str, str] | None, fraction: float, seed: int
+) -> tuple[DatasetDict, str, str | None]:
+    """Train, validation and perhaps test from the Hub or local files as they are, the name of the data, and its Hub id.
+
+    Raises: ValueError as `read_files` and `read_hub`, and for data without a train split or too small to be cut.
+    """
+    if files:
+        return with_validation(read_files(files), fraction, seed), ", ".join(Path(path).name for path in files.values()), None
+    if dataset_name:
+        loaded = read_hub(dataset_name, dataset_config)
+        return with_validation(loaded, fraction, seed), dataset_name, None if Path(dataset_name).exists() else dataset_name
+    raise ValueError(
+        f"expected dataset_name or train_file, got neither; use dataset_name: {EMBEDDED_DATASET} for the embedded data"
+    )
 
 
 def with_validation(loaded: DatasetDict, fraction: float, seed: int) -> DatasetDict:
     """The splits by their usual names, validation cut from train where there is none.
 
-    Raises: ValueError without a train split.
+    Raises: ValueError without a train split, and for one row to be cut.
     """
     names = {"validation": ("validation", "valid", "dev", "val"), "test": ("test",), "train": ("train",)}
     found = {split: next((alias for alias in aliases if alias in loaded), None) for split, aliases in names.items()}
@@ -179,6 +174,10 @@ def with_validation(loaded: DatasetDict, fraction: float, seed: int) -> DatasetD
         raise ValueError(f"expected a train split, got {sorted(loaded)}; name it 'train' or pass --train_file")
     splits = {split: loaded[alias] for split, alias in found.items() if alias}
     if "validation" not in splits:
+        if len(splits["train"]) < 2:
+            raise ValueError(
+                f"expected 2 rows or more to cut a validation split from, got {len(splits['train'])} in train; add some"
+            )
         cut = splits["train"].train_test_split(test_size=fraction, seed=seed)
         splits |= {"train": cut["train"], "validation": cut["test"]}
     return DatasetDict(splits)
@@ -186,6 +185,10 @@ def with_validation(loaded: DatasetDict, fraction: float, seed: int) -> DatasetD
 
 def _integer_labels(splits: DatasetDict) -> tuple[DatasetDict, tuple[str, ...]]:
     feature = splits["train"].features["label"]
+    if not isinstance(feature, ClassLabel | Value):
+        raise ValueError(
+            f"expected one class per row, got {feature} in column label; multi-label data has no single class to keep"
+        )
     if isinstance(feature, ClassLabel):
         names = tuple(feature.names)
         hidden = [split for split, part in splits.items() if min(part["label"]) < 0]

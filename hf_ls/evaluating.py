@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict
 from huggingface_hub import ModelCard, metadata_update
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from rich.console import Console
@@ -24,19 +24,21 @@ from transformers import AutoTokenizer
 
 from hf_ls.alignment import IGNORE_INDEX
 from hf_ls.arguments import LabelSmoothingArguments
-from hf_ls.card import write_card
+from hf_ls.card import check_card, write_card
 from hf_ls.card_metadata import eval_results, hub_id
-from hf_ls.config import Parser, about
-from hf_ls.data import EMBEDDED_DATASET, FORMATS, check_overlap, load_snippets, model_path, tokenise
+from hf_ls.config import Parser, about, nearest
+from hf_ls.data import EMBEDDED_DATASET, check_overlap, load_snippets, model_path, tokenise
+from hf_ls.explain import loading, uploading
 from hf_ls.files import write_atomically
 from hf_ls.findings import regime
 from hf_ls.label_matching import LabelMatch, match_labels, permutation_warning
 from hf_ls.launch import announce
-from hf_ls.outcome import PREDICTIONS, evaluate_classes, evaluate_tokens
+from hf_ls.outcome import OUTCOME, PREDICTIONS, evaluate_classes, evaluate_tokens
 from hf_ls.plots import write_plots
 from hf_ls.posthoc import compare_posthoc
 from hf_ls.pretrained import load_weights
-from hf_ls.report import REPORT, CalibrationReport, one_line, package_versions
+from hf_ls.reading import check_texts, read_files, read_hub
+from hf_ls.report import REPORT, SETTINGS, CalibrationReport, one_line, package_versions
 from hf_ls.sequence_data import tokenise_words
 from hf_ls.tables import table
 from hf_ls.tasks import TASKS
@@ -101,6 +103,18 @@ class EvaluateArguments:
             )
         if os.path.realpath(self.output_dir) == os.path.realpath(self.model_name_or_path):
             raise ValueError("expected an output_dir beside the model, got its own folder; its report would be lost")
+        trained = [name for name in (SETTINGS, OUTCOME) if Path(self.output_dir, name).exists()]
+        if trained:
+            raise ValueError(f"expected an output_dir beside that of a run, got one with {trained[0]}; its report would be lost")
+        if self.update_card and not (self.dataset_id or hub_id(self.dataset_name)):
+            source = self.dataset_name or Path(self.test_file or "").name
+            raise ValueError(
+                f"expected data with an id on the Hub to update a card, got {source!r}; set dataset_id, or write_card"
+            )
+        if self.update_card and not (Path(self.update_card).exists() or hub_id(self.update_card)):
+            raise ValueError(f"expected update_card as a README.md, a folder or a Hub id, got {self.update_card!r}; check it")
+        if self.write_card:
+            check_card(self.output_dir)
         if self.epsilon is not None and not 0 <= self.epsilon < 1:
             raise ValueError(f"expected 0 <= epsilon < 1, got {self.epsilon}; leave it out where it is not known")
         for name in ("max_length", "max_samples", "batch_size"):
@@ -114,7 +128,11 @@ def parse_evaluation(argv: Sequence[str] | None = None) -> EvaluateArguments:
 
     Raises: ValueError for unknown ones and as `EvaluateArguments`.
     """
-    (settings,) = Parser(EvaluateArguments, allow_abbrev=False).parse_args_into_dataclasses(args=argv, look_for_args_file=False)  # type: ignore[arg-type]
+    parser = Parser(EvaluateArguments, allow_abbrev=False)  # type: ignore[arg-type]
+    settings, *_, rest = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True, look_for_args_file=False)
+    if rest:
+        known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
+        raise ValueError(f"expected known settings, got {rest[0]}{nearest(rest[0].lstrip('-').split('=')[0], known)}; see --help")
     return settings
 
 
@@ -196,7 +214,8 @@ def update_card(report: CalibrationReport, target: str, *, token: str | None = N
         write_atomically(path, str(card))
     elif hub_id(target):
         index = eval_results_to_model_index(one_line(report.model_name), results)
-        metadata_update(target, {"model-index": index}, overwrite=True, token=token, commit_message="Calibration results")
+        with uploading("the results", target):
+            metadata_update(target, {"model-index": index}, overwrite=True, token=token, commit_message="Calibration results")
     else:
         raise ValueError(f"expected a README.md, a folder with one or a Hub id, got {target!r}; use write_card for a new card")
 
@@ -220,14 +239,17 @@ def _load(settings: EvaluateArguments) -> tuple[Any, Any]:
     if Path(place, "adapter_config.json").is_file():
         raise ValueError(f"expected a whole model, got adapters in {place}; merge them (merge_and_unload) and save that model")
     given = {"revision": settings.model_revision, "trust_remote_code": settings.trust_remote_code}
-    model, info = load_weights(task.auto_model, place, output_loading_info=True, **given)
+    remedy = "check model_name_or_path and model_revision"
+    with loading(f"a model in safetensors at {place}", remedy):
+        model, info = load_weights(task.auto_model, place, output_loading_info=True, **given)
     random = sorted({*info["missing_keys"], *(str(found) for found in info["mismatched_keys"])})
     if random:
         raise ValueError(
             f"expected a trained {settings.task} model, got {place} without {', '.join(random[:4])}, which would be random; "
             "fine-tune it first (scripts/finetune.py)"
         )
-    return model, AutoTokenizer.from_pretrained(place, **given)
+    with loading(f"a tokenizer at {place}", remedy):
+        return model, AutoTokenizer.from_pretrained(place, **given)
 
 
 def _read(settings: EvaluateArguments) -> tuple[dict[str, Dataset], str, str | None]:
@@ -236,19 +258,13 @@ def _read(settings: EvaluateArguments) -> tuple[dict[str, Dataset], str, str | N
         data = load_snippets()
         return {split: data.splits[split] for split in ("validation", "test")}, data.name, None
     if settings.dataset_name:
-        loaded = load_dataset(settings.dataset_name, settings.dataset_config_name)
+        loaded = read_hub(settings.dataset_name, settings.dataset_config_name)
         if settings.test_split not in loaded:
             raise ValueError(f"expected the split {settings.test_split!r}, got {sorted(loaded)}; set test_split")
         wanted = {"validation": settings.validation_split, "test": settings.test_split}
         found = {split: loaded[alias] for split, alias in wanted.items() if alias in loaded}
         return found, settings.dataset_name, settings.dataset_id or hub_id(settings.dataset_name)
-    types = {FORMATS.get(Path(path).suffix.lower()) for path in settings.files.values()}
-    missing = [path for path in settings.files.values() if not Path(path).is_file()]
-    if missing or len(types) != 1 or None in types:
-        raise ValueError(f"expected existing files of one type among {sorted(FORMATS)}, got {settings.files}; check them")
-    extra = {"sep": "\t"} if any(path.endswith(".tsv") for path in settings.files.values()) else {}
-    loaded = load_dataset(next(iter(types)), data_files=settings.files, **extra)
-    return dict(loaded), Path(settings.files["test"]).name, settings.dataset_id
+    return dict(read_files(settings.files)), Path(settings.files["test"]).name, settings.dataset_id
 
 
 def _matched(settings: EvaluateArguments, raw: dict[str, Dataset], names: list[str]) -> tuple[dict[str, Dataset], LabelMatch]:
@@ -286,6 +302,7 @@ def _matched(settings: EvaluateArguments, raw: dict[str, Dataset], names: list[s
         content = {ours: list(part[theirs]) for theirs, ours in columns.items()}
         labels = [[ids[label] for label in row] for row in values[split]]
         made[split] = Dataset.from_dict(content | ({"tags": labels} if per_token else {"label": [row[0] for row in labels]}))
+        check_texts(made[split], split)
     return made, match
 
 

@@ -9,18 +9,29 @@ import os
 import secrets
 from pathlib import Path
 
+from hf_ls.explain import disk_sentence
+
 
 def write_atomically(path: str | os.PathLike[str], data: str | bytes) -> Path:
     """Write a file through a temporary one beside it, flushed to disk and then renamed over the target.
 
     A reader, or a run killed at any moment, sees the old file or the new one.
+
+    Raises: OSError with a sentence for the user, when the disk is full or the folder cannot be written.
     """
     target = Path(path)
+    try:
+        return _write(target, data.encode() if isinstance(data, str) else data)
+    except OSError as error:
+        raise OSError(error.errno, disk_sentence(error, target)) from error
+
+
+def _write(target: Path, data: bytes) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)

@@ -22,20 +22,21 @@ from transformers import EarlyStoppingCallback, SchedulerType, set_seed
 from transformers.training_args import OptimizerNames
 
 from hf_ls.arguments import LabelSmoothingArguments, smoothing_of
+from hf_ls.card import check_card
 from hf_ls.checkpoint import CheckpointMark, check_resumable, last_complete_checkpoint
 from hf_ls.config import Config
+from hf_ls.explain import read_json
 from hf_ls.files import write_atomically
 from hf_ls.launch import announce
-from hf_ls.loading import Data, load_data, load_distillation_teacher, load_model, load_tokenizer, load_tokens
+from hf_ls.loading import Data, check_tokens, load_data, load_distillation_teacher, load_model, load_tokenizer, load_tokens
 from hf_ls.outcome import OUTCOME, Outcome, evaluate_classes, evaluate_tokens, run_name
 from hf_ls.pictures import PENULTIMATE, penultimate
-from hf_ls.publish import folder_of, publish
-from hf_ls.report import REPORT, CalibrationReport
+from hf_ls.publish import check_push, folder_of, publish
+from hf_ls.report import REPORT, SETTINGS, CalibrationReport
 from hf_ls.sequence_data import token_counts
 from hf_ls.smoothing import Smoothing
 from hf_ls.tasks import TASKS
 
-_SETTINGS = "settings.json"
 _TRAINING_SETTINGS = (
     *("label_smoothing_factor", "label_smoothing_convention", "label_smoothing_schedule", "label_smoothing_final_factor"),
     *("label_smoothing_warmup_steps", "label_smoothing_objective", "label_smoothing_objective_params", "seed", "data_seed"),
@@ -64,12 +65,15 @@ def finetune(config: Config, callbacks: Sequence[Any] = ()) -> CalibrationReport
     tokenizer = load_tokenizer(config)
     with training.main_process_first(desc="tokens"):
         tokens = load_tokens(config, data, tokenizer)
+    # Before anything is written: a model which cannot be had must not cost an earlier run, or leave a folder behind.
+    model = load_model(config, data, tokenizer)
+    check_tokens(tokens, tokenizer, model)
+    load_distillation_teacher(config, tokenizer)
     if config.run.dry_run:
-        model = load_model(config, data, tokenizer)
-        load_distillation_teacher(config, tokenizer)
         announce(f"dry run: {_sizes(tokens)}; {type(model).__name__}, {model.num_parameters():,} weights; settings are sound")
         return None
-    _prepare_output(config)
+    _prepare_output(config, model)
+    del model
     runs = {}
     if config.run.with_baseline:
         baseline = _with_training(
@@ -105,25 +109,30 @@ def settings_of(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(fields, default=str))
 
 
-def _prepare_output(config: Config) -> None:
+def _prepare_output(config: Config, model: Any) -> None:
     """Refuse to mix two runs in one folder, and note the settings of this one.
 
-    Raises: ValueError for an earlier run in the folder, or for resuming one with other settings.
+    Raises: ValueError for an earlier run in the folder, for resuming one with other settings or of another model, for a README.md
+    written by hand, and for deleting what is not the run's.
     """
     training, folder = config.training, folder_of(config)
-    earlier = sorted(str(path) for name in (_SETTINGS, REPORT, "checkpoint-*") for path in folder.glob(name))
+    check_card(folder)
+    earlier = sorted(str(path) for name in (SETTINGS, REPORT, "checkpoint-*") for path in folder.glob(name))
     settings = settings_of(config)
+    if training.push_to_hub and training.should_save:
+        check_push(config)
     if earlier and not training.resume_from_checkpoint:
         if not config.run.overwrite_output_dir:
             raise ValueError(
                 f"expected an output_dir without an earlier run, got {earlier[0]}; use --resume_from_checkpoint last, "
                 "--overwrite_output_dir, or another output_dir"
             )
+        _check_deletable(config, folder)
         PartialState().wait_for_everyone()  # every process has looked before the first one deletes
         if training.should_save:
             shutil.rmtree(folder)
-    elif (folder / _SETTINGS).is_file():
-        saved = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
+    elif (folder / SETTINGS).is_file():
+        saved = read_json(folder / SETTINGS, "start afresh in another output_dir")
         different = [
             f"{name}: {saved.get(name)} then, {value} now" for name, value in settings.items() if saved.get(name) != value
         ]
@@ -131,9 +140,25 @@ def _prepare_output(config: Config) -> None:
             raise ValueError(
                 f"expected the settings of the run in {folder}, got {'; '.join(different)}; restore them or start afresh"
             )
+    if training.resume_from_checkpoint not in (None, "last"):
+        check_resumable(training.resume_from_checkpoint, smoothing_of(training), model)
     PartialState().wait_for_everyone()
     if training.should_save:
-        write_atomically(folder / _SETTINGS, json.dumps(settings, indent=1))
+        write_atomically(folder / SETTINGS, json.dumps(settings, indent=1))
+
+
+def _check_deletable(config: Config, folder: Path) -> None:
+    """Refuse to delete a folder in which somebody works, or what this run reads.
+
+    Raises: ValueError.
+    """
+    names = [*config.data.files.values(), config.model.model_name_or_path, config.model.tokenizer_name, config.data.dataset_name]
+    read = [Path(name) for name in [*names, config.training.distillation_teacher] if name and Path(name).exists()]
+    for path in (Path.cwd(), Path.home(), *read):
+        if path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"expected a folder of a run alone to delete, got {folder} with {path} in it; give another output_dir"
+            )
 
 
 def _run(config: Config, data: Data, tokens: DatasetDict, tokenizer: Any, more: Sequence[Any] = ()) -> Outcome:
@@ -166,7 +191,7 @@ def _run(config: Config, data: Data, tokens: DatasetDict, tokenizer: Any, more: 
     if task.per_token and not task.has_classes:
         trainer.token_counts = token_counts(tokens["train"], model.config.get_text_config().vocab_size)
     if training.do_train:
-        result = trainer.train(resume_from_checkpoint=_checkpoint(training, folder, trainer.smoothing))
+        result = trainer.train(resume_from_checkpoint=_checkpoint(training, folder, trainer.smoothing, model))
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
         trainer.save_state()
@@ -194,13 +219,13 @@ def _save_penultimate(trainer: Any, tokens: Dataset, folder: Path) -> None:
         announce(f"no picture of the classes: {error}")
 
 
-def _checkpoint(training: LabelSmoothingArguments, folder: Path, smoothing: Smoothing) -> str | None:
+def _checkpoint(training: LabelSmoothingArguments, folder: Path, smoothing: Smoothing, model: Any) -> str | None:
     wanted = training.resume_from_checkpoint
     checkpoint = last_complete_checkpoint(folder) if wanted == "last" else wanted
     if checkpoint is None and wanted == "last":
         announce(f"no complete checkpoint in {folder}: training starts from the first step")
     if checkpoint is not None:
-        check_resumable(checkpoint, smoothing)
+        check_resumable(checkpoint, smoothing, model)
         announce(f"resuming from {checkpoint}")
     return checkpoint
 

@@ -12,7 +12,7 @@ from typing import Any
 from datasets import DatasetDict
 from transformers import AutoConfig, AutoTokenizer
 
-from hf_ls.config import Config
+from hf_ls.config import Config, nearest
 from hf_ls.data import (
     EMBEDDED_DATASET,
     ClassificationData,
@@ -23,6 +23,7 @@ from hf_ls.data import (
     tokenise,
 )
 from hf_ls.distillation import load_teacher
+from hf_ls.explain import loading
 from hf_ls.g2p import EMBEDDED_G2P, g2p_tokenizer, load_g2p
 from hf_ls.pretrained import load_weights
 from hf_ls.sequence_data import (
@@ -73,11 +74,13 @@ def load_tokenizer(config: Config) -> Any:
     settings = config.model
     if settings.model_type and not settings.tokenizer_name:
         return g2p_tokenizer()
-    return AutoTokenizer.from_pretrained(
-        model_path(settings.tokenizer_name or settings.model_name_or_path),
-        revision=None if settings.tokenizer_name else settings.model_revision,
-        trust_remote_code=settings.trust_remote_code,
-    )
+    name = settings.tokenizer_name or settings.model_name_or_path
+    with loading(f"a tokenizer {name} on the Hub or in a folder", "check model_name_or_path, tokenizer_name and model_revision"):
+        return AutoTokenizer.from_pretrained(
+            model_path(name),
+            revision=None if settings.tokenizer_name else settings.model_revision,
+            trust_remote_code=settings.trust_remote_code,
+        )
 
 
 def load_tokens(config: Config, data: Data, tokenizer: Any) -> DatasetDict:
@@ -99,11 +102,15 @@ def load_distillation_teacher(config: Config, tokenizer: Any) -> Any:
     if name is None:
         return None
     trusted = {"trust_remote_code": config.model.trust_remote_code}
-    return load_teacher(model_path(name), TASKS[config.run.task].auto_model, tokenizer, **trusted)
+    with loading(f"the teacher {name} on the Hub or in a folder", "check distillation_teacher"):
+        return load_teacher(model_path(name), TASKS[config.run.task].auto_model, tokenizer, **trusted)
 
 
 def load_model(config: Config, data: Data, tokenizer: Any) -> Any:
-    """The model of the task, pretrained or with random weights, label names in its config, and adapters if asked for."""
+    """The model of the task, pretrained or with random weights, label names in its config, and adapters if asked for.
+
+    Raises: ValueError for a model which is not there, cannot be read or has no such setting as an override names.
+    """
     settings, task = config.model, TASKS[config.run.task]
     changes = dict(settings.overrides)
     if task.has_classes:
@@ -112,17 +119,23 @@ def load_model(config: Config, data: Data, tokenizer: Any) -> Any:
         special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
         if TASKS["seq2seq"] is task:  # what the decoder starts with and must end with
             special |= {"decoder_start_token_id": tokenizer.bos_token_id, "forced_eos_token_id": tokenizer.eos_token_id}
-        scratch = AutoConfig.for_model(settings.model_type, **{"vocab_size": len(tokenizer)} | special | changes)
+        with loading(f"a model_type which transformers knows, {settings.model_type!r}", "see the names of its models"):
+            _check_overrides(AutoConfig.for_model(settings.model_type), settings.overrides)
+            scratch = AutoConfig.for_model(settings.model_type, **{"vocab_size": len(tokenizer)} | special | changes)
         model = task.auto_model.from_config(scratch)
     else:
-        model = load_weights(
-            task.auto_model,
-            model_path(settings.model_name_or_path),
-            revision=settings.model_revision,
-            trust_remote_code=settings.trust_remote_code,
-            ignore_mismatched_sizes=settings.ignore_mismatched_sizes,
-            **changes,
-        )
+        name = settings.model_name_or_path
+        given = {"revision": settings.model_revision, "trust_remote_code": settings.trust_remote_code}
+        with loading(f"the model {name} in safetensors on the Hub or in a folder", "check model_name_or_path and model_revision"):
+            if settings.overrides:
+                _check_overrides(AutoConfig.from_pretrained(model_path(name), **given), settings.overrides)
+            model = load_weights(
+                task.auto_model,
+                model_path(name),
+                ignore_mismatched_sizes=settings.ignore_mismatched_sizes,
+                **given,
+                **changes,
+            )
         if config.training.do_train and hasattr(model.config, "calibration_temperature"):  # these weights will change
             del model.config.calibration_temperature
     if settings.peft == "none":
@@ -136,3 +149,34 @@ def load_model(config: Config, data: Data, tokenizer: Any) -> Any:
         lora_dropout=settings.lora_dropout,
     )
     return get_peft_model(model, lora)
+
+
+def _check_overrides(known: Any, overrides: dict[str, Any]) -> None:
+    unknown = [name for name in overrides if not hasattr(known, name)]
+    if unknown:
+        near = nearest(unknown[0], known.to_dict())
+        raise ValueError(
+            f"expected fields of {type(known).__name__} in model_config_overrides, got {unknown[0]!r}{near}; see its docs"
+        )
+
+
+def check_tokens(tokens: DatasetDict, tokenizer: Any, model: Any) -> None:
+    """Refuse a tokenizer which is not the model's, as far as it shows: unknown words only, or ids which the model has not.
+
+    Raises: ValueError.
+    """
+    rows = tokens["train"].select(range(min(len(tokens["train"]), 200)))["input_ids"]
+    ids, special = {token for row in rows for token in row}, set(tokenizer.all_special_ids)
+    if ids and ids <= special and len(rows) > 1:
+        raise ValueError(
+            f"expected a tokenizer which knows the words of train, got special tokens only from {type(tokenizer).__name__} with "
+            f"{len(tokenizer)} tokens; set tokenizer_name, or put the files of the tokenizer beside the model"
+        )
+    size = model.get_input_embeddings().weight.shape[0]
+    if (
+        len(tokenizer) > size > 0
+        and (largest := max(token for part in tokens.values() for row in part["input_ids"] for token in row)) >= size
+    ):
+        raise ValueError(
+            f"expected token ids below {size}, the vocabulary of the model, got {largest}; set tokenizer_name to the model's own"
+        )

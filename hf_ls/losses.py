@@ -101,6 +101,7 @@ def smoothed_cross_entropy(
     """
     if not isinstance(smoothing, Smoothing):
         smoothing = Smoothing(smoothing)
+    _check_tensors(logits, labels)
     check_options(reduction, weighting, class_weight, num_items_in_batch, logits.shape[-1])
     if labels.is_floating_point():
         losses, weight = _soft_target_losses(logits, labels, smoothing, class_weight, smooth_soft_targets)
@@ -144,7 +145,8 @@ class SmoothedCrossEntropy(nn.Module):
             token classification. It must be said for logits [B, T, K]; a wrong shift trains on the wrong token in silence.
         ignore_index, class_weight, weighting, smooth_soft_targets: as in `smoothed_cross_entropy`.
 
-    Raises: as `smoothed_cross_entropy`; ValueError when `labels` is None or `shift` is needed and missing.
+    Raises: as `smoothed_cross_entropy`; ValueError when `labels` is None, `shift` is needed and missing, or the first logits are
+    probabilities.
     """
 
     class_weight: Tensor | None
@@ -165,6 +167,7 @@ class SmoothedCrossEntropy(nn.Module):
         self.ignore_index = ignore_index
         self.weighting: Weighting = weighting
         self.smooth_soft_targets = smooth_soft_targets
+        self._seen = False
         self.register_buffer("class_weight", class_weight, persistent=False)
         if self.smoothing.schedule is not None:
             raise ValueError("expected a constant epsilon, got a schedule; only LabelSmoothingTrainer knows the training step")
@@ -174,6 +177,9 @@ class SmoothedCrossEntropy(nn.Module):
         if labels is None:
             raise ValueError("expected labels, got None; the batch needs a `labels` column (check `remove_unused_columns`)")
         logits, labels = shift_if(self._shifts(logits_of(outputs)), logits_of(outputs), labels, self.ignore_index)
+        if not self._seen:  # once: a look at every batch would cost a synchronisation each
+            check_no_probabilities(logits)
+            self._seen = True
         return smoothed_cross_entropy(
             logits,
             labels,
@@ -276,6 +282,29 @@ def _torch_weighted_losses(
     weighted = target * class_weight.to(z.device, z.dtype)
     losses = -(weighted * z.log_softmax(-1)).sum(-1).masked_fill(~kept, 0)
     return losses, item_weights(labels, class_weight, ignore_index, z.dtype)
+
+
+def check_no_probabilities(logits: Tensor) -> None:
+    """Refuse logits which are probabilities: of 4 rows or more each from 0 to 1 with sum 1, which no classifier's logits are.
+
+    Shape [..., K]; the first 64 rows are looked at. For the first batch: a softmax inside the model squares every lesson.
+
+    Raises: ValueError.
+    """
+    rows = logits.detach().reshape(-1, logits.shape[-1])[:64].float()
+    if len(rows) < 4 or not bool(((rows >= 0) & (rows <= 1)).all()):
+        return
+    if bool(((rows.sum(-1) - 1).abs() < 1e-3).all()) and bool(((rows > 0) & (rows < 1)).any()):
+        raise ValueError(
+            "expected logits, got rows from 0 to 1 with sum 1, which are probabilities: the loss has its own softmax; return "
+            f"the {logits.shape[-1]} scores before the softmax"
+        )
+
+
+def _check_tensors(logits: Any, labels: Any) -> None:
+    for name, value in (("logits", logits), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"expected {name} as a tensor, got {type(value).__name__}; use torch.as_tensor({name})")
 
 
 def _check_shapes(logits: Tensor, labels: Tensor) -> None:

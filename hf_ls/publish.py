@@ -23,6 +23,7 @@ from hf_ls.card import write_card
 from hf_ls.config import Config
 from hf_ls.criterion import parse_params
 from hf_ls.data import ClassificationData
+from hf_ls.explain import uploading
 from hf_ls.findings import regime, verdict
 from hf_ls.outcome import GENERATIONS, OUTCOME, PREDICTIONS, Outcome
 from hf_ls.pictures import PENULTIMATE, Penultimate, write_pictures
@@ -94,28 +95,30 @@ def pictures_of(report: CalibrationReport, folders: Mapping[str, Path], folder: 
     return write_pictures(report, folder, predictions=predictions, features=features)
 
 
+def check_push(config: Config) -> None:
+    """Make the repository to be pushed to, so that a token which may not is noticed before the training.
+
+    Raises: ValueError for no token, a refused one, no connection.
+    """
+    training, name = config.training, config.training.hub_model_id or folder_of(config).absolute().name
+    with uploading("the model", name):
+        HfApi(token=training.hub_token).create_repo(name, private=training.hub_private_repo, exist_ok=True)
+
+
 def _push(training: LabelSmoothingArguments, folder: Path) -> None:
     """Upload the folder once more: the Trainer's own pushes came before the report and carry its stock card."""
     api = HfApi(token=training.hub_token)
     name = training.hub_model_id or folder.absolute().name
-    repo = api.create_repo(name, private=training.hub_private_repo, exist_ok=True)
-    api.upload_folder(
-        repo_id=repo.repo_id,
-        folder_path=folder,
-        revision=training.hub_revision,
-        commit_message="Calibration report and model card",
-        ignore_patterns=[
-            f"{PREFIX_CHECKPOINT_DIR}-*",
-            "baseline/*",
-            "_*",
-            ".*",
-            PREDICTIONS,
-            OUTCOME,
-            PENULTIMATE,
-            f"*_{GENERATIONS}",
-            "training_args.bin",
-        ],
-    )
+    private = [PREDICTIONS, OUTCOME, PENULTIMATE, f"*_{GENERATIONS}", "training_args.bin"]
+    with uploading(f"{folder}, where everything is,", name):
+        repo = api.create_repo(name, private=training.hub_private_repo, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo.repo_id,
+            folder_path=folder,
+            revision=training.hub_revision,
+            commit_message="Calibration report and model card",
+            ignore_patterns=[f"{PREFIX_CHECKPOINT_DIR}-*", "baseline/*", "_*", ".*", *private],
+        )
 
 
 def _bake(config: Config, temperature: float) -> None:

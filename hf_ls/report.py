@@ -33,6 +33,7 @@ from hf_ls.temperature import apply_temperature
 Metric = Mapping[str, float | None]
 
 REPORT = "calibration.json"
+SETTINGS = "settings.json"  # beside it where the run was a training
 HISTOGRAM_BINS = 20
 CLASS_METRICS = ("accuracy", "nll", "brier", "ece", "signed_gap", "aurc")
 TOKEN_METRICS = ("accuracy", "nll", "perplexity", "brier", "ece", "signed_gap")

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, LargeList, List, Value, load_dataset
-from datasets.exceptions import DatasetGenerationError
+from datasets import ClassLabel, Dataset, DatasetDict, Features, LargeList, List, Value
 
 from hf_ls.alignment import IGNORE_INDEX
-from hf_ls.data import FORMATS, check_overlap, with_validation
+from hf_ls.data import check_overlap, read_splits
 from hf_ls.priors import count_labels
+from hf_ls.reading import check_length
 
 logger = logging.getLogger(__name__)
 
@@ -39,36 +38,6 @@ class SequenceData:
     hub_id: str | None
     licence: str | None
     example: str | None = None
-
-
-def read_splits(
-    dataset_name: str | None, dataset_config: str | None, files: dict[str, str] | None, fraction: float, seed: int
-) -> tuple[DatasetDict, str, str | None]:
-    """Train, validation and perhaps test from the Hub or local files as they are, the name of the data, and its Hub id.
-
-    Raises: ValueError for missing, empty or broken files, unknown or mixed file types, and data without a train split.
-    """
-    if files:
-        types = {FORMATS.get(Path(path).suffix.lower()) for path in files.values()}
-        if len(types) != 1 or None in types:
-            raise ValueError(f"expected files of one type among {sorted(FORMATS)}, got {sorted(files.values())}; convert them")
-        missing = [path for path in files.values() if not Path(path).is_file()]
-        if missing:
-            raise ValueError(f"expected existing files, got {missing}; check the paths")
-        empty = [path for path in files.values() if not Path(path).stat().st_size]
-        if empty:
-            raise ValueError(f"expected rows in {empty}, got: empty files; check the files")
-        extra = {"sep": "\t"} if any(path.endswith(".tsv") for path in files.values()) else {}
-        try:
-            loaded = load_dataset(next(iter(types)), data_files=files, **extra)
-        except (ValueError, DatasetGenerationError) as error:
-            cause = " ".join(str(error.__cause__ or error).split())
-            raise ValueError(f"expected rows in {sorted(files.values())}, got: {cause}; check the files") from error
-        return with_validation(loaded, fraction, seed), ", ".join(Path(path).name for path in files.values()), None
-    if dataset_name:
-        loaded = load_dataset(dataset_name, dataset_config)
-        return with_validation(loaded, fraction, seed), dataset_name, None if Path(dataset_name).exists() else dataset_name
-    raise ValueError("expected dataset_name or train_file, got neither; use the name of embedded data, a Hub id or a file")
 
 
 def load_sequences(
@@ -127,6 +96,7 @@ def _checked_text(splits: DatasetDict, drop_empty: bool) -> DatasetDict:
     """Only text in every row; empty documents of a corpus are left out, empty sources and targets refused."""
     kept = {}
     for split, part in splits.items():
+        check_length(part, split)
         for column, feature in part.features.items():
             if getattr(feature, "dtype", None) not in ("string", "large_string"):
                 raise ValueError(

@@ -100,6 +100,8 @@ class LabelSmoothingMixin(TrainerCard, SearchableLoss, CalibratedEvaluation):
                 "or use it with transformers.Trainer and hf_ls.SmoothedCrossEntropy"
             )
         check_direction(training_args)
+        if smoothing is not None and not isinstance(smoothing, Smoothing):
+            raise TypeError(f"expected smoothing as a hf_ls.Smoothing, got {type(smoothing).__name__}; pass Smoothing(0.1)")
         self.class_weight = class_weight
         self._given_smoothing, self._given_objective, self._given_shift = smoothing, objective, shift_labels
         self._has_teacher, self._teacher = teacher is not None, None
@@ -125,7 +127,7 @@ class LabelSmoothingMixin(TrainerCard, SearchableLoss, CalibratedEvaluation):
             training_args.label_smoothing_factor = epsilon
         self.args.label_smoothing_factor = epsilon  # SFTTrainer makes its own arguments from plain ones
         self._spans = is_span_task(self.model, self.label_names)
-        check_supported(self.model, self.label_names, spans=self._spans)
+        check_supported(self.model, self.label_names, self.class_weight, spans=self._spans)
         check_span_settings(self)
         self._teacher = None if teacher is None else self._check_teacher(teacher)
         if self.mixup is not None:

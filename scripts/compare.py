@@ -12,17 +12,21 @@ import sys
 
 from hf_ls.cells import CellFailed
 from hf_ls.compare import parse_compare, run_comparison
+from hf_ls.explain import end_with
 
 
 def main() -> None:
-    """Run the comparison; wrong settings end with one sentence instead of a traceback."""
+    """Run the comparison; wrong settings and data end with one sentence, with a traceback under --log_level debug."""
+    config = None
     try:
         options, config, argv = parse_compare(sys.argv[1:])
         run_comparison(options, config, argv)
-    except (ValueError, CellFailed) as error:
+    except CellFailed as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same line goes on where this one ended")
+    except Exception as error:
+        end_with(error, debug=config is not None and config.training.log_level == "debug")
 
 
 if __name__ == "__main__":

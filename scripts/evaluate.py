@@ -4,18 +4,16 @@ python scripts/evaluate.py --model_name_or_path outputs/text-classification --da
 python scripts/evaluate.py --model_name_or_path owner/model --test_file test.csv --validation_file dev.csv --output_dir out
 """
 
-import sys
-
 from hf_ls.evaluating import evaluate, parse_evaluation
+from hf_ls.explain import end_with
 
 
 def main() -> None:
-    """Run the job; wrong settings end with one sentence instead of a traceback."""
+    """Run the job; wrong settings, data and models end with one sentence instead of a traceback."""
     try:
-        settings = parse_evaluation()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    evaluate(settings)
+        evaluate(parse_evaluation())
+    except Exception as error:
+        end_with(error)
 
 
 if __name__ == "__main__":

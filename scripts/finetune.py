@@ -4,22 +4,22 @@ accelerate launch scripts/finetune.py --config configs/text-classification.yaml
 accelerate launch --num_processes 2 --cpu scripts/finetune.py --config configs/text-classification.yaml --output_dir outputs/two
 """
 
-import sys
-
 from hf_ls.config import parse_config
+from hf_ls.explain import end_with
 from hf_ls.finetune import finetune
 from hf_ls.launch import end_processes, start_missing_processes
 
 
 def main() -> None:
-    """Run the job; wrong settings end with one sentence instead of a traceback."""
+    """Run the job; wrong settings, data and checkpoints end with one sentence, with a traceback under --log_level debug."""
+    config = None
     try:
         start_missing_processes()
         config = parse_config()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    finetune(config)
-    end_processes()
+        finetune(config)
+        end_processes()
+    except Exception as error:
+        end_with(error, debug=config is not None and config.training.log_level == "debug")
 
 
 if __name__ == "__main__":

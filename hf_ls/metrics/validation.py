@@ -16,6 +16,8 @@ Booleans = NDArray[np.bool_]
 
 # A float32 softmax over 32,000 classes is off by less than 1e-5; a float16 or bfloat16 one by up to 1e-2.
 ROW_SUM_TOLERANCE = 1e-3
+# Fewer rows of logits might sum to 1 by accident.
+FEWEST_PROBABILITIES = 10
 
 
 def _as_matrix(values: Any, name: str) -> NDArray[np.floating[Any]]:
@@ -54,7 +56,8 @@ def check_logits(logits: Any) -> NDArray[np.floating[Any]]:
 
     Raises:
         TypeError: not numeric.
-        ValueError: wrong shape, empty, fewer than two classes, NaN, +inf, or a row of −inf only.
+        ValueError: wrong shape, empty, fewer than two classes, NaN, +inf, a row of −inf only, or ten rows and more which are
+            probabilities.
     """
     matrix = _as_matrix(logits, "logits")
     top = matrix.max(axis=1)
@@ -64,7 +67,19 @@ def check_logits(logits: Any) -> NDArray[np.floating[Any]]:
             f"expected a finite largest logit in every row, got {top[row]} in row {row}; "
             "−inf may mask some classes but not all, and +inf usually means an overflow in half precision"
         )
+    if len(matrix) >= FEWEST_PROBABILITIES and _are_probabilities(matrix):
+        raise ValueError(
+            f"expected logits, got {len(matrix)} rows of probabilities (from 0 to 1, each with sum 1); use from_probabilities "
+            "(from_logits=False for an evaluate module), or pass the scores before the softmax"
+        )
     return matrix
+
+
+def _are_probabilities(matrix: NDArray[np.floating[Any]]) -> bool:
+    """Whether no row could be anything else: one-hot rows could."""
+    if matrix.min() < 0.0 or matrix.max() > 1.0 or not ((matrix > 0.0) & (matrix < 1.0)).any():
+        return False
+    return bool((np.abs(matrix.sum(axis=1, dtype=np.float64) - 1.0) <= ROW_SUM_TOLERANCE).all())
 
 
 def check_probabilities(probabilities: Any) -> NDArray[np.floating[Any]]:
