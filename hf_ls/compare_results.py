@@ -40,7 +40,7 @@ class Predictions:
         arrays: dict[str, np.ndarray] = {}
         for name in (PREDICTIONS, OOD):
             if (folder / name).is_file():
-                with np.load(folder / name) as saved:
+                with np.load(folder / name, allow_pickle=False) as saved:
                     arrays |= dict(saved)
         logits = {key.removeprefix("logits_"): value for key, value in arrays.items() if key.startswith("logits_")}
         missing = {"validation", TEST} - set(logits)

@@ -26,6 +26,7 @@ from transformers.utils import cached_file
 from hf_ls.alignment import IGNORE_INDEX
 from hf_ls.head import output_embedding
 from hf_ls.losses import SmoothedTerms, logits_of
+from hf_ls.pretrained import load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +155,7 @@ def load_teacher(name_or_path: str, auto_model: Any, tokenizer: Any = None, **kw
         tokenizer: of the student; None leaves the comparison out.
         kwargs: for both `from_pretrained`, e.g. revision.
 
-    Raises: ValueError when the same text gives other token ids; OSError when there is no such model.
+    Raises: ValueError when the same text gives other token ids, or for pickled weights; OSError when there is no such model.
     """
     if tokenizer is not None:
         own = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
@@ -163,7 +164,7 @@ def load_teacher(name_or_path: str, auto_model: Any, tokenizer: Any = None, **kw
                 f"expected the teacher {name_or_path} to have the student's vocabulary, got {len(own)} against {len(tokenizer)} "
                 "tokens, or other ids: it would read other words; use a teacher and a student with one tokenizer"
             )
-    return auto_model.from_pretrained(name_or_path, **{"use_safetensors": True} | kwargs)  # a pickle can run code
+    return load_weights(auto_model, name_or_path, **kwargs)
 
 
 def check_label_space(teacher: nn.Module, student: nn.Module) -> None:

@@ -36,6 +36,7 @@ from hf_ls.launch import announce
 from hf_ls.outcome import OUTCOME, PREDICTIONS, evaluate_classes, evaluate_tokens
 from hf_ls.plots import write_plots
 from hf_ls.posthoc import compare_posthoc
+from hf_ls.pretrained import load_weights
 from hf_ls.reading import check_texts, read_files, read_hub
 from hf_ls.report import REPORT, SETTINGS, CalibrationReport, one_line, package_versions
 from hf_ls.sequence_data import tokenise_words
@@ -240,7 +241,7 @@ def _load(settings: EvaluateArguments) -> tuple[Any, Any]:
     given = {"revision": settings.model_revision, "trust_remote_code": settings.trust_remote_code}
     remedy = "check model_name_or_path and model_revision"
     with loading(f"a model in safetensors at {place}", remedy):
-        model, info = task.auto_model.from_pretrained(place, output_loading_info=True, use_safetensors=True, **given)
+        model, info = load_weights(task.auto_model, place, output_loading_info=True, **given)
     random = sorted({*info["missing_keys"], *(str(found) for found in info["mismatched_keys"])})
     if random:
         raise ValueError(
@@ -326,7 +327,7 @@ def _show(report: CalibrationReport, settings: EvaluateArguments, match: LabelMa
     for text in warnings(report):
         console.print(f"Warning: {text}", markup=False, highlight=False)
     if (folder / PREDICTIONS).is_file() and not report.is_token_task:
-        with np.load(folder / PREDICTIONS) as saved:
+        with np.load(folder / PREDICTIONS, allow_pickle=False) as saved:
             pairs = {split: (saved[f"logits_{split}"], saved[f"labels_{split}"]) for split in tokens}
         warning = permutation_warning(pairs["test"][0].argmax(1), pairs["test"][1], report.label_names)
         if warning:

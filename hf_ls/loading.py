@@ -25,6 +25,7 @@ from hf_ls.data import (
 from hf_ls.distillation import load_teacher
 from hf_ls.explain import loading
 from hf_ls.g2p import EMBEDDED_G2P, g2p_tokenizer, load_g2p
+from hf_ls.pretrained import load_weights
 from hf_ls.sequence_data import (
     SequenceData,
     check_sequence_overlap,
@@ -128,10 +129,10 @@ def load_model(config: Config, data: Data, tokenizer: Any) -> Any:
         with loading(f"the model {name} in safetensors on the Hub or in a folder", "check model_name_or_path and model_revision"):
             if settings.overrides:
                 _check_overrides(AutoConfig.from_pretrained(model_path(name), **given), settings.overrides)
-            model = task.auto_model.from_pretrained(
+            model = load_weights(
+                task.auto_model,
                 model_path(name),
                 ignore_mismatched_sizes=settings.ignore_mismatched_sizes,
-                use_safetensors=True,  # a pickle can run code
                 **given,
                 **changes,
             )

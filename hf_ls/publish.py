@@ -89,7 +89,7 @@ def pictures_of(report: CalibrationReport, folders: Mapping[str, Path], folder: 
     predictions, features = {}, {}
     for name, path in folders.items():
         if (path / PREDICTIONS).is_file():
-            with np.load(path / PREDICTIONS) as arrays:
+            with np.load(path / PREDICTIONS, allow_pickle=False) as arrays:
                 split = report.dataset["split"]
                 predictions[name] = (arrays[f"logits_{split}"], arrays[f"labels_{split}"])
         if (path / PENULTIMATE).is_file():

@@ -5,7 +5,8 @@ first-batch check of this kind of model, and which settings mean nothing here.
 Does not own: the plain NLL (`losses`, which stacks the two logits), counting (`trainer`), what evaluation reports (`evaluation`).
 
 The loss is that of the models: the mean over starts and the mean over ends, halved. Both softmaxes run over all T positions of
-a row, padding too, as the models have it. The smoothing mass stays on tokens of the text, see `span_terms`.
+a row, padding too, as the models have it. The smoothing mass stays on tokens of the text, see `span_terms`. An evaluation counts
+each labelled start and each labelled end as one item; its mean NLL is the models' loss where no answer is cut in two.
 """
 
 from __future__ import annotations
@@ -181,7 +182,7 @@ def span_terms(logits: Tensor, labels: Tensor, smoothing: Smoothing, inputs: dic
 def check_spans(model: nn.Module, batches: list[dict[str, Any]], prepare: Callable[[Any], Any]) -> bool:
     """Compare the model's own loss with the plain one on the first batch which labels a start and an end; False if none does.
 
-    All processes together, as a forward of a sharded model is collective: one without labels joins in with made-up ones.
+    All processes together, as a forward of a sharded model is collective: one without labels joins in, and is not listened to.
 
     Raises: ValueError as `resolve_shift`.
     """
@@ -189,8 +190,7 @@ def check_spans(model: nn.Module, batches: list[dict[str, Any]], prepare: Callab
     counts = _has_both(batch)
     if not any(gather_object([counts])):
         return False
-    made_up = {} if counts else {name: torch.zeros_like(batch[name]) for name in POSITIONS}
-    own = span_loss_gap(model, prepare({**batch, **made_up}))
+    own = span_loss_gap(model, prepare(batch))
     gap = next(gap for gap in gather_object([own if counts else None]) if gap is not None)
     resolve_shift(model, gap)
     return True
@@ -210,7 +210,7 @@ def span_loss_gap(model: nn.Module, inputs: dict[str, Any]) -> LossGap:
         nll = smoothed_terms(logits, labels, Smoothing(0.0)).nll.sum(0) / kept.sum(0)
         # T is what the models ignore. Some clamp the tensor which they are given: these are ours.
         given = labels.masked_fill(~kept, logits.shape[-1])
-        own = own_loss(model, {**bare, **{name: given[:, i].clone() for i, name in enumerate(POSITIONS)}})
+        own = own_loss(model, {**bare, **{name: given[:, i] for i, name in enumerate(POSITIONS)}})
     return LossGap(own, float(nll.mean()), None, loss_tolerance(model, logits))
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_ls.metrics.validation import Floats, check_labels, check_logits
+from hf_ls.pretrained import load_weights
 
 if TYPE_CHECKING:
     import torch
@@ -165,7 +166,7 @@ def bake_folder(folder: str | os.PathLike[str], temperature: float, inputs: Mapp
     from transformers import AutoModelForSequenceClassification
 
     t = _check_temperature(temperature)
-    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    model = load_weights(AutoModelForSequenceClassification, folder)
     if t != 1.0 and math.isclose(getattr(model.config, "calibration_temperature", 1.0), t, rel_tol=1e-9):
         return
     batch = _example_inputs(model) if inputs is None else dict(inputs)
@@ -174,7 +175,7 @@ def bake_folder(folder: str | os.PathLike[str], temperature: float, inputs: Mapp
     bake_temperature(model, t, batch)
 
     def check(place: str | os.PathLike[str]) -> None:
-        reloaded = AutoModelForSequenceClassification.from_pretrained(place).eval()
+        reloaded = load_weights(AutoModelForSequenceClassification, place).eval()
         with torch.no_grad():
             error, allowed = _error(before, _logits_of(reloaded, batch), t)
         if not error <= allowed:

@@ -228,8 +228,8 @@ def markdown(rows: list[Measurement]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Measure what the command line asks for and print the table."""
+def command_line() -> argparse.ArgumentParser:
+    """What can be asked for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -242,7 +242,12 @@ def main() -> None:
     parser.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: CPU seconds, steady beside other work")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--json", type=Path, help="also write the measurements here")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Measure what the command line asks for and print the table."""
+    args = command_line().parse_args()
     os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler prints two lines per use otherwise
     torch.set_num_threads(args.threads)
     clock = time.perf_counter if args.clock == "wall" else time.process_time

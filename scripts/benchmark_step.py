@@ -269,7 +269,8 @@ def scaled(setting: Setting, scale: float) -> Setting:
     return Setting(**{**asdict(setting), **lengths})
 
 
-def main() -> None:
+def command_line() -> argparse.ArgumentParser:
+    """What can be asked for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -283,7 +284,11 @@ def main() -> None:
     parser.add_argument("--gradient-checkpointing", action="store_true", help="activations are made again in the backward")
     parser.add_argument("--json", type=Path, help="also write the runs here")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = command_line().parse_args()
     sizes = {name: scaled(setting, args.scale) for name, setting in SETTINGS.items()}
     if args.child:
         name, method = args.child

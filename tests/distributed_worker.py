@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import transformers as tf
 from helpers import (
+    answers,
     arguments,
     classification_rows,
     collate,
@@ -23,6 +24,7 @@ from helpers import (
     tiny_bert,
     tiny_llama,
     tiny_modernbert,
+    tiny_reader,
     tiny_t5,
     token_rows,
     weights,
@@ -36,11 +38,12 @@ STEPS: dict[str, tuple[Any, Any]] = {
     "modernbert": (tiny_modernbert, classification_rows),
     "llama": (tiny_llama, token_rows),
     "t5": (tiny_t5, seq2seq_rows),
+    "reader": (tiny_reader, lambda: answers(7)),  # two processes repeat a row
 }
 
 
 def first_step(name: str, trainer_class: type, epsilon: float, accumulation: int, world: int, **kwargs: Any) -> dict[str, Any]:
-    """One optimizer step over the same 8 rows, however they are shared out."""
+    """One optimizer step over the same rows, 8 or 7, however they are shared out."""
     make, rows = STEPS[name]
     args_class = LabelSmoothingArguments if trainer_class is LabelSmoothingTrainer else tf.TrainingArguments
     record, gradient = one_step(
@@ -53,7 +56,7 @@ def first_step(name: str, trainer_class: type, epsilon: float, accumulation: int
 def evaluation(name: str, world: int, batch_size: int, dtype: torch.dtype = torch.float64) -> dict[str, float]:
     """Metrics of 23 examples or 7 sequences, neither of which fills the last batch."""
     make, _ = STEPS[name]
-    rows = classification_rows(23) if name.endswith("bert") else token_rows(UNEVEN) if name == "llama" else seq2seq_rows(UNEVEN)
+    rows = {"llama": token_rows(UNEVEN), "t5": seq2seq_rows(UNEVEN), "reader": answers(23)}.get(name, classification_rows(23))
     args = arguments(
         tempfile.mkdtemp(), LabelSmoothingArguments, per_device_eval_batch_size=batch_size, label_smoothing_factor=0.1
     )

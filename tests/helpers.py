@@ -40,6 +40,15 @@ def tiny_bert(num_labels: int = CLASSES, seed: int = 0, **kwargs: Any) -> tf.Pre
     return tf.BertForSequenceClassification(tf.BertConfig(**_base(num_labels=num_labels, **(off | kwargs))))
 
 
+def tiny_reader(seed: int = 0) -> tf.PreTrainedModel:
+    """Answers questions, with logits far enough apart for its mistakes to be seen."""
+    torch.manual_seed(seed)
+    model = tf.BertForQuestionAnswering(tiny_bert(num_labels=2).config)
+    with torch.no_grad():
+        model.qa_outputs.weight.mul_(20)
+    return model
+
+
 def tiny_distilbert() -> tf.PreTrainedModel:
     torch.manual_seed(0)
     sizes = dict(vocab_size=VOCAB, dim=32, n_layers=1, n_heads=4, hidden_dim=64, num_labels=CLASSES)
@@ -106,6 +115,26 @@ def seq2seq_rows(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> Rows:
         labels, ids = torch.randint(5, VOCAB, (n,), generator=g), torch.randint(5, VOCAB, (7,), generator=g)
         rows.append(dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels))
     return Rows(rows)
+
+
+def span_rows(starts: tuple[int, ...], ends: tuple[int, ...], lengths: tuple[int, ...], width: int | None = None) -> Rows:
+    """Features <s> question </s> context </s>: 4 is the question's mask (Splinter), 3 ends the question (BigBird)."""
+    g = torch.Generator().manual_seed(0)
+    found = []
+    for start, end, length in zip(starts, ends, lengths, strict=True):
+        ids = torch.randint(5, VOCAB, (length,), generator=g)
+        ids[0], ids[1], ids[2], ids[-1] = 1, 4, 3, 2
+        padding = (0, (width or length) - length)
+        ids, mask = (torch.nn.functional.pad(values, padding) for values in (ids, torch.ones_like(ids)))
+        positions = dict(start_positions=torch.tensor(start), end_positions=torch.tensor(end))
+        found.append(dict(input_ids=ids, attention_mask=mask) | positions)
+    return Rows(found)
+
+
+def answers(n: int) -> Rows:
+    """Features of 12 tokens; every third answer ends, and every sixth begins, beyond the text."""
+    starts, ends = (tuple(40 if i % step == 2 else i % length for i in range(n)) for step, length in ((6, 5), (3, 7)))
+    return span_rows(starts, ends, tuple(5 + i % 8 for i in range(n)), 12)
 
 
 def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -6,21 +6,19 @@ Every forward is in float64, so that parity is parity, but Splinter's, which mak
 from __future__ import annotations
 
 import copy
-import math
 
-import numpy as np
+import datasets
 import peft
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
-from helpers import VOCAB, Rows, arguments, collate, one_step, tiny_bert
+from helpers import VOCAB, Rows, arguments, collate, one_step, span_rows
 from transformers.trainer_callback import PrinterCallback
 
-from hf_ls import LabelSmoothingArguments, LabelSmoothingSeq2SeqTrainer, LabelSmoothingTrainer, Smoothing
+from hf_ls import LabelSmoothingArguments, LabelSmoothingTrainer, Smoothing
 from hf_ls.alignment import IGNORE_INDEX
-from hf_ls.metrics import PredictionStatistics, ece
-from hf_ls.question_answering import positions_in, span_loss_gap, span_terms
+from hf_ls.question_answering import check_spans, span_loss_gap, span_terms
 
 BERT = dict(
     vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, hidden_dropout_prob=0.0,
@@ -84,19 +82,7 @@ def make(name="bert", seed=0, sharpness=20.0):
 
 
 def rows(starts=STARTS, ends=ENDS, lengths=LENGTHS, width=None):
-    """Features <s> question </s> context </s> of the given lengths; 3 separates the question for BigBird, 4 asks for Splinter."""
-    g = torch.Generator().manual_seed(0)
-    found = []
-    for start, end, length in zip(starts, ends, lengths, strict=True):
-        ids = torch.randint(5, VOCAB, (length,), generator=g)
-        ids[0], ids[1], ids[2], ids[-1] = 1, 4, 3, 2
-        mask = torch.ones_like(ids)
-        if width is not None:
-            ids, mask = F.pad(ids, (0, width - length)), F.pad(mask, (0, width - length))
-        found.append(
-            dict(input_ids=ids, attention_mask=mask, start_positions=torch.tensor(start), end_positions=torch.tensor(end))
-        )
-    return Rows(found)
+    return span_rows(starts, ends, lengths, width)
 
 
 def ours(folder, model, data=None, trainer_class=LabelSmoothingTrainer, trainer_args=None, **kwargs):
@@ -279,6 +265,22 @@ def test_a_model_with_another_loss_is_refused_on_the_first_batch(tmp_path):
         trainer.train()
 
 
+def test_a_process_without_answers_takes_part_in_the_check_and_is_not_listened_to(monkeypatch):
+    """A forward of a sharded model waits for all processes; the gap of the other decides."""
+    model, forwards, said = make(), [], []
+    theirs = span_loss_gap(model, collate(rows().rows))
+    model.register_forward_hook(lambda *_: forwards.append(1))
+
+    def gather(items):
+        said.extend(items)
+        return [*items, True if items == [False] else theirs]
+
+    monkeypatch.setattr("hf_ls.question_answering.gather_object", gather)
+    batch = collate(rows(starts=(99,) * 8, ends=(99,) * 8).rows)
+    assert check_spans(model, [batch], lambda given: given)
+    assert said == [False, None] and len(forwards) == 2
+
+
 def test_the_check_draws_no_random_numbers_and_keeps_batch_and_mode():
     model, batch = make("splinter").train(), collate(rows().rows)  # Splinter clamps what it is given in place
     before, state = {key: value.clone() for key, value in batch.items()}, torch.get_rng_state()
@@ -286,6 +288,18 @@ def test_the_check_draws_no_random_numbers_and_keeps_batch_and_mode():
     assert gap.agrees(gap.unshifted) and gap.own > 0
     assert model.training and torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(before[key], batch[key]) for key in before)
+
+
+def test_features_of_a_dataset_need_no_settings(tmp_path):
+    """As tokenised by the usual scripts: other columns go, the default collator stays, nothing is said of labels."""
+    columns = [{name: value.tolist() for name, value in row.items()} for row in rows(width=12).rows]
+    data = datasets.Dataset.from_list([row | {"example_id": str(i), "offset_mapping": [[0, 1]]} for i, row in enumerate(columns)])
+    args = LabelSmoothingArguments(str(tmp_path), label_smoothing_factor=0.1, max_steps=2, report_to=[], use_cpu=True)
+    trainer = LabelSmoothingTrainer(model=make(), args=args, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert len(trainer.predict(data.remove_columns(["start_positions", "end_positions"])).predictions) == 2
+    assert trainer.evaluate()["eval_nll"] > 0
 
 
 def test_lora_is_trained(tmp_path):
@@ -304,268 +318,3 @@ def test_a_teacher_equal_to_the_student_takes_the_labels_share_and_adds_nothing(
     trainer.train()
     record = next(entry for entry in trainer.state.log_history if "loss" in entry)
     assert record["distillation_term"] == pytest.approx(-0.25 * record["nll"], rel=1e-6)
-
-
-# --- evaluation
-
-
-def expected_items(model, data):
-    """The items of the metrics by NumPy alone: log-probabilities [n, T] and labels [n] of all starts and ends in the text."""
-    batch = collate(data.rows)
-    with torch.no_grad():
-        outputs = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    logits = np.concatenate([outputs.start_logits.numpy(), outputs.end_logits.numpy()])
-    labels = np.concatenate([batch["start_positions"].numpy(), batch["end_positions"].numpy()])
-    kept = (labels >= 0) & (labels < logits.shape[1])
-    return logits[kept], labels[kept]
-
-
-@pytest.mark.parametrize("size", [1, 3, 8])
-@pytest.mark.parametrize("name", ["bert", "bart"])
-def test_trap_08_evaluation_reports_the_plain_metrics_whatever_the_batch_size(tmp_path, name, size):
-    model, data = make(name), rows(width=12)
-    trainer = ours(tmp_path, model, data, label_smoothing_factor=0.3, per_device_eval_batch_size=size)
-    found = trainer.evaluate()
-    logits, labels = expected_items(model, data)
-    items = PredictionStatistics.from_logits(logits, labels)
-    expected = dict(
-        nll=items.nll.mean(), brier=items.brier.mean(), accuracy=items.correct.mean(), ece=ece(items.confidence, items.correct),
-        signed_gap=items.confidence.mean() - items.correct.mean(),
-    )  # fmt: skip
-    for metric, value in expected.items():
-        assert found[f"eval_{metric}"] == pytest.approx(value, abs=1e-9), metric
-    assert found["eval_loss"] == found["eval_nll"]
-    assert len(labels) == 11
-    assert not {"eval_perplexity", "eval_eos_nll"} & set(found)  # its classes are no tokens of a vocabulary
-    assert trainer.token_calibration is None
-
-
-def test_evaluation_is_the_models_own_loss_where_each_answer_has_both_ends(tmp_path):
-    data = Rows([row for row in rows(width=12).rows if int(row["end_positions"]) != 40 and int(row["start_positions"]) >= 0])
-    model = make()
-    own = model.eval()(**collate(data.rows)).loss.item()
-    assert ours(tmp_path, model, data).evaluate()["eval_nll"] == pytest.approx(own, rel=1e-12)
-
-
-@pytest.mark.parametrize("name", ["bert", "bart"])
-def test_predictions_are_those_of_a_stock_trainer(tmp_path, name):
-    """Two arrays [n, T] for the usual post-processing; widths which differ between batches are filled with -100."""
-    data, model = rows(), make(name)
-    kwargs = dict(per_device_eval_batch_size=3)
-    expected = ours(tmp_path, model, data, tf.Trainer, **kwargs).predict(data)
-    found = ours(tmp_path, model, data, label_smoothing_factor=0.2, **kwargs).predict(data)
-    assert type(found.predictions) is type(expected.predictions) is tuple
-    assert len(found.predictions) == len(expected.predictions)
-    assert found.predictions[0].shape == (8, 12)
-    for mine, theirs in zip(found.predictions, expected.predictions, strict=True):
-        assert np.array_equal(mine, theirs)
-    for mine, theirs, given in zip(found.label_ids, expected.label_ids, (STARTS, ENDS), strict=True):
-        assert mine.tolist() == theirs.tolist() == list(given)
-    assert found.metrics["test_nll"] == found.metrics["test_loss"]
-
-
-def test_compute_metrics_gets_what_the_stock_trainer_gives(tmp_path):
-    seen = []
-
-    def compute_metrics(prediction):
-        seen.append(prediction)
-        start, end = prediction.predictions
-        return {
-            "exact": float(((start.argmax(1) == prediction.label_ids[0]) & (end.argmax(1) == prediction.label_ids[1])).mean())
-        }
-
-    data = rows(width=12)
-    found = ours(tmp_path, make(), data, trainer_args={"compute_metrics": compute_metrics}).evaluate()
-    assert 0 <= found["eval_exact"] <= found["eval_accuracy"] + 1
-    assert seen[0].predictions[0].shape == seen[0].predictions[1].shape == (8, 12)
-
-
-def test_features_without_positions_are_predicted_as_by_a_stock_trainer(tmp_path):
-    """The test set of a competition."""
-    data = Rows([{name: row[name] for name in ("input_ids", "attention_mask")} for row in rows(width=12).rows])
-    found = ours(tmp_path, make(), data).predict(data)
-    assert len(found.predictions) == 2 and found.label_ids is None
-    assert "test_nll" not in found.metrics
-
-
-def test_the_temperature_of_positions_is_the_minimum_of_their_nll(tmp_path):
-    data, model = rows(width=12), make()
-    trainer = ours(tmp_path, model, data)
-    trainer.temperature = trainer.fit_temperature(data)
-    logits, labels = expected_items(model, data)
-
-    def nll(t):
-        return PredictionStatistics.from_logits(logits / t, labels).nll.mean()
-
-    fitted = trainer.evaluate()["eval_nll"]
-    assert fitted == pytest.approx(nll(trainer.temperature), rel=1e-9)
-    assert fitted <= min(nll(trainer.temperature * factor) for factor in (0.9, 1.1)) and not math.isclose(trainer.temperature, 1)
-
-
-# --- labels
-
-
-def test_positions_beyond_the_text_are_ignored_and_columns_b_1_are_taken():
-    batch = collate(rows().rows)
-    wide = batch | {name: batch[name][:, None] for name in ("start_positions", "end_positions")}
-    expected = [[3, 5], [4, -100], [4, 4], [-100, -100], [5, 6], [7, 9], [0, 0], [-100, -100]]
-    assert positions_in(batch).tolist() == positions_in(wide).tolist() == expected
-    embeds = {name: value for name, value in batch.items() if name != "input_ids"} | {"inputs_embeds": torch.zeros(8, 12, 4)}
-    assert positions_in(embeds).tolist() == expected
-
-
-def changed(name, value):
-    batch = collate(rows().rows)
-    return batch | {name: value(batch[name])} if value else {key: value for key, value in batch.items() if key != name}
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "error", "match"),
-    [
-        ("start_positions", None, ValueError, "got no `start_positions`; add that column"),
-        ("end_positions", None, ValueError, "got no `end_positions`; add that column"),
-        ("input_ids", lambda ids: None, None, None),  # the mask tells the length
-        ("start_positions", lambda y: torch.where(y == 3, -1, y), ValueError, r"got -1; .* \[CLS\]"),
-        ("end_positions", lambda y: y.float(), TypeError, "expected integer `end_positions`, got torch.float32"),
-        ("end_positions", lambda y: y > 0, TypeError, "expected integer `end_positions`, got torch.bool"),
-        ("start_positions", lambda y: y[:, None].repeat(1, 3), ValueError, r"`start_positions` \[B\], got \(8, 3\)"),
-        ("start_positions", lambda y: y[:3], ValueError, "as many starts as ends, got 3 and 8"),
-    ],
-)  # fmt: skip
-def test_wrong_positions_are_refused(name, value, error, match):
-    batch = changed(name, value)
-    if error is None:
-        assert positions_in(batch).shape == (8, 2)
-        return
-    with pytest.raises(error, match=match):
-        positions_in(batch)
-
-
-def test_one_position_without_the_other_stops_training_and_evaluation(tmp_path):
-    """A stock Trainer evaluates such data without a loss and without a word."""
-    data = rows()
-    for row in data.rows:
-        del row["end_positions"]
-    for work in ("train", "evaluate"):
-        with pytest.raises(ValueError, match="got no `end_positions`"):
-            getattr(ours(tmp_path, make(), data), work)()
-    stock = ours(tmp_path, make(), data, tf.Trainer).evaluate()
-    if "eval_loss" in stock:
-        pytest.skip("this version of transformers does not leave out the loss in silence")
-
-
-def test_without_positions_there_is_no_training(tmp_path):
-    data = Rows([{name: row[name] for name in ("input_ids", "attention_mask")} for row in rows().rows])
-    with pytest.raises(ValueError, match="expected `start_positions` and `end_positions` in the batch"):
-        ours(tmp_path, make(), data).train()
-
-
-@pytest.mark.parametrize(
-    ("mask", "match"),
-    [(torch.ones(2, 1, 5, 5), "expected attention_mask"), (torch.ones(2, 9), "expected attention_mask"), (torch.zeros(2, 5), "a token in")],
-)  # fmt: skip
-def test_an_attention_mask_which_does_not_say_where_the_text_is_is_refused(mask, match):
-    with pytest.raises(ValueError, match=match):
-        span_terms(torch.randn(2, 2, 5), torch.tensor([[1, 2], [3, 4]]), Smoothing(0.1), {"attention_mask": mask})
-
-
-# --- settings and models
-
-
-@pytest.mark.parametrize(
-    ("trainer_args", "kwargs", "match"),
-    [
-        ({"smoothing": Smoothing(0.1, prior=torch.full((12,), 1 / 12))}, {}, "expected no prior for question answering"),
-        ({"class_weight": torch.ones(2)}, {}, "expected no class_weight"),
-        ({"shift_labels": True}, {}, "expected shift_labels None or False"),
-        ({}, {"label_smoothing_objective": "online"}, "got 'online'; .*set label_smoothing_objective='smoothed_ce'"),
-        ({}, {"label_smoothing_objective": "graduated"}, "got 'graduated'"),
-        ({}, {"label_smoothing_objective": "maxsup"}, "got 'maxsup'"),
-        ({}, {"label_smoothing_objective_params": '{"z_loss": 0.1}'}, "got a z_loss"),
-        ({}, {"mixup_alpha": 0.2}, "expected no mixup"),
-        ({}, {"label_smoothing_logits_free": "on"}, "set 'auto'"),
-    ],
-)
-def test_settings_without_a_meaning_for_positions_are_refused(tmp_path, trainer_args, kwargs, match):
-    with pytest.raises(ValueError, match=match):
-        ours(tmp_path, make(), trainer_args=trainer_args, **kwargs)
-
-
-def test_prompt_tuning_moves_the_positions_and_is_refused(tmp_path):
-    config = peft.PromptTuningConfig(task_type="QUESTION_ANS", num_virtual_tokens=3)
-    with pytest.raises(ValueError, match=r"no virtual tokens .*use LoRA or prefix tuning"):
-        ours(tmp_path, peft.get_peft_model(make(), config))
-
-
-def test_generation_is_refused(tmp_path):
-    from hf_ls.arguments import LabelSmoothingSeq2SeqArguments
-
-    args = arguments(tmp_path, LabelSmoothingSeq2SeqArguments, predict_with_generate=True)
-    with pytest.raises(ValueError, match="expected predict_with_generate=False"):
-        LabelSmoothingSeq2SeqTrainer(model=make("bart"), args=args)
-
-
-def test_models_which_return_tuples_are_refused(tmp_path):
-    model = make()
-    model.config.return_dict = False
-    with pytest.raises(ValueError, match=r"expected config\.return_dict=True"):
-        ours(tmp_path, model)
-
-
-def test_a_search_over_objectives_is_checked_again(tmp_path):
-    trainer = ours(tmp_path, make())
-    trainer.args.label_smoothing_objective = "maxsup"
-    with pytest.raises(ValueError, match="got 'maxsup'"):
-        trainer._hp_search_setup(None)
-
-
-BEAMS = {
-    "xlnet": (tf.XLNetForQuestionAnswering, tf.XLNetConfig, dict(d_model=32, n_layer=1, n_head=2, d_inner=32)),
-    "xlm": (tf.XLMForQuestionAnswering, tf.XLMConfig, dict(emb_dim=32, n_layers=1, n_heads=2)),
-    "flaubert": (tf.FlaubertForQuestionAnswering, tf.FlaubertConfig, dict(emb_dim=32, n_layers=1, n_heads=2)),
-}
-
-
-@pytest.mark.parametrize("name", BEAMS)
-def test_trap_08_beam_search_models_are_refused(tmp_path, name):
-    cls, config, sizes = BEAMS[name]
-    model = cls(config(vocab_size=VOCAB, **sizes))
-    with pytest.raises(ValueError, match=f"use {cls.__name__}Simple, or transformers.Trainer"):
-        ours(tmp_path, model)
-
-
-@pytest.mark.parametrize(
-    "names", [["start_positions"], ["end_positions", "labels"], ["start_positions", "end_positions", "labels"]]
-)
-def test_half_of_the_label_names_is_refused(tmp_path, names):
-    with pytest.raises(ValueError, match=r"expected the label names \['start_positions', 'end_positions'\]"):
-        ours(tmp_path, make(), label_names=names)
-
-
-def test_a_class_of_another_name_is_told_to_say_its_labels(tmp_path):
-    """The Trainer finds positions by "QuestionAnswering" in the name."""
-
-    class Reader(tf.BertForQuestionAnswering):
-        pass
-
-    model = Reader(tf.BertConfig(**BERT)).double()
-    with pytest.raises(ValueError, match=r"label_names=\['start_positions', 'end_positions'\]"):
-        ours(tmp_path, model)
-    trainer = ours(tmp_path, model, label_names=["start_positions", "end_positions"])
-    assert trainer.evaluate()["eval_nll"] > 0
-
-
-def test_the_card_speaks_of_positions(tmp_path):
-    trainer = ours(tmp_path, make(), label_smoothing_factor=0.1, per_device_train_batch_size=8)
-    trainer.train()
-    trainer.evaluate()
-    trainer.create_model_card()
-    text = (tmp_path / "README.md").read_text()
-    assert "pipeline_tag: question-answering" in text
-    assert "the mass goes to all tokens of the text" in text and "none for padding" in text
-    assert "each counted for itself, not of whole answers" in text
-    assert "confidence ceiling" not in text and "logit gap" not in text  # they depend on the length
-
-
-def test_classification_heads_of_the_same_model_are_untouched(tmp_path):
-    assert ours(tmp_path, tiny_bert(), Rows([]))._spans is False
