@@ -26,7 +26,7 @@ from hf_ls.publish import folder_of, pictures_of
 from hf_ls.report import REPORT, CalibrationReport
 from hf_ls.smoothing import Smoothing
 
-SETTINGS = "compare.json"
+COMPARED = "compare.json"
 _GRID = (0.0, 0.05, 0.1, 0.2)
 _SEARCH_GRID = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 # These name a place or what to print, not what is compared.
@@ -235,7 +235,7 @@ def _keep_settings(folder: Path, settings: dict[str, Any], threads: int) -> int:
 
     Raises: ValueError for other settings than those of the comparison in the folder.
     """
-    path = folder / SETTINGS
+    path = folder / COMPARED
     if path.is_file():
         saved = json.loads(path.read_text(encoding="utf-8"))
         names = sorted(settings.keys() | saved["settings"].keys())

@@ -49,6 +49,16 @@ def compare(results: Sequence[Result], *, level: float = 0.95, repetitions: int 
 
     level: of all intervals. repetitions: bootstrap replicates. seed: of their weights.
 
+    >>> from hf_ls.metrics import PredictionStatistics
+    >>> labels = np.arange(300) % 3
+    >>> right = np.eye(3)[(labels + (np.arange(300) % 10 == 0)) % 3]  # 9 of 10
+    >>> def measured(name, epsilon, logits):
+    ...     test = PredictionStatistics.from_logits(logits, labels)
+    ...     return Result(Variant(name, epsilon, tempered=False), 0, 1.0, float(test.nll.mean()), {"test": test})
+    >>> found = compare([measured("baseline", 0.0, 9 * right), measured("smoothed", 0.1, 3 * right)], repetitions=100)
+    >>> found.verdict.kind
+    'smooth'
+
     Raises:
         TypeError: results which are not `Result`.
         ValueError: no results, no baseline, a variant without one of the seeds or twice with one, no set "test", sets which

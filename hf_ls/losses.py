@@ -36,6 +36,9 @@ def smoothed_terms(logits: Tensor, labels: Tensor, smoothing: Smoothing, *, igno
     nll = lse(z) − z_y;  smoothing_term = e·(z_y − ⟨u, z⟩) with e, u as in `Smoothing`; both in nats.
     Shapes: logits [..., K], labels [...] of integers. At ε = 0 the second is exactly 0 and nothing else changes.
 
+    >>> smoothed_terms(torch.tensor([[2.0, 0.5, -1.0]]), torch.tensor([0]), Smoothing(0.1))
+    SmoothedTerms(nll=tensor([0.2413]), smoothing_term=tensor([0.1500]))
+
     Raises: ValueError/TypeError for shapes or dtypes which do not match, labels outside [0, K) other than
     `ignore_index`, NaN logits, and −inf logits on which the target puts mass.
     """
@@ -144,6 +147,10 @@ class SmoothedCrossEntropy(nn.Module):
         shift: True for decoder-only language models (position t predicts label t+1); False for encoder-decoder models and
             token classification. It must be said for logits [B, T, K]; a wrong shift trains on the wrong token in silence.
         ignore_index, class_weight, weighting, smooth_soft_targets: as in `smoothed_cross_entropy`.
+
+    >>> logits, label, loss = torch.tensor([[2.0, 0.5, -1.0]]), torch.tensor([0]), SmoothedCrossEntropy(0.1)
+    >>> [round(value.item(), 4) for value in (loss(logits, label), loss.eval()(logits, label))]
+    [0.3913, 0.2413]
 
     Raises: as `smoothed_cross_entropy`; ValueError when `labels` is None, `shift` is needed and missing, or the first logits are
     probabilities.

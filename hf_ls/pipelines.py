@@ -15,10 +15,12 @@ from hf_ls.metrics.validation import Floats, check_probabilities
 def probabilities(answers: Sequence[Sequence[Mapping[str, object]]], label2id: Mapping[str, int]) -> Floats:
     """Probabilities float64 [n, K] by class id from `pipe(texts, top_k=None)`, whose answers are sorted by score.
 
-        scores = hf_ls.probabilities(pipe(texts, top_k=None), pipe.model.config.label2id)
-        evaluate.load(hf_ls.metrics.path("ece")).compute(predictions=scores, references=labels)
+    >>> answers = [[{"label": "bad", "score": 0.75}, {"label": "good", "score": 0.25}]]  # of pipe(["no"], top_k=None)
+    >>> probabilities(answers, {"good": 0, "bad": 1})  # pipe.model.config.label2id
+    array([[0.25, 0.75]])
 
-    (`evaluate.evaluator` takes only the label of an answer, and no pipeline of transformers 5.)
+    They are the predictions which `evaluate.load(hf_ls.metrics.path("ece"))` wants. (`evaluate.evaluator` takes only the label of
+    an answer, and no pipeline of transformers 5.)
 
     Raises: ValueError for answers without every label (top_k=None was forgotten), labels which `label2id` does not have, ids
         other than 0…K−1, or scores which are no distribution (a multi-label or regression model); TypeError for other shapes.

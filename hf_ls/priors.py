@@ -145,6 +145,11 @@ def similarity_prior(embedding: Tensor, *, temperature: float, top_k: int | None
         temperature: > 0; small is peaked on the nearest classes, large is uniform over the wrong (or top-k)
             classes.
 
+    >>> similarity_prior(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), temperature=1.0)
+    tensor([[0.0000, 0.7311, 0.2689],
+            [0.7311, 0.0000, 0.2689],
+            [0.5000, 0.5000, 0.0000]])
+
     Raises: ValueError for another shape, K < 2, non-finite vectors, temperature ≤ 0, top_k outside [1, K−1].
     """
     if embedding.dim() != 2 or embedding.shape[0] < 2:

@@ -30,6 +30,9 @@ class Schedule:
     With progress t in [0, 1] after the warm-up: constant ε; linear ε + (ε_final − ε)·t;
     cosine ε_final + (ε − ε_final)·(1 + cos πt)/2. It depends on the step alone, so a resumed run continues exactly.
 
+    >>> [round(Schedule("linear", warmup_steps=2).epsilon_at(0.1, step, max_steps=7), 3) for step in range(7)]
+    [0.0, 0.0, 0.1, 0.075, 0.05, 0.025, 0.0]
+
     Raises: ValueError for an unknown kind or a warm-up below 0.
     """
 
@@ -70,6 +73,9 @@ class Smoothing:
         prior: None (uniform), or non-negative tensor [K] summing to 1, or [K, K] with row y for label y.
         schedule: None (constant ε) or a `Schedule`.
         allow_negative: permit −1 < ε < 0 (generalised smoothing, Wei 2022; its loss has no lower bound).
+
+    >>> Smoothing(0.1, "wrong", prior=torch.tensor([0.5, 0.5, 0.0])).target(torch.tensor(2), 3)
+    tensor([0.0500, 0.0500, 0.9000])
 
     Raises: ValueError for ε out of range or a prior which is no distribution; TypeError for wrong types.
     Source: Szegedy et al. 2016; Müller et al. 2019.

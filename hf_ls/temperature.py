@@ -54,6 +54,11 @@ def fit_temperature(logits: Any, labels: Any) -> float:
     `CalibratedClassifierCV(method="temperature")` reports 2·T, because it takes a decision value d for the
     logits (−d, d).
 
+    >>> logits, labels = np.array([[4.0, 0.0], [4.0, 0.0], [4.0, 0.0], [4.0, 0.0]]), [0, 0, 0, 1]
+    >>> temperature = fit_temperature(logits, labels)  # 3 of 4 are right, at a confidence of 0.982
+    >>> float(np.exp(apply_temperature(logits, temperature)[0, 0] - np.logaddexp.reduce(logits[0] / temperature)).round(3))
+    0.75
+
     Raises:
         NoFiniteTemperature: every label has its row's largest logit (the NLL falls for ever as T → 0), the
         labels
@@ -103,6 +108,9 @@ def fit_temperature(logits: Any, labels: Any) -> float:
 
 def apply_temperature(logits: Any, temperature: float) -> Floats:
     """Return logits [n, K] / T in float64.
+
+    >>> apply_temperature([[4.0, 0.0]], 2.0)
+    array([[2., 0.]])
 
     Raises:
         TypeError, ValueError: invalid logits, or T not a finite number above 0.

@@ -41,7 +41,7 @@ def text_metrics(
         ValueError: other lengths, no sentences, references without a word, an unknown metric.
         TypeError: predictions or references which are not strings.
     """
-    check_texts(predictions, references)
+    check_sentences(predictions, references)
     found = {}
     for name in metrics:
         if name not in TEXT_METRICS:
@@ -81,7 +81,7 @@ def signature(metric: str) -> str:
     return str(scorer.get_signature())
 
 
-def check_texts(predictions: Sequence[str], references: Sequence[str]) -> None:
+def check_sentences(predictions: Sequence[str], references: Sequence[str]) -> None:
     """Refuse what no metric here is defined for.
 
     Raises:

@@ -6,6 +6,8 @@ Everything is read from the source by `ast`; only the checks of what an import l
 from __future__ import annotations
 
 import ast
+import doctest
+import importlib
 import os
 import re
 import subprocess
@@ -23,6 +25,12 @@ LONGEST = 400
 HEAVY = {"torch", "transformers", "datasets", "matplotlib", "sklearn", "scipy", "evaluate", "trl", "peft", "rich", "relplot"}
 # One name in two places, each right in its own: what a script or `evaluate` calls by that name.
 SHARED_NAMES = {"logger", "main"}
+EXAMPLES = [
+    *("Smoothing", "Schedule", "SmoothedCrossEntropy", "smoothed_cross_entropy", "linear_smoothed_cross_entropy", "Objective"),
+    *("probabilities", "temperature.fit_temperature", "temperature.apply_temperature", "comparison.compare", "metrics.summarise"),
+    *("metrics.ece", "metrics.brier", "metrics.nll", "metrics.signed_gap", "priors.support_prior", "priors.unigram_prior"),
+    *("priors.confusion_prior", "priors.similarity_prior", "priors.restrict_prior", "priors.soft_targets"),
+]
 
 
 def name_of(path: Path) -> str:
@@ -224,3 +232,11 @@ def test_no_path_of_one_machine():
         found += [f"{file.name}: {hit}" for hit in path.findall(file.read_text(encoding="utf-8"))]
     assert len(texts) > 100
     assert not found
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_most_used_names_show_an_example_which_runs(name):
+    """`--doctest-modules` runs them with this suite; here is only that they stay."""
+    home, _, attribute = name.rpartition(".")
+    found = getattr(importlib.import_module(f"hf_ls{'.' * bool(home)}{home}"), attribute)
+    assert doctest.DocTestFinder(recurse=False).find(found, name)[0].examples

@@ -174,6 +174,9 @@ def nll(logits: Any, labels: Any) -> float:
 
     mean(logsumexp(z) − z_label), in nats, 0 upward, lower is better. Takes logits, since a probability
     rounded to 0 has lost its logarithm.
+
+    >>> round(nll([[2.0, 0.0], [0.0, 0.0]], [0, 1]), 4)
+    0.41
     """
     return float(PredictionStatistics.from_logits(logits, labels).nll.mean())
 
@@ -183,12 +186,19 @@ def brier(probabilities: Any, labels: Any) -> float:
 
     Mean over rows of Σ_k (p_k − 1[k = label])², 0 to 2, lower is better; summed over classes for every K
     (scikit-learn halves it at K = 2). Source: Brier 1950.
+
+    >>> round(brier([[0.8, 0.2], [0.4, 0.6]], [0, 0]), 4)
+    0.4
     """
     return float(PredictionStatistics.from_probabilities(probabilities, labels).brier.mean())
 
 
 def signed_gap(confidence: Any, correct: Any) -> float:
-    """Return mean(confidence) − mean(correct): above 0 over-confident, below 0 under-confident. −1 to 1."""
+    """Return mean(confidence) − mean(correct): above 0 over-confident, below 0 under-confident. −1 to 1.
+
+    >>> round(signed_gap([0.9, 0.7], [True, False]), 4)
+    0.3
+    """
     values, hits = check_confidence(confidence, correct)
     return float(values.mean() - hits.mean())
 
@@ -198,6 +208,9 @@ def ece(confidence: Any, correct: Any, n_bins: int = 15) -> float:
 
     Equal-width bins (a, b]. 0 to 1, lower is better; a calibrated model scores above 0 at finite n (see
     `null_ece`). Source: Naeini et al. 2015, Guo et al. 2017.
+
+    >>> round(ece([0.9, 0.6, 0.8, 0.7], [True, False, True, True]), 4)  # each in a bin of its own
+    0.3
     """
     bins = reliability_bins(confidence, correct, n_bins)
     return float(np.nansum(bins.count * np.abs(bins.confidence - bins.accuracy)) / bins.count.sum())

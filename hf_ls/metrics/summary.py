@@ -35,6 +35,10 @@ def summarise(
     quantile for a perfectly calibrated model (`null_ece`). `smooth_ece` is absent where relplot is not
     installed. All values are plain Python floats; nll in nats.
 
+    >>> found = summarise([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0]], [0, 1, 1], repetitions=20)
+    >>> {name: round(number, 2) for name, number in found["accuracy"].items()}
+    {'value': 0.67, 'low': 0.21, 'high': 0.94}
+
     Raises:
         TypeError, ValueError: as `PredictionStatistics.from_logits`.
     """
