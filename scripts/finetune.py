@@ -8,7 +8,7 @@ import sys
 
 from hf_ls.config import parse_config
 from hf_ls.finetune import finetune
-from hf_ls.launch import end_processes, start_missing_processes
+from hf_ls.launch import end_processes, explain_failure, start_missing_processes
 
 
 def main() -> None:
@@ -18,8 +18,12 @@ def main() -> None:
         config = parse_config()
     except ValueError as error:
         sys.exit(f"error: {error}")
-    finetune(config)
-    end_processes()
+    try:
+        finetune(config)
+        end_processes()
+    except Exception:
+        explain_failure()
+        raise
 
 
 if __name__ == "__main__":
