@@ -35,6 +35,13 @@ class CheckpointMark(TrainerCallback):
         self.smoothing = smoothing
         self.save_total_limit = save_total_limit
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the mark from checkpoints behind the step where training begins: it will write them anew, file by file."""
+        if PartialState().is_main_process:
+            for step, folder in _checkpoints(args.output_dir).items():
+                if step > state.global_step:
+                    (folder / MARK).unlink(missing_ok=True)
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called on every process once its files are written."""
         processes = PartialState()
@@ -43,12 +50,14 @@ class CheckpointMark(TrainerCallback):
             return
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         write_atomically(folder / MARK, json.dumps(_identity(self.smoothing) | {"files": _sizes(folder)}))
-        self._delete_old(args.output_dir, state.best_model_checkpoint)
+        self._delete_old(args.output_dir, state.best_model_checkpoint, state.global_step)
 
-    def _delete_old(self, output_dir: str, best: str | None) -> None:
+    def _delete_old(self, output_dir: str, best: str | None, step: int) -> None:
         if not self.save_total_limit:
             return
-        folders = sort_checkpoints(output_dir=output_dir, best_model_checkpoint=best)
+        # What a killed run left of a later step is no checkpoint, so it must not push out a whole one.
+        known = {str(folder) for at, folder in _checkpoints(output_dir).items() if at <= step}
+        folders = [f for f in sort_checkpoints(output_dir=output_dir, best_model_checkpoint=best) if f in known]
         keep = max(self.save_total_limit, 2 if best and os.path.basename(folders[-1]) != os.path.basename(best) else 1)
         for folder in folders[:-keep]:
             (Path(folder) / MARK).unlink(missing_ok=True)  # first: a half-deleted folder must not look complete
@@ -66,9 +75,14 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """The marked checkpoint with the highest step in `output_dir`, or None."""
-    folders = [path.parent for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{MARK}")]
-    steps = {int(folder.name.rsplit("-", 1)[1]): folder for folder in folders if folder.name.rsplit("-", 1)[1].isdigit()}
+    steps = {step: folder for step, folder in _checkpoints(output_dir).items() if (folder / MARK).is_file()}
     return str(steps[max(steps)]) if steps else None
+
+
+def _checkpoints(output_dir: str | os.PathLike) -> dict[int, Path]:
+    """The folders of checkpoints by their step, complete or not."""
+    folders = [(folder.name.rsplit("-", 1)[1], folder) for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
+    return {int(step): folder for step, folder in folders if step.isdigit()}
 
 
 def check_resumable(checkpoint: str | os.PathLike, smoothing: Smoothing, model: Any = None) -> None:

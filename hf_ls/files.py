@@ -1,15 +1,18 @@
 """Writing files so that a killed run leaves none half-written.
 
-Owns: the atomic write. Does not own: any format.
+Owns: the atomic write, and what killed runs leave of it. Does not own: any format.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from pathlib import Path
 
 from hf_ls.explain import disk_sentence
+
+UNFINISHED = "_unfinished"  # begins the name of a folder in that of a run whose files are moved out of it when they are whole
 
 
 def write_atomically(path: str | os.PathLike[str], data: str | bytes) -> Path:
@@ -40,3 +43,9 @@ def _write(target: Path, data: bytes) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return target
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files which killed runs left in a folder that no other run is writing into."""
+    for path in [*folder.rglob(".*.tmp"), *folder.rglob(f"{UNFINISHED}*")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

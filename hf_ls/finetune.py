@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -19,6 +20,7 @@ from accelerate import PartialState
 from datasets import Dataset, DatasetDict
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, SchedulerType, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.training_args import OptimizerNames
 
 from hf_ls.arguments import LabelSmoothingArguments, smoothing_of
@@ -26,10 +28,10 @@ from hf_ls.card import check_card
 from hf_ls.checkpoint import CheckpointMark, check_resumable, last_complete_checkpoint
 from hf_ls.config import Config
 from hf_ls.explain import read_json
-from hf_ls.files import write_atomically
+from hf_ls.files import UNFINISHED, remove_leftovers, write_atomically
 from hf_ls.launch import announce
 from hf_ls.loading import Data, check_tokens, load_data, load_distillation_teacher, load_model, load_tokenizer, load_tokens
-from hf_ls.outcome import OUTCOME, Outcome, evaluate_classes, evaluate_tokens, run_name
+from hf_ls.outcome import OUTCOME, Outcome, evaluate_classes, evaluate_tokens, run_name, write_metrics
 from hf_ls.pictures import PENULTIMATE, penultimate
 from hf_ls.publish import check_push, folder_of, publish
 from hf_ls.report import REPORT, SETTINGS, CalibrationReport
@@ -130,8 +132,14 @@ def _prepare_output(config: Config, model: Any) -> None:
         _check_deletable(config, folder)
         PartialState().wait_for_everyone()  # every process has looked before the first one deletes
         if training.should_save:
+            (folder / SETTINGS).unlink(missing_ok=True)  # first: nobody may resume a half-deleted run
             shutil.rmtree(folder)
-    elif (folder / SETTINGS).is_file():
+    elif earlier and not (folder / SETTINGS).is_file():
+        raise ValueError(
+            f"expected {SETTINGS} beside {earlier[0]}, got none: that run was being deleted, or is of another program; use "
+            "--overwrite_output_dir or another output_dir"
+        )
+    elif earlier:
         saved = read_json(folder / SETTINGS, "start afresh in another output_dir")
         different = [
             f"{name}: {saved.get(name)} then, {value} now" for name, value in settings.items() if saved.get(name) != value
@@ -144,6 +152,7 @@ def _prepare_output(config: Config, model: Any) -> None:
         check_resumable(training.resume_from_checkpoint, smoothing_of(training), model)
     PartialState().wait_for_everyone()
     if training.should_save:
+        remove_leftovers(folder)
         write_atomically(folder / SETTINGS, json.dumps(settings, indent=1))
 
 
@@ -192,19 +201,36 @@ def _run(config: Config, data: Data, tokens: DatasetDict, tokenizer: Any, more: 
         trainer.token_counts = token_counts(tokens["train"], model.config.get_text_config().vocab_size)
     if training.do_train:
         result = trainer.train(resume_from_checkpoint=_checkpoint(training, folder, trainer.smoothing, model))
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
-        trainer.save_state()
+        write_metrics(trainer, "train", result.metrics)
+        if trainer.is_world_process_zero():
+            write_atomically(folder / TRAINER_STATE_NAME, json.dumps(asdict(trainer.state), indent=2, sort_keys=True) + "\n")
     if task.per_token:
         outcome = evaluate_tokens(trainer, tokens, data.splits, config.run.text_metrics, has_classes=task.has_classes)
     else:
         outcome = evaluate_classes(trainer, tokens)
-    trainer.save_model()
+    _save_model(trainer, folder)
     if training.should_save:
         if task.has_classes and not task.per_token and outcome.split is not None:
             _save_penultimate(trainer, tokens[outcome.split], folder)
         outcome.save(folder)
     return outcome
+
+
+def _save_model(trainer: Any, folder: Path) -> None:
+    """As `Trainer.save_model`, but each file whole: the Trainer and peft write configs, tokenizers and a README.md in place."""
+    made = folder / UNFINISHED
+    trainer.save_model(str(made), _internal_call=True)
+    PartialState().wait_for_everyone()
+    if trainer.args.should_save and made.is_dir():
+        if (folder / "README.md").exists():  # perhaps written by hand
+            (made / "README.md").unlink(missing_ok=True)
+        for file in sorted(path for path in made.rglob("*") if path.is_file()):
+            target = folder / file.relative_to(made)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
+        shutil.rmtree(made)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
 
 
 def _save_penultimate(trainer: Any, tokens: Dataset, folder: Path) -> None:

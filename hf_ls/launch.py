@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def start_missing_processes() -> None:
     processes = requested_processes(psutil.Process(os.getppid()).cmdline())
     if processes is None:
         raise ValueError(f"expected to find --num_processes of accelerate launch, got none; {remedy}")
-    arguments = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *sys.argv]
+    arguments = ["-m", "hf_ls.torchrun", "--standalone", "--nproc_per_node", str(processes), *sys.argv]
     # accelerate chose the threads per process for N processes already; the address is for a group that was never made.
     environment = {name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "MASTER_PORT")}
     sys.stdout.flush()
@@ -52,6 +53,21 @@ def end_processes() -> None:
     state = PartialState()
     state.wait_for_everyone()
     state.destroy_process_group()
+
+
+def explain_failure() -> None:
+    """Inside `except`: on several processes, print the traceback and end with a sentence; else return.
+
+    Whoever waits for a dead process gets an error of the connection, at once on this machine, after `ddp_timeout` where a whole
+    machine was lost. Only torchrun sees which rank it was.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return
+    traceback.print_exc()
+    rank = f"rank {state.process_index} of {state.num_processes}"
+    lost = "if it is about a connection or a time-out, another rank died first and its message tells why"
+    sys.exit(f"error: {rank} stopped with the error above; {lost}; then go on with --resume_from_checkpoint last")
 
 
 def announce(text: str) -> None:

@@ -74,7 +74,7 @@ def evaluate_classes(trainer: Any, tokens: DatasetDict) -> Outcome:
     logits, labels = {}, {}
     for split, prefix in _wanted(training, tokens):
         output = trainer.predict(tokens[split], metric_key_prefix=prefix)
-        _write_metrics(trainer, prefix, output.metrics)
+        write_metrics(trainer, prefix, output.metrics)
         logits[split], labels[split] = np.asarray(output.predictions, np.float64), np.asarray(output.label_ids)
     if training.should_save:
         _save_predictions(Path(training.output_dir), logits, labels)
@@ -115,7 +115,7 @@ def evaluate_tokens(trainer: Any, tokens: DatasetDict, texts: DatasetDict, metri
             output.metrics.update({f"{prefix}_{metric}": found["value"] for metric, found in extra.items()})
             if training.should_save:
                 _save_generations(Path(training.output_dir), split, texts[split]["source"], references, generated)
-        _write_metrics(trainer, prefix, output.metrics)
+        write_metrics(trainer, prefix, output.metrics)
         rows = [CalibrationRow.from_tokens(name, epsilon, 1.0, reported, extra)]
         counts = _class_counts(tokens[split], num_classes) if has_classes else None
         if split == "validation":
@@ -152,9 +152,16 @@ def _wanted(training: LabelSmoothingArguments, tokens: DatasetDict) -> list[tupl
     return [(split, prefix) for split, prefix, wanted in asked if wanted and split in tokens]
 
 
-def _write_metrics(trainer: Any, prefix: str, metrics: dict[str, float]) -> None:
+def write_metrics(trainer: Any, prefix: str, metrics: dict[str, float]) -> None:
+    """As `Trainer.log_metrics` and `save_metrics`, but whole files: a resumed run reads `all_results.json` to add to it."""
     trainer.log_metrics(prefix, metrics)
-    trainer.save_metrics(prefix, metrics)
+    if not trainer.is_world_process_zero():
+        return
+    folder = Path(trainer.args.output_dir)
+    everything = folder / "all_results.json"
+    known = json.loads(everything.read_text(encoding="utf-8")) if everything.is_file() else {}
+    for path, numbers in ((folder / f"{prefix}_results.json", metrics), (everything, known | metrics)):
+        write_atomically(path, json.dumps(numbers, indent=4, sort_keys=True))
 
 
 def _save_predictions(folder: Path, logits: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> None:

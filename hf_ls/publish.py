@@ -24,6 +24,7 @@ from hf_ls.config import Config
 from hf_ls.criterion import parse_params
 from hf_ls.data import ClassificationData
 from hf_ls.explain import uploading
+from hf_ls.files import write_atomically
 from hf_ls.findings import regime, verdict, warnings
 from hf_ls.outcome import GENERATIONS, OUTCOME, PREDICTIONS, Outcome
 from hf_ls.pictures import PENULTIMATE, Penultimate, write_pictures
@@ -127,7 +128,15 @@ def _bake(config: Config, temperature: float) -> None:
     folder = folder_of(config)
     if config.model.peft != "none":
         raise ValueError("expected peft: none with bake_temperature, got adapters; merge them first, then bake")
-    bake_folder(folder, temperature)
+    # Weights and config are two files: killed between them, the run must not look complete, or it would bake twice.
+    outcome = (folder / OUTCOME).read_bytes()
+    (folder / OUTCOME).unlink()
+    try:
+        bake_folder(folder, temperature)
+    except ValueError:  # its checks: the folder is as it was
+        write_atomically(folder / OUTCOME, outcome)
+        raise
+    write_atomically(folder / OUTCOME, outcome)
 
 
 def _dataset_facts(config: Config, data: ClassificationData | SequenceData, main: Outcome) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hf_ls.files import UNFINISHED
 from hf_ls.metrics.validation import Floats, check_labels, check_logits
 from hf_ls.pretrained import load_weights
 
@@ -192,7 +193,7 @@ def bake_folder(folder: str | os.PathLike[str], temperature: float, inputs: Mapp
                 "not all of its weights are saved; keep T = 1 and apply_temperature"
             )
 
-    with tempfile.TemporaryDirectory(dir=folder, prefix="_bake") as made:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as made:
         model.save_pretrained(made)
         check(made)
         for file in sorted(Path(made).iterdir(), reverse=True):  # the weights before the config

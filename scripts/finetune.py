@@ -5,9 +5,9 @@ accelerate launch --num_processes 2 --cpu scripts/finetune.py --config configs/t
 """
 
 from hf_ls.config import parse_config
-from hf_ls.explain import end_with
+from hf_ls.explain import end_with, one_sentence
 from hf_ls.finetune import finetune
-from hf_ls.launch import end_processes, start_missing_processes
+from hf_ls.launch import end_processes, explain_failure, start_missing_processes
 
 
 def main() -> None:
@@ -19,6 +19,8 @@ def main() -> None:
         finetune(config)
         end_processes()
     except Exception as error:
+        if one_sentence(error) is None:  # of one rank alone; what hf_ls refuses, it refuses on all
+            explain_failure()
         end_with(error, debug=config is not None and config.training.log_level == "debug")
 
 

@@ -71,3 +71,20 @@ def test_terms_logged_after_a_resume_belong_to_the_steps_since(tmp_path):
     record = [r for r in trainer.state.log_history if "loss" in r][-1]
     assert record["step"] == 6
     assert record["nll"] + record["smoothing_term"] == pytest.approx(record["loss"], rel=1e-5)
+
+
+def test_a_checkpoint_that_is_written_anew_is_not_complete_meanwhile(tmp_path):
+    """Training goes back to step 2: what a kill in the middle of writing 3 and 4 again would leave must not be chosen."""
+    train(tmp_path, max_steps=4)
+    train(tmp_path, max_steps=2, resume=str(tmp_path / "checkpoint-2"))  # already there: writes nothing
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert (tmp_path / "checkpoint-4" / "model.safetensors").is_file()
+
+
+def test_half_a_checkpoint_of_a_later_step_pushes_out_no_whole_one(tmp_path):
+    """Killed in writing checkpoint-9; the resumed run saves more often, and keeps one checkpoint."""
+    train(tmp_path, max_steps=2)
+    (tmp_path / "checkpoint-9").mkdir()
+    train(tmp_path, limit=1, max_steps=4, resume=str(tmp_path / "checkpoint-2"))
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert names(tmp_path) == ["checkpoint-4", "checkpoint-9"]
