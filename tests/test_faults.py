@@ -161,18 +161,25 @@ def test_a_run_killed_while_it_was_deleted_is_not_resumed(tiny, tmp_path, whole)
         finetune(parse_config([*argv, *RESUME]))
 
 
+@pytest.fixture(scope="module")
+def events(tiny, tmp_path_factory, whole):
+    """How many changes of files, steps and evaluations an undisturbed run has."""
+    folder = tmp_path_factory.mktemp("run") / "counted"
+    code, output = with_fault(arguments(tiny, folder, *RUN, *SHORT), folder, None)
+    assert code == 0, output
+    check_same_result(folder, whole)
+    return len(folder.with_suffix(".events").read_text().splitlines())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", range(20))
-def test_killed_at_a_random_change_of_a_file(tiny, tmp_path, whole, moment, record_property):
-    """One of all the files which a run opens, renames or deletes, one of its steps or evaluations."""
-    events = whole.with_suffix(".events").read_text().splitlines()
-    n = random.Random(moment).randrange(len(events)) + 1
+def test_killed_at_a_random_change_of_a_file(tiny, tmp_path, whole, events, moment):
+    """At one of all the files which a run opens, renames or deletes, at a step or at an evaluation."""
+    n = random.Random(moment).randrange(events) + 1
     folder = tmp_path / "killed"
     code, output = with_fault(arguments(tiny, folder, *RUN, *SHORT), folder, Fault("*", "*", n, torn=moment % 2 == 1))
     assert code == -signal.SIGKILL, output
-    where = f"event {n} of {len(events)}: {events[n - 1]}; {phase(folder)}"
-    record_property("moment", where)
-    print("MOMENT", where)
+    print(f"MOMENT {n} of {events}, {output.splitlines()[-1]}; {phase(folder)}")
     check_whole_files(folder)
     for name in ("baseline", "."):
         check_same_checkpoint(folder / name, whole / name)
@@ -202,13 +209,20 @@ def phase(folder):
 
 @pytest.fixture(scope="module", params=[1, 2])
 def scripted(request, tiny, tmp_path_factory):
-    """The undisturbed script, and how long it took from its first file to its last, in seconds."""
+    """The undisturbed script with all of its checkpoints, and its milestones: when each of these files came, in seconds."""
     folder = tmp_path_factory.mktemp("run") / "whole"
     run = [*RUN, "--num_train_epochs", "3", "--save_steps", "5", "--eval_steps", "5"]
     run += ["--per_device_train_batch_size", str(16 // request.param)]
-    script(arguments(tiny, folder, *run), request.param)
-    first, last = ((folder / name).stat().st_mtime for name in ("settings.json", "README.md"))
-    return SimpleNamespace(folder=folder, run=run, processes=request.param, seconds=last - first)
+    script(arguments(tiny, folder, *run, "--save_total_limit", "99"), request.param)
+    files = [
+        *folder.rglob(MARK),
+        *folder.rglob(OUTCOME),
+        *(folder / name for name in ("settings.json", "calibration.json", "README.md")),
+    ]
+    times = sorted((path.stat().st_mtime, str(path.relative_to(folder))) for path in files)
+    milestones = [(seconds - times[0][0], name) for seconds, name in times]
+    assert (milestones[0][1], milestones[-1][1]) == ("settings.json", "README.md")
+    return SimpleNamespace(folder=folder, run=run, processes=request.param, milestones=milestones)
 
 
 def family(process):
@@ -223,16 +237,19 @@ def wait_for(condition, process):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("moment", range(20))
-def test_the_script_killed_at_a_random_time(tiny, tmp_path, scripted, moment, record_property):
+def test_the_script_killed_at_a_random_time(tiny, tmp_path, scripted, moment):
     """kill -9 of all processes of the run at once."""
     draw, killed = random.Random(f"{moment} {scripted.processes}"), False
     while not killed:
-        fraction = draw.random()
-        folder = tmp_path / f"killed {fraction:.3f}"
+        at = draw.uniform(0, scripted.milestones[-1][0])
+        before = [(seconds, name) for seconds, name in scripted.milestones if seconds <= at]
+        waited_for = [name for _, name in scripted.milestones[len(before) - 1 :]]  # it, or later ones: old checkpoints go
+        folder = tmp_path / f"killed at {at:.3f}"
         process = script(arguments(tiny, folder, *scripted.run), scripted.processes, wait=False)
-        wait_for((folder / "settings.json").is_file, process)
-        time.sleep(fraction * scripted.seconds)
+        wait_for(lambda known=waited_for, folder=folder: any((folder / name).is_file() for name in known), process)
+        time.sleep(at - before[-1][0])
         if not (folder / "README.md").is_file() and process.poll() is None:  # else it came too late: draw again
             members = family(process)
             for member in members:
@@ -240,9 +257,7 @@ def test_the_script_killed_at_a_random_time(tiny, tmp_path, scripted, moment, re
             killed = not (folder / "README.md").is_file()
             psutil.wait_procs(members, 60)
         process.communicate()
-    where = f"{scripted.processes} process(es), {fraction:.0%} of {scripted.seconds:.1f} s: {phase(folder)}"
-    record_property("moment", where)
-    print("MOMENT", where)
+    print(f"MOMENT {scripted.processes} process(es), {at:.2f} s of {scripted.milestones[-1][0]:.1f} s: {phase(folder)}")
     check_whole_files(folder)
     script([*arguments(tiny, folder, *scripted.run), *RESUME], scripted.processes)
     check_same_result(folder, scripted.folder)
