@@ -63,8 +63,7 @@ def test_equal_mass_is_exact_where_cells_hold_one_confidence_and_close_otherwise
 
 def test_processes_merge_by_addition_and_the_operands_stay_as_they_were():
     stats = statistics()
-    first, second = streamed(stats, [1200, 800]), StreamingCalibration()
-    second.update_statistics(statistics(500, seed=1))
+    first, second = streamed(stats, [1200, 800]), streamed(statistics(500, seed=1), [500])
     before = first.compute()
     merged = first + second
     assert first.compute() == before and len(second) == 500
