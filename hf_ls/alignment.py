@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +21,7 @@ from transformers.modeling_utils import unwrap_model
 from hf_ls.head import output_embedding
 from hf_ls.losses import check_no_probabilities, logits_of, shift_if, smoothed_terms
 from hf_ls.smoothing import Smoothing
+from hf_ls.temperature import in_eval_mode
 
 # What context parallelism and padding-free collators call labels which are aligned with the logits already.
 SHIFTED = "shift_labels"
@@ -174,7 +173,7 @@ def model_loss_gap(model: nn.Module, inputs: dict[str, Any], label_name: str) ->
     labels = inputs[SHIFTED] if given is None else given
     targets = {label_name: labels, SHIFTED: labels} if aligned else {label_name: labels}
     bare = decoder_inputs(model, {name: value for name, value in inputs.items() if name not in (label_name, SHIFTED)}, labels)
-    with evaluating(model):
+    with in_eval_mode(model):
         outputs = model(**bare)
         logits = logits_of(outputs)
         check_no_probabilities(logits)
@@ -195,7 +194,7 @@ def counts_first_label(model: nn.Module, inputs: dict[str, Any], label_name: str
     bare = decoder_inputs(model, {name: value for name, value in inputs.items() if name not in (label_name, SHIFTED)}, labels)
     first = torch.full_like(labels, IGNORE_INDEX)
     first[:, 0] = labels[labels != IGNORE_INDEX][0]
-    with evaluating(model):
+    with in_eval_mode(model):
         own = own_loss(model, {**bare, label_name: first})
     return own is not None and math.isfinite(own) and own > 1e-3  # else NaN or 0: a mean over nothing
 
@@ -225,17 +224,6 @@ def resolve_shift(model: nn.Module, gap: LossGap, first_counts: bool = False) ->
             f"{shifted}; use transformers.Trainer for another loss, or pass shift_labels=True/False to train with cross entropy"
         )
     return shift
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode for a while."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def own_loss(model: nn.Module, inputs: dict[str, Any]) -> float | None:

@@ -58,14 +58,12 @@ def run_cell(folder: Path) -> None:
 
 def _predict(config: Any, model: Any, files: dict[str, str], folder: Path) -> None:
     """Logits of the trained model on each file, to `ood.npz`, by the same way as those of test."""
-    import io
-
     import numpy as np
     from datasets import DatasetDict, load_dataset
 
     from hf_ls.compare_results import OOD
     from hf_ls.data import tokenise
-    from hf_ls.files import write_atomically
+    from hf_ls.files import write_arrays
     from hf_ls.loading import load_tokenizer
     from hf_ls.tasks import TASKS
 
@@ -82,9 +80,7 @@ def _predict(config: Any, model: Any, files: dict[str, str], folder: Path) -> No
             np.asarray(output.predictions, np.float64),
             np.asarray(output.label_ids),
         )
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    write_atomically(folder / OOD, buffer.getvalue())
+    write_arrays(folder / OOD, **arrays)
 
 
 def main() -> None:

@@ -167,9 +167,11 @@ def run_comparison(options: CompareArguments, config: Config, argv: Sequence[str
             if options.epsilon == "auto" and batch[-1] != options.seeds[-1]:
                 dropped |= _drop(predictions, dropped, batch[-1])
         compared = [found for cell, found in predictions.items() if cell.epsilon not in dropped]
-        results = [result for found in compared for result in found.results()]
+        made = {found.cell: found.results() for found in compared}
+        results = [result for of_cell in made.values() for result in of_cell]
         comparison = compare(results, repetitions=options.repetitions)
-        facts = _facts(options, config, data, compared, list(dropped.values()), left)
+        unfitted = [cell.name for cell, rs in made.items() if any(r.variant.tempered and r.temperature == 1.0 for r in rs)]
+        facts = _facts(options, config, data, compared, list(dropped.values()), unfitted, left)
         pictures = _pictures(cells[options.seeds[0]], comparison, folder)
         write_report(comparison, results, facts, folder, pictures)
     print_comparison(comparison, facts)
@@ -286,6 +288,7 @@ def _facts(
     data: CompareData,
     compared: Sequence[Predictions],
     dropped: list[str],
+    unfitted: list[str],
     left: Mapping[Cell, Mapping[str, Any]],
 ) -> Facts:
     """What the report says beside the numbers."""
@@ -300,9 +303,6 @@ def _facts(
             f"ε = {', '.join(above)} lies above the ceiling {ceiling:.3f} (validation error {error:.3f} of the baseline, "
             f"K = {baselines[0].num_classes}): a model which fits such targets is less confident than it is right."
         )
-    unfitted = [
-        found.cell.name for found in compared if any(r.variant.tempered and r.temperature == 1.0 for r in found.results())
-    ]
     if unfitted:
         warnings.append(f"No finite temperature could be fitted on validation for {', '.join(unfitted)}; 1 was used.")
     first = next(iter(left.values()))

@@ -7,6 +7,7 @@ Does not own: loading and splitting (`data`, `loading`), or training on the file
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -177,8 +178,6 @@ def _hash(table: Dataset) -> str:
 
 
 def _write(table: Dataset, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    table.to_parquet(temporary)
-    write_atomically(path, temporary.read_bytes())
-    temporary.unlink()
+    buffer = io.BytesIO()
+    table.to_parquet(buffer)
+    write_atomically(path, buffer.getvalue())

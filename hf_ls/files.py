@@ -1,14 +1,18 @@
 """Writing files so that a killed run leaves none half-written.
 
-Owns: the atomic write, and what killed runs leave of it. Does not own: any format.
+Owns: the atomic write, of text, bytes and arrays, and what killed runs leave of it. Does not own: what is written.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import secrets
 import shutil
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hf_ls.explain import disk_sentence
 
@@ -29,6 +33,16 @@ def write_atomically(path: str | os.PathLike[str], data: str | bytes) -> Path:
         if error.errno is None:
             raise
         raise OSError(error.errno, disk_sentence(error, target)) from error
+
+
+def write_arrays(path: str | os.PathLike[str], **arrays: NDArray) -> Path:
+    """Write arrays by name as a compressed npz.
+
+    Raises: as `write_atomically`.
+    """
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    return write_atomically(path, buffer.getvalue())
 
 
 def _write(target: Path, data: bytes) -> Path:

@@ -6,7 +6,12 @@ Owns: the ceiling of ε and the sentences of the warnings. Does not own: refusal
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from hf_ls.metrics.intervals import wilson_interval
+
+if TYPE_CHECKING:
+    from hf_ls.smoothing import Convention
 
 
 def epsilon_ceiling(error: float, num_classes: int, convention: str = "all") -> float:
@@ -19,7 +24,7 @@ def epsilon_ceiling(error: float, num_classes: int, convention: str = "all") -> 
 
 
 def ceiling_warning(
-    epsilon: float, convention: str, accuracy: float, n: float, num_classes: int, who: str = "the model"
+    epsilon: float, convention: Convention, accuracy: float, n: float, num_classes: int, who: str = "the model"
 ) -> str | None:
     """One sentence when ε lies above its ceiling for every error rate which n examples leave open (Wilson, 95 %), else None.
 
@@ -32,8 +37,9 @@ def ceiling_warning(
     error = 1 - accuracy
     if epsilon <= epsilon_ceiling(1 - float(low), num_classes, convention):
         return None
-    ceiling, kept = epsilon_ceiling(error, num_classes, convention), 1 - epsilon
-    most = kept + epsilon / num_classes if convention == "all" else kept
+    from hf_ls.smoothing import Smoothing
+
+    ceiling, most = epsilon_ceiling(error, num_classes, convention), Smoothing(epsilon, convention).max_confidence(num_classes)
     return (
         f"epsilon {epsilon:g} lies above the confidence ceiling {ceiling:.3f} (error {error:.3f} of {who}, n = {n:,.0f}, "
         f"K = {num_classes:,}): a model which fits such targets is at most {most:.3f} sure and right more often; use an epsilon "

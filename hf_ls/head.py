@@ -24,6 +24,7 @@ from hf_ls.linear import LinearTerms, linear_smoothed_terms
 from hf_ls.linear_objective import Observer
 from hf_ls.losses import logits_of, smoothed_terms
 from hf_ls.smoothing import Smoothing
+from hf_ls.temperature import in_eval_mode
 
 # What a config calls the number which multiplies, divides or caps the logits.
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere; FalconH1; MuseGlimmer
@@ -145,9 +146,7 @@ class LogitsFreeHead:
 
         Raises: ValueError with the reason when they differ.
         """
-        training = self.model.training
-        model.eval()
-        try:
+        with in_eval_mode(model):
             own = logits_of(model(**inputs))
             known, processed = self._known_logits(model, inputs)
             if processed.shape != known.shape:
@@ -159,8 +158,6 @@ class LogitsFreeHead:
                 raise ValueError(
                     f"expected a forward which can do with empty logits, got {type(error).__name__}: {error}"
                 ) from error
-        finally:
-            model.train(training)
         if own.shape[-1] != self.head.weight.shape[0]:
             raise ValueError(f"expected {self.head.weight.shape[0]} logits as the head has rows, got {own.shape[-1]}")
         tolerance = 2e-2 if known.dtype in (torch.float16, torch.bfloat16) else 1e-4

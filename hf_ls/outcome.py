@@ -8,7 +8,6 @@ Does not own: training (`finetune`), the report of several runs (`publish`), any
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 
 from hf_ls.arguments import LabelSmoothingArguments
-from hf_ls.files import write_atomically
+from hf_ls.files import write_arrays, write_atomically
 from hf_ls.launch import announce
 from hf_ls.report import CalibrationRow
 from hf_ls.temperature import NoFiniteTemperature, fit_temperature
@@ -167,9 +166,7 @@ def write_metrics(trainer: Any, prefix: str, metrics: dict[str, float]) -> None:
 def _save_predictions(folder: Path, logits: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> None:
     arrays = {f"logits_{split}": value for split, value in logits.items()}
     arrays |= {f"labels_{split}": value for split, value in labels.items()}
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-    write_atomically(folder / PREDICTIONS, buffer.getvalue())
+    write_arrays(folder / PREDICTIONS, **arrays)
 
 
 def _decode(trainer: Any, predictions: Any) -> list[str]:

@@ -6,7 +6,6 @@ Does not own: the plots of every report (`plots`), the optimum (`smoothing`), an
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hf_ls.figures import GREY, INK, LIGHT, PALETTE, figure_style, logged_series, new_figure, row_colours, save_figure, short_name
-from hf_ls.files import write_atomically
+from hf_ls.files import write_arrays
 from hf_ls.report import CalibrationReport
 
 if TYPE_CHECKING:
@@ -59,10 +58,8 @@ class Penultimate:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write them as a compressed npz, in float32."""
-        buffer = io.BytesIO()
         small = {name: getattr(self, name).astype(np.float32) for name in ("features", "weight", "bias")}
-        np.savez_compressed(buffer, labels=self.labels, **small)
-        return write_atomically(path, buffer.getvalue())
+        return write_arrays(path, labels=self.labels, **small)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

@@ -19,9 +19,10 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from hf_ls.alignment import IGNORE_INDEX, LossGap, base_model, evaluating, loss_tolerance, own_loss, resolve_shift
+from hf_ls.alignment import IGNORE_INDEX, LossGap, base_model, loss_tolerance, own_loss, resolve_shift
 from hf_ls.losses import SmoothedTerms, logits_of, smoothed_terms
 from hf_ls.smoothing import Smoothing
+from hf_ls.temperature import in_eval_mode
 
 POSITIONS = ("start_positions", "end_positions")
 # Models rule positions out by a logit of -1e6 (BigBird: the question) or of the least float (Splinter: padding). No logit which
@@ -205,7 +206,7 @@ def span_loss_gap(model: nn.Module, inputs: dict[str, Any]) -> LossGap:
     labels = positions_in(inputs)
     bare = {name: value for name, value in inputs.items() if name not in POSITIONS}
     kept = labels != IGNORE_INDEX
-    with evaluating(model):
+    with in_eval_mode(model):
         logits = logits_of(model(**bare))
         nll = smoothed_terms(logits, labels, Smoothing(0.0)).nll.sum(0) / kept.sum(0)
         # T is what the models ignore. Some clamp the tensor which they are given: these are ours.

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import Trainer
 from transformers.modelcard import TASK_MAPPING
 
-from hf_ls.card import MARKER, is_generated, model_card, smoothing_lines
+from hf_ls.card import MARKER, NO_FREE_WIN, NOT_EXAMINED, is_generated, model_card, smoothing_lines
 from hf_ls.card_metadata import HUB_METRICS, hub_id
 from hf_ls.files import write_atomically
 from hf_ls.head import output_embedding
@@ -372,11 +372,8 @@ def _limitations(metrics: Mapping[str, float], smoothed: bool, spans: bool) -> l
             "The evaluation data may have served to choose the model; neither accuracy nor calibration is verified out of domain."
         )
     if smoothed:
-        lines.append(
-            "Label smoothing is no free win: it can worsen calibration in domain (Desai and Durrett 2020) and the ranking of "
-            "errors by confidence (Xia 2025), and a smoothed model is usually a worse teacher for distillation (Müller 2019)."
-        )
-    return [*lines, "Biases of the base model and of the data were not examined."]
+        lines.append(NO_FREE_WIN)
+    return [*lines, NOT_EXAMINED]
 
 
 def _listed(value: Any) -> list[str]:

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from faults import Fault, with_fault
 from safetensors.torch import load_file
 
-from hf_ls.checkpoint import last_complete_checkpoint
+from hf_ls.checkpoint import MARK, last_complete_checkpoint
 from hf_ls.config import parse_config
 from hf_ls.finetune import finetune
 from hf_ls.report import CalibrationReport
 
-ROOT = Path(__file__).parent.parent
 BART = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
         "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": 64, "init_std": 0.06}  # fmt: skip
 LLAMA = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
@@ -26,7 +22,7 @@ MODELS = {"seq2seq": ("bart", BART), "causal-lm": ("llama", LLAMA)}
 PHONEMES = ["exact_match", "phoneme_error_rate", "bleu"]
 
 
-def arguments(folder, task, *extra, name=None):
+def arguments(folder, task, *extra):
     model_type, overrides = MODELS[task]
     generating = ["--predict_with_generate", "--generation_max_length", "24", "--text_metrics", *PHONEMES]
     return [
@@ -111,14 +107,6 @@ def test_generations_are_what_was_scored(done):
     assert report.rows[2].value("exact_match") == pytest.approx(exact)
 
 
-def run_killed(folder, event, n, *argv):
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tests" / "killed_run.py"), event, str(n), *argv]
-    process = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=280)
-    assert process.returncode == -signal.SIGKILL, process.stdout + process.stderr
-    assert not (folder / "calibration.json").exists()
-
-
 @pytest.mark.parametrize("task", list(MODELS))
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path, task):
     """Killed between two checkpoints, before the last one is complete, and after it, before the report.
@@ -128,12 +116,19 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, task):
     run = ["--max_steps", "10", "--save_strategy", "steps", "--save_steps", "4", "--eval_strategy", "steps", "--eval_steps", "5"]
     whole = tmp_path / "whole"
     finetune(parse_config(arguments(whole, task, *run)))
-    for event, n, step in (("on_step_end", 7, 4), ("before_mark", 3, 8), ("on_predict", 1, 10)):
-        killed = tmp_path / event
-        run_killed(killed, event, n, *arguments(killed, task, *run))
+    moments = (
+        ("step", Fault("step", "step", 7), 4),
+        ("mark", Fault("rename", f"checkpoint-10/{MARK}"), 8),
+        ("evaluated", Fault("rename", "eval_results.json"), 10),
+    )
+    for name, fault, step in moments:
+        killed = tmp_path / name
+        code, output = with_fault(arguments(killed, task, *run), killed, fault)
+        assert code == -signal.SIGKILL, output
+        assert not (killed / "calibration.json").exists()
         assert last_complete_checkpoint(killed).endswith(f"checkpoint-{step}")
         finetune(parse_config([*arguments(killed, task, *run), "--resume_from_checkpoint", "last"]))
-        assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes(), event
+        assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes(), name
         first, second = (CalibrationReport.load(folder / "calibration.json") for folder in (whole, killed))
         assert first.rows == second.rows
         assert json.loads((killed / "trainer_state.json").read_text())["global_step"] == 10
