@@ -7,6 +7,7 @@ Does not own: anything in between (accelerate's business).
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import traceback
@@ -48,8 +49,10 @@ def end_processes() -> None:
     """Wait for every process, then take the process group down.
 
     A process which ends while the group lives may abort in the threads of gloo (seen once in some fifty runs), and torchrun then
-    kills the others, rank 0 among them while it still writes the report.
+    kills the others, rank 0 among them while it still writes the report. A `DistributedDataParallel` which outlives the group
+    joins those threads while it holds the lock of the interpreter, which they may wait for (torch 2.13: one run in sixty hung).
     """
+    gc.collect()  # the Trainer and its model refer to each other
     state = PartialState()
     state.wait_for_everyone()
     state.destroy_process_group()

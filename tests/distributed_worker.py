@@ -31,6 +31,7 @@ from helpers import (
 )
 
 from hf_ls import LabelSmoothingArguments, LabelSmoothingTrainer
+from hf_ls.launch import end_processes
 
 UNEVEN = (40, 3, 4, 30, 5, 6, 2)
 STEPS: dict[str, tuple[Any, Any]] = {
@@ -103,7 +104,7 @@ def main(path: str) -> None:
             results["drift"][trainer_class.__name__, evaluate_first] = drift(trainer_class, evaluate_first)
     if int(os.environ["RANK"]) == 0:
         torch.save(results, path)
-    dist.destroy_process_group()
+    end_processes()
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from hf_ls import LabelSmoothingArguments, LabelSmoothingTrainer, Smoothing
 from hf_ls.alignment import decoder_inputs
 from hf_ls.head import LogitsFreeHead
+from hf_ls.launch import end_processes
 from hf_ls.losses import shift_if
 
 DDP = ("llama", "t5", "bart", "gemma2", "mixtral")
@@ -111,7 +112,7 @@ def main(path: str) -> None:
         results["fsdp"][name, "dense half"] = first_gradient(name, sharded(name, True), 2, rank, True, False)
     if rank == 0:
         torch.save(results, path)
-    dist.destroy_process_group()
+    end_processes()
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from transformers.distributed import DistributedConfig
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from hf_ls import LabelSmoothingArguments, LabelSmoothingTrainer
+from hf_ls.launch import end_processes
 
 LENGTHS = (40, 3, 12, 5, 8, 4, 17) * 3
 UNEVEN = (40, 3, 4, 30, 5, 6, 2)
@@ -197,7 +198,7 @@ def main(path: str) -> None:
     }
     if rank == 0:
         torch.save(results, path)
-    dist.destroy_process_group()
+    end_processes()
 
 
 if __name__ == "__main__":

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 
-from hf_ls.launch import requested_processes, start_missing_processes
+from hf_ls import launch
+from hf_ls.launch import end_processes, requested_processes, start_missing_processes
 
 
 @pytest.mark.parametrize(
@@ -45,3 +49,28 @@ def test_an_unknown_parent_is_an_error(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ValueError, match="torchrun"):
         start_missing_processes()
+
+
+def test_no_model_outlives_the_process_group(monkeypatch):
+    class Wrapped:
+        """As a DistributedDataParallel in a Trainer: only the collector frees it."""
+
+    class State:
+        def wait_for_everyone(self):
+            calls.append("wait")
+
+        def destroy_process_group(self):
+            calls.append("destroyed, the model gone" if alive() is None else "destroyed under a living model")
+
+    calls = []
+    monkeypatch.setattr(launch, "PartialState", State)
+    gc.disable()
+    try:
+        wrapped = Wrapped()
+        wrapped.itself = wrapped
+        alive = weakref.ref(wrapped)
+        del wrapped
+        end_processes()
+    finally:
+        gc.enable()
+    assert calls == ["wait", "destroyed, the model gone"]
