@@ -141,6 +141,19 @@ def seconds(run: Run, device: str, clock: Callable[[], float]) -> float:
     return clock() - start
 
 
+def peak_of(profile: torch.profiler.profile) -> int:
+    """The largest growth of live memory in a profile with `profile_memory`, bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e["ts"]):
+        live += event["args"]["Bytes"]
+        peak = max(peak, live)
+    return peak
+
+
 def peak_bytes(run: Run, device: str) -> int:
     """The largest growth of live memory during a run, from the profiler's allocations (CUDA: torch's counter)."""
     gc.collect()
@@ -151,15 +164,7 @@ def peak_bytes(run: Run, device: str) -> int:
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(trace))
-        events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e["ts"]):
-        live += event["args"]["Bytes"]
-        peak = max(peak, live)
-    return peak
+    return peak_of(profile)
 
 
 def measure(

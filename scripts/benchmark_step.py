@@ -7,10 +7,13 @@
 Each run is a process of its own, and the methods take turns, so that a busy machine slows all of them. `stock` is
 transformers.Trainer with label_smoothing_factor, `trl` is SFTTrainer with it, `hf_ls` is LabelSmoothingTrainer, or
 LabelSmoothingMixin before SFTTrainer. A step lasts from on_step_begin to on_step_end of the Trainer; throughput compares
-the fastest steps and, in brackets, the medians. Memory is the largest resident set of the process (ru_maxrss)
- - over the libraries: less what it was before the model was made;
- - over the training state: less weights, gradients and optimizer states too, which all methods need.
-The first step, with the checks of hf_ls on the first batch, counts for the memory and not for the time.
+the fastest steps and, in brackets, the medians. Memory is
+ - live: the largest growth of live allocations within one step, from torch's profiler (the counterpart of
+   torch.cuda.max_memory_allocated): activations, the loss, and the gradients there are by then;
+ - resident: the largest resident set of the process (ru_maxrss), less the libraries, weights, gradients and optimizer
+   states; this one has the holes in the heap of the C library in it.
+The first step, with the checks of hf_ls on the first batch, counts for the resident memory and not for the time; the last,
+under the profiler, for the live memory alone.
 """
 
 from __future__ import annotations
@@ -48,7 +51,8 @@ class Setting:
 
 
 SETTINGS = {
-    "seq2seq-32k": Setting("seq2seq", 32128, 32, 32, 64, 0.4, ("stock", "hf_ls")),
+    "seq2seq-32k": Setting("seq2seq", 32128, 128, 32, 64, 0.4, ("stock", "hf_ls")),
+    "seq2seq-32k-small-batch": Setting("seq2seq", 32128, 32, 32, 64, 0.4, ("stock", "hf_ls")),
     "seq2seq-128k": Setting("seq2seq", 128256, 16, 32, 64, 0.4, ("stock", "hf_ls")),
     "sft-32k": Setting("sft", 32000, 4, 0, 512, 0.0, ("stock", "trl", "hf_ls")),
     "sft-128k": Setting("sft", 128256, 2, 0, 512, 0.0, ("stock", "trl", "hf_ls")),
@@ -62,9 +66,9 @@ class Run:
     setting: str
     method: str
     seconds: list[float]  # of each measured step
-    over_libraries: float  # MiB
-    over_state: float  # MiB
-    loss: float  # of the first step
+    live: float  # MiB
+    resident: float  # MiB
+    loss: float  # mean over the steps
 
 
 def resident() -> float:
@@ -174,24 +178,34 @@ def measure(
     torch.set_num_threads(threads)
     # By all methods and before the first reading, so that libraries are no difference between them.
     import datasets  # noqa: F401
+    from benchmark_loss import peak_of
 
     import hf_ls.trainer  # noqa: F401
 
     if setting.task == "sft":
         import trl.trainer.sft_trainer  # noqa: F401
 
-    class Clock(tf.TrainerCallback):
-        """Times each step and keeps the terms of the first."""
+    class Meter(tf.TrainerCallback):
+        """Times each step but the first and the last, and profiles the memory of the last."""
 
         def __init__(self) -> None:
             self.taken: list[float] = []
             self.started = 0.0
+            self.resident = 0.0
+            self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
 
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == steps + 1:
+                self.resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - libraries
+                self.profile.start()
             self.started = clock()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.taken.append(clock() - self.started)
+            if 2 <= state.global_step <= steps + 1:
+                self.taken.append(clock() - self.started)
+
+        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+            self.profile.stop()
 
     # What the first backward and the first optimizer load and start, at a size which leaves no trace.
     warm = torch.nn.Linear(8, 8)
@@ -201,19 +215,19 @@ def measure(
     model = model_of(setting)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    timer = Clock()
+    meter = Meter()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trainer_of(setting, method, model, steps + 1, dtype, folder)
-        trainer.add_callback(timer)
+        trainer = trainer_of(setting, method, model, steps + 2, dtype, folder)
+        trainer.add_callback(meter)
         result = trainer.train()
     if method == "hf_ls" and trainer._head is None:
         raise RuntimeError(f"expected the logits-free path for {name}, got the dense one; see the reason in the log")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - libraries
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     states = sum(
         t.numel() * t.element_size() for s in trainer.optimizer.state.values() for t in s.values() if hasattr(t, "numel")
     )
-    return Run(name, method, timer.taken[1:], peak, peak - (2 * weights + states) / MIB, result.training_loss)
+    resident_mib = meter.resident - (2 * weights + states) / MIB
+    return Run(name, method, meter.taken, peak_of(meter.profile) / MIB, resident_mib, result.training_loss)
 
 
 def in_own_process(name: str, method: str, args: argparse.Namespace) -> Run:
@@ -232,31 +246,29 @@ def in_own_process(name: str, method: str, args: argparse.Namespace) -> Run:
 def table(runs: list[Run], sizes: dict[str, Setting]) -> str:
     """One row per setting and method; × are hf_ls's throughput over, and its memory as a share of, that method's."""
     lines = [
-        "| setting | method | s/step | hf_ls × | MiB over libraries | hf_ls × | MiB over training state | hf_ls × |",
+        "| setting | method | s/step | hf_ls × | MiB live | hf_ls × | MiB resident | hf_ls × |",
         "|---|---|---|---|---|---|---|---|",
     ]
 
     def summary(name: str, method: str) -> tuple[float, float, float, float]:
         mine = [run for run in runs if (run.setting, run.method) == (name, method)]
         taken = [t for run in mine for t in run.seconds]
-        libraries, state = (
-            statistics.median(values) for values in zip(*((r.over_libraries, r.over_state) for r in mine), strict=True)
-        )
-        return min(taken), statistics.median(taken), libraries, state
+        live, resident_mib = (statistics.median(values) for values in zip(*((r.live, r.resident) for r in mine), strict=True))
+        return min(taken), statistics.median(taken), live, resident_mib
 
     for name in dict.fromkeys(run.setting for run in runs):
         ours = summary(name, "hf_ls")
         for method in sizes[name].methods:
-            fastest, median, libraries, state = summary(name, method)
+            fastest, median, live, resident_mib = summary(name, method)
             cells = ["", "", ""]
             if method != "hf_ls":
                 cells = [
                     f"{fastest / ours[0]:.2f} ({median / ours[1]:.2f})",
-                    f"{ours[2] / libraries:.2f}",
-                    f"{ours[3] / state:.2f}",
+                    f"{ours[2] / live:.2f}",
+                    f"{ours[3] / resident_mib:.2f}",
                 ]
             time_cell = f"{fastest:.2f} ({median:.2f}) | {cells[0]}"
-            lines.append(f"| {name} | {method} | {time_cell} | {libraries:.0f} | {cells[1]} | {state:.0f} | {cells[2]} |")
+            lines.append(f"| {name} | {method} | {time_cell} | {live:.0f} | {cells[1]} | {resident_mib:.0f} | {cells[2]} |")
     return "\n".join(lines)
 
 
@@ -276,7 +288,7 @@ def command_line() -> argparse.ArgumentParser:
     )
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--rounds", type=int, default=2, help="processes per method, in turn")
-    parser.add_argument("--steps", type=int, default=2, help="measured steps in each process, after one to warm up")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps, between one to warm up and one profiled")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16 is autocast")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: CPU seconds, steady beside other work")
