@@ -1,4 +1,4 @@
-"""Throughput and peak memory of whole training steps: forward, backward and AdamW, as the Trainers run them.
+"""Throughput and peak memory of whole training steps: forward, backward and the AdamW which is the Trainers' default.
 
     OMP_NUM_THREADS=2 python scripts/benchmark_step.py
     OMP_NUM_THREADS=2 python scripts/benchmark_step.py --settings seq2seq-32k --rounds 5 --json out.json
@@ -137,7 +137,7 @@ def trainer_of(setting: Setting, method: str, model: Any, steps: int, dtype: str
     settings: dict[str, Any] = {
         "output_dir": folder, "use_cpu": True, "report_to": [], "save_strategy": "no", "logging_strategy": "no",
         "disable_tqdm": True, "max_steps": steps, "per_device_train_batch_size": setting.batch, "learning_rate": 1e-4,
-        "label_smoothing_factor": EPSILON, "bf16": dtype == "bfloat16", "optim": "adamw_torch", "dataloader_pin_memory": False,
+        "label_smoothing_factor": EPSILON, "bf16": dtype == "bfloat16", "dataloader_pin_memory": False,
     }  # fmt: skip
     rows = Dataset.from_list(rows_of(setting, steps))
     if setting.task == "seq2seq" or method == "stock":
