@@ -141,8 +141,13 @@ def seconds(run: Run, device: str, clock: Callable[[], float]) -> float:
     return clock() - start
 
 
+def allocation_profile() -> torch.profiler.profile:
+    """A profile, not yet started, of what is allocated and freed on the CPU."""
+    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+
+
 def peak_of(profile: torch.profiler.profile) -> int:
-    """The largest growth of live memory in a profile with `profile_memory`, bytes."""
+    """The largest growth of live memory in a finished `allocation_profile`, bytes."""
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(trace))
@@ -162,7 +167,7 @@ def peak_bytes(run: Run, device: str) -> int:
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with allocation_profile() as profile:
         run()
     return peak_of(profile)
 

@@ -71,7 +71,7 @@ class Run:
     loss: float  # mean over the steps
 
 
-def resident() -> float:
+def resident_now() -> float:
     """Resident memory of this process now, MiB."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / MIB
@@ -169,7 +169,7 @@ def measure(
     clock: Callable[[], float],
     checkpointing: bool,
 ) -> Run:
-    """Train for a warm-up step and `steps` more in this process."""
+    """Train in this process: a step to warm up, `steps` timed ones and one whose allocations are profiled."""
     import torch
     import transformers as tf
 
@@ -178,7 +178,7 @@ def measure(
     torch.set_num_threads(threads)
     # By all methods and before the first reading, so that libraries are no difference between them.
     import datasets  # noqa: F401
-    from benchmark_loss import peak_of
+    from benchmark_loss import allocation_profile, peak_of
 
     import hf_ls.trainer  # noqa: F401
 
@@ -186,23 +186,23 @@ def measure(
         import trl.trainer.sft_trainer  # noqa: F401
 
     class Meter(tf.TrainerCallback):
-        """Times each step but the first and the last, and profiles the memory of the last."""
+        """Times each step, and profiles the allocations of the last."""
 
         def __init__(self) -> None:
             self.taken: list[float] = []
             self.started = 0.0
             self.resident = 0.0
-            self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+            self.profile = allocation_profile()
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == steps + 1:
-                self.resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - libraries
+            if state.global_step == args.max_steps - 1:
+                # Read before the profiler takes memory of its own.
+                self.resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
                 self.profile.start()
             self.started = clock()
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if 2 <= state.global_step <= steps + 1:
-                self.taken.append(clock() - self.started)
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            self.taken.append(clock() - self.started)
 
         def on_train_end(self, *args: Any, **kwargs: Any) -> None:
             self.profile.stop()
@@ -211,7 +211,7 @@ def measure(
     warm = torch.nn.Linear(8, 8)
     warm(torch.ones(2, 8)).sum().backward()
     torch.optim.AdamW(warm.parameters()).step()
-    libraries = resident()
+    libraries = resident_now()
     model = model_of(setting)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -226,8 +226,8 @@ def measure(
     states = sum(
         t.numel() * t.element_size() for s in trainer.optimizer.state.values() for t in s.values() if hasattr(t, "numel")
     )
-    resident_mib = meter.resident - (2 * weights + states) / MIB
-    return Run(name, method, meter.taken, peak_of(meter.profile) / MIB, resident_mib, result.training_loss)
+    resident = meter.resident - libraries - (2 * weights + states) / MIB
+    return Run(name, method, meter.taken[1:-1], peak_of(meter.profile) / MIB, resident, result.training_loss)
 
 
 def in_own_process(name: str, method: str, args: argparse.Namespace) -> Run:
@@ -253,22 +253,22 @@ def table(runs: list[Run], sizes: dict[str, Setting]) -> str:
     def summary(name: str, method: str) -> tuple[float, float, float, float]:
         mine = [run for run in runs if (run.setting, run.method) == (name, method)]
         taken = [t for run in mine for t in run.seconds]
-        live, resident_mib = (statistics.median(values) for values in zip(*((r.live, r.resident) for r in mine), strict=True))
-        return min(taken), statistics.median(taken), live, resident_mib
+        live, resident = (statistics.median(values) for values in zip(*((r.live, r.resident) for r in mine), strict=True))
+        return min(taken), statistics.median(taken), live, resident
 
     for name in dict.fromkeys(run.setting for run in runs):
         ours = summary(name, "hf_ls")
         for method in sizes[name].methods:
-            fastest, median, live, resident_mib = summary(name, method)
+            fastest, median, live, resident = summary(name, method)
             cells = ["", "", ""]
             if method != "hf_ls":
                 cells = [
                     f"{fastest / ours[0]:.2f} ({median / ours[1]:.2f})",
                     f"{ours[2] / live:.2f}",
-                    f"{ours[3] / resident_mib:.2f}",
+                    f"{ours[3] / resident:.2f}",
                 ]
             time_cell = f"{fastest:.2f} ({median:.2f}) | {cells[0]}"
-            lines.append(f"| {name} | {method} | {time_cell} | {live:.0f} | {cells[1]} | {resident_mib:.0f} | {cells[2]} |")
+            lines.append(f"| {name} | {method} | {time_cell} | {live:.0f} | {cells[1]} | {resident:.0f} | {cells[2]} |")
     return "\n".join(lines)
 
 
