@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.trainer_pt_utils import LabelSmoother
 
-from hf_ls.linear import linear_smoothed_cross_entropy
+from hf_ls.losses.linear import linear_smoothed_cross_entropy
 
 EPSILON = 0.1
 SHAPES = ["2048,512,32128", "1024,768,128256", "512,1024,256000", "8192,512,32128"]

@@ -180,7 +180,7 @@ def measure(
     import datasets  # noqa: F401
     from benchmark_loss import allocation_profile, peak_of
 
-    import hf_ls.trainer  # noqa: F401
+    import hf_ls.trainer.mixin  # noqa: F401
 
     if setting.task == "sft":
         import trl.trainer.sft_trainer  # noqa: F401

@@ -10,9 +10,9 @@ A run which was stopped goes on when the same line is given again.
 
 import sys
 
-from hf_ls.cells import CellFailed
-from hf_ls.compare import parse_compare, run_comparison
-from hf_ls.explain import end_with
+from hf_ls.common.errors import end_with
+from hf_ls.compare.cells import CellFailed
+from hf_ls.compare.experiment import parse_compare, run_comparison
 
 
 def main() -> None:

@@ -4,8 +4,8 @@ python scripts/evaluate.py --model_name_or_path outputs/text-classification --da
 python scripts/evaluate.py --model_name_or_path owner/model --test_file test.csv --validation_file dev.csv --output_dir out
 """
 
-from hf_ls.evaluating import evaluate, parse_evaluation
-from hf_ls.explain import end_with
+from hf_ls.common.errors import end_with
+from hf_ls.run.evaluate import evaluate, parse_evaluation
 
 
 def main() -> None:

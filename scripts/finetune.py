@@ -4,10 +4,10 @@ accelerate launch scripts/finetune.py --config configs/text-classification.yaml
 accelerate launch --num_processes 2 --cpu scripts/finetune.py --config configs/text-classification.yaml --output_dir outputs/two
 """
 
-from hf_ls.config import parse_config
-from hf_ls.explain import end_with, one_sentence
-from hf_ls.finetune import finetune
-from hf_ls.launch import end_processes, explain_failure, start_missing_processes
+from hf_ls.common.errors import end_with, one_sentence
+from hf_ls.run.config import parse_config
+from hf_ls.run.finetune import finetune
+from hf_ls.run.launch import end_processes, explain_failure, start_missing_processes
 
 
 def main() -> None:

@@ -1,0 +1,63 @@
+"""Models of transformers: their weights (safetensors only), the model inside wrappers, its output layer, evaluation mode."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# Labels with this value are not counted, as in torch and transformers.
+IGNORE_INDEX = -100
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def load_weights(auto_model: Any, place: str | os.PathLike[str], **kwargs: Any) -> Any:
+    """`auto_model.from_pretrained` of safetensors alone, since a pickled file (`pytorch_model.bin`) is a program.
+
+    kwargs: as `from_pretrained`; what it returns is returned.
+
+    Raises: ValueError for a model whose weights are in no safetensors file; OSError when there is no such model.
+    """
+    try:
+        return auto_model.from_pretrained(place, use_safetensors=True, **kwargs)
+    except OSError as error:
+        in_folder = any(Path(place, name).is_file() for name in _PICKLED)
+        if in_folder or "cannot be loaded with `safetensors`" in str(error):
+            raise ValueError(
+                f"expected the weights of {place} as safetensors, got pickled ones, which can run code; take a revision with "
+                "model.safetensors, or convert them where you trust them: from_pretrained(...).save_pretrained(...)"
+            ) from error
+        raise
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Switch off dropout, and restore each module's own mode afterwards: a frozen backbone may be in eval mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def output_embedding(model: nn.Module) -> nn.Module | None:
+    """The layer which makes the logits of a language model, or None for other models."""
+    from transformers.modeling_utils import unwrap_model
+
+    find = getattr(unwrap_model(model), "get_output_embeddings", None)
+    return find() if callable(find) else None
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model inside PEFT, DDP and the like."""
+    from transformers.modeling_utils import unwrap_model
+
+    inner: Any = unwrap_model(model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner

@@ -1,0 +1,237 @@
+"""The cells of a comparison: one run of `finetune` each, in a process and a folder of its own.
+
+Owns: what a cell is, its settings, starting several at a time, which are finished, locks, and that none outlives this
+process. Does not own: what a cell does (`cell_worker`), which cells there are (`compare`).
+"""
+
+from __future__ import annotations
+
+import copy
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hf_ls.common.files import write_atomically
+from hf_ls.run.config import Config, DataArguments
+from hf_ls.trainer.arguments import smoothing_of
+from hf_ls.trainer.criterion import Criterion, parse_params
+
+CELL = "cell.json"  # written last: a cell with it is finished
+LOG = "log.txt"
+_PACKAGE = Path(__file__).parents[1]
+# Those of `accelerate launch`: a cell is a single process, whatever this one was started by.
+_LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+_LOG_LINES = 20
+
+
+class CellFailed(RuntimeError):
+    """A cell ended without finishing."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run.
+
+    variant: "baseline", "smoothed", or the objective with its parameters. params: of the objective, as JSON.
+    """
+
+    variant: str
+    objective: str
+    params: str | None
+    epsilon: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The folder's name: smoothed-0.1-seed0."""
+        variant = re.sub(r"[^A-Za-z0-9._]+", "-", self.variant).strip("-")
+        return f"{variant}{f'-{self.epsilon:g}' if self.epsilon else ''}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """All that the process of a cell is told.
+
+    argv: the settings shared by all cells. data: "train", "validation", "test" -> file; ood: name -> file.
+    """
+
+    cell: Cell
+    argv: list[str]
+    data: dict[str, str]
+    pairs: bool
+    ood: dict[str, str]
+
+    def to_json(self) -> str:
+        """As JSON text."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Spec:
+        """Read what `to_json` wrote."""
+        fields = json.loads(text)
+        return cls(**fields | {"cell": Cell(**fields["cell"])})
+
+
+def cell_config(base: Config, spec: Spec, folder: Path) -> Config:
+    """The settings of one cell: the shared ones, but for its loss, its seed and its files.
+
+    Raises: ValueError for an ε or an objective which cannot be.
+    """
+    cell, training = spec.cell, copy.copy(base.training)
+    changes: dict[str, Any] = {
+        "label_smoothing_factor": cell.epsilon,
+        "label_smoothing_objective": cell.objective,
+        "label_smoothing_objective_params": cell.params,
+        "seed": cell.seed,
+        "output_dir": str(folder),
+        "run_name": cell.name,
+        "do_train": True,
+        "do_eval": True,
+        "do_predict": True,
+        "push_to_hub": False,
+        "resume_from_checkpoint": None,
+    }
+    if not training.load_best_model_at_end:
+        changes["save_strategy"] = type(training.save_strategy)("no")  # an unfinished cell starts again
+    for name, value in changes.items():
+        setattr(training, name, value)
+    Criterion(smoothing_of(training), cell.objective, parse_params(cell.params))
+    data = DataArguments(
+        train_file=spec.data["train"],
+        validation_file=spec.data["validation"],
+        test_file=spec.data["test"],
+        text_pair_column="text_pair" if spec.pairs else None,
+        max_length=base.data.max_length,
+    )
+    return replace(base, run=replace(base.run, with_baseline=False, bake_temperature=False), training=training, data=data)
+
+
+def finished(folder: Path, spec: Spec) -> dict[str, Any] | None:
+    """What the cell in this folder left when it finished; None if it did not, or was another one.
+
+    That the shared settings are the same is checked once for the whole comparison.
+    """
+    if not (folder / CELL).is_file():
+        return None
+    found = json.loads((folder / CELL).read_text(encoding="utf-8"))
+    return found if Cell(**found["spec"]["cell"]) == spec.cell else None
+
+
+def run_cells(
+    specs: Sequence[Spec], folder: Path, *, jobs: int, threads: int, announce: Callable[[str], None] = print
+) -> dict[Cell, dict[str, Any]]:
+    """Run the cells which are not finished, `jobs` at a time, and give what each left.
+
+    Each cell is a process in a session of its own, which ends itself when this process ends, however that happens: it
+    waits for the end of a pipe that only this process can write to.
+
+    Raises: CellFailed with the last lines of its log; cells which are running are then let finish.
+    """
+    todo = [spec for spec in specs if finished(folder / spec.cell.name, spec) is None]
+    kept = len(specs) - len(todo)
+    if kept:
+        announce(f"{kept} of {len(specs)} cells are finished already")
+    running: dict[subprocess.Popen[bytes], tuple[Spec, float, int]] = {}
+    failed: list[Spec] = []
+    done, waiting = kept, list(todo)
+    try:
+        while running or (waiting and not failed):
+            while waiting and len(running) < jobs and not failed:
+                slot = min(set(range(jobs)) - {used for _, _, used in running.values()})
+                spec = waiting.pop(0)
+                running[_start(spec, folder, threads, slot)] = (spec, time.monotonic(), slot)
+            time.sleep(0.1)
+            for process in [process for process in running if process.poll() is not None]:
+                spec, started, _ = running.pop(process)
+                _close(process)
+                if process.returncode or finished(folder / spec.cell.name, spec) is None:
+                    failed.append(spec)
+                    announce(f"{spec.cell.name} failed (exit code {process.returncode})")
+                    continue
+                done += 1
+                announce(f"[{done}/{len(specs)}] {spec.cell.name}: {time.monotonic() - started:.0f} s")
+    finally:
+        for process in running:
+            _kill(process)
+    if failed:
+        cell = folder / failed[0].cell.name
+        lines = (cell / LOG).read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
+        raise CellFailed("\n".join([*lines, f"{failed[0].cell.name} failed; its folder is {cell}, finished cells are kept"]))
+    found = {spec.cell: finished(folder / spec.cell.name, spec) for spec in specs}
+    return {cell: left for cell, left in found.items() if left is not None}
+
+
+@contextmanager
+def locked(path: Path, remedy: str, *, patience: float = 0.0) -> Iterator[int]:
+    """Hold a lock file, as its descriptor, until the end of the block or of the last process which has the descriptor.
+
+    Raises: ValueError when another process still holds it after `patience` seconds.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise ValueError(f"expected {path} to be free, got it held by another process; {remedy}") from None
+                time.sleep(0.05)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _start(spec: Spec, folder: Path, threads: int, slot: int) -> subprocess.Popen[bytes]:
+    """Start a cell in an empty folder; it inherits a lock, so that a dying one is waited for."""
+    cell = folder / spec.cell.name
+    with locked(folder / f".{cell.name}.lock", "end that process", patience=30) as lock:
+        shutil.rmtree(cell, ignore_errors=True)
+        cell.mkdir(parents=True)
+        write_atomically(cell / "spec.json", spec.to_json())
+        environment = {name: value for name, value in os.environ.items() if name not in _LAUNCH_VARIABLES}
+        environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_PACKAGE.parent), environment.get("PYTHONPATH")]))
+        environment |= {} if (gpu := one_gpu(slot)) is None else {"CUDA_VISIBLE_DEVICES": gpu}
+        with open(cell / LOG, "wb") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "hf_ls.compare.worker", str(cell)],
+                stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment, pass_fds=[lock],
+                start_new_session=True,
+            )  # fmt: skip
+
+
+def one_gpu(slot: int) -> str | None:
+    """The GPU for the cell in this slot, so that no cell spreads over several; None without GPUs."""
+    import torch
+
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(i) for i in range(count)]
+    return names[slot % count] if count else None
+
+
+def _close(process: subprocess.Popen[bytes]) -> None:
+    if process.stdin is not None:
+        process.stdin.close()
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End a cell and all that it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    _close(process)

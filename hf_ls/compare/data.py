@@ -1,0 +1,183 @@
+"""The data of a comparison: prepared once, written as files which every cell reads.
+
+Owns: label noise in train, out-of-domain sets, the files under `data/` and their hashes.
+Does not own: loading and splitting (`data`, `loading`), or training on the files (`cells`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from datasets import ClassLabel, Dataset, concatenate_datasets
+
+from hf_ls.common.files import write_atomically
+from hf_ls.data.classification import EMBEDDED_DATASET, ClassificationData, load_snippets
+from hf_ls.data.reading import read_files
+from hf_ls.run.config import Config
+from hf_ls.run.loading import load_data
+
+logger = logging.getLogger(__name__)
+
+_COLUMNS = ("text", "text_pair", "label")
+
+
+@dataclass(frozen=True)
+class CompareData:
+    """Where the data lie and what they are.
+
+    train: seed -> file (one file for all seeds without label noise). others: "validation", "test" -> file.
+    ood: name of an out-of-domain set -> file. hashes: file name -> SHA-256 of its rows. flipped: rows of train with a
+    flipped label, of how many.
+    """
+
+    name: str
+    label_names: tuple[str, ...]
+    pairs: bool
+    train: dict[int, Path]
+    others: dict[str, Path]
+    ood: dict[str, Path]
+    sizes: dict[str, int]
+    hashes: dict[str, str]
+
+
+def prepare_data(
+    config: Config,
+    folder: Path,
+    seeds: Sequence[int],
+    *,
+    flip_labels: float = 0.0,
+    ood_sources: Sequence[str] = (),
+    ood_files: Mapping[str, str] | None = None,
+    ood_samples: int = 1000,
+) -> CompareData:
+    """Load, split, flip and write everything that the cells read, to `folder`.
+
+    Validation and test keep their labels. Out-of-domain sets keep at most `ood_samples` rows, none of whose texts is in
+    train, validation or test.
+
+    Raises: ValueError for missing splits, unknown sources, and labels which train does not have.
+    """
+    data = _in_domain(config, ood_sources)
+    missing = {"train", "validation", "test"} - set(data.splits)
+    if missing:
+        raise ValueError(f"expected train, validation and test, got no {sorted(missing)}; give --test_file (test reports alone)")
+    columns = [column for column in _COLUMNS if column in data.splits["train"].column_names]
+    parts = {split: part.select_columns(columns) for split, part in data.splits.items()}
+    seen = {text for part in parts.values() for text in _texts(part)}
+    ood = {source: _rows_of_source(source, data) for source in ood_sources}
+    ood |= {name: read_labelled(Path(path), config, data) for name, path in (ood_files or {}).items()}
+    tables: dict[str, Dataset] = {"validation": parts["validation"], "test": parts["test"]}
+    if flip_labels:
+        for seed in seeds:
+            tables[f"train-seed{seed}"] = flip(parts["train"], flip_labels, len(data.label_names), seed)
+    else:
+        tables["train"] = parts["train"]
+    for name, rows in ood.items():
+        apart = [i for i, text in enumerate(_texts(rows)) if text not in seen][:ood_samples]
+        if not apart:
+            raise ValueError(f"expected examples in {name} which are not in train, validation or test, got none; drop that set")
+        tables[f"ood-{name}"] = rows.select(apart).select_columns(columns)
+    files = {}
+    for name, table in tables.items():
+        files[name] = folder / f"{name}.parquet"
+        _write(table, files[name])
+    return CompareData(
+        name=data.name,
+        label_names=data.label_names,
+        pairs="text_pair" in columns,
+        train={seed: files.get(f"train-seed{seed}", files.get("train", Path())) for seed in seeds},
+        others={split: files[split] for split in ("validation", "test")},
+        ood={name: files[f"ood-{name}"] for name in ood},
+        sizes={name: len(table) for name, table in tables.items()},
+        hashes={name: _hash(table) for name, table in tables.items()},
+    )
+
+
+def flip(train: Dataset, share: float, num_classes: int, seed: int) -> Dataset:
+    """The rows with round(share·n) labels moved to one of the other K−1 classes, each equally likely.
+
+    Raises: ValueError for a share outside [0, 1).
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"expected 0 <= flip_labels < 1, got {share}; 0.2 flips one label in five")
+    random = np.random.default_rng([seed, 1])
+    labels = np.array(train["label"])
+    rows = random.choice(len(labels), size=round(share * len(labels)), replace=False)
+    labels[rows] = (labels[rows] + random.integers(1, num_classes, size=len(rows))) % num_classes
+    features = train.features
+    return train.remove_columns("label").add_column("label", labels.tolist()).cast(features)
+
+
+def read_labelled(path: Path, config: Config, data: ClassificationData) -> Dataset:
+    """A file with the columns of the settings, its labels (names, or ids 0..K−1) as ids of the training labels.
+
+    Raises: ValueError for a missing or unreadable file, missing columns, and unknown labels.
+    """
+    rows = read_files({"train": str(path)})["train"]
+    settings = config.data
+    names = {settings.text_column: "text", settings.label_column: "label"}
+    names |= {settings.text_pair_column: "text_pair"} if settings.text_pair_column else {}
+    absent = [column for column in names if column not in rows.column_names]
+    if absent:
+        raise ValueError(f"expected columns {sorted(names)} in {path}, got no {absent}; name them as in the training data")
+    rows = rows.select_columns(list(names)).rename_columns({old: new for old, new in names.items() if old != new})
+    feature = rows.features["label"]
+    given = [feature.int2str(value) for value in rows["label"]] if isinstance(feature, ClassLabel) else rows["label"]
+    ids = {name: i for i, name in enumerate(data.label_names)}
+    if not {str(value) for value in given} <= set(ids):
+        ids = {str(i): i for i in range(len(data.label_names))}
+    unknown = sorted({str(value) for value in given} - set(ids))
+    if unknown:
+        raise ValueError(f"expected labels among {list(data.label_names)} in {path}, got {unknown[:5]}; fix or drop those rows")
+    labels = [ids[str(value)] for value in given]
+    return rows.remove_columns("label").add_column("label", labels).cast_column("label", ClassLabel(names=list(data.label_names)))
+
+
+def _in_domain(config: Config, ood_sources: Sequence[str]) -> ClassificationData:
+    if ood_sources:
+        if config.data.dataset_name != EMBEDDED_DATASET:
+            raise ValueError(
+                f"expected ood_sources only with dataset_name: {EMBEDDED_DATASET}, got {config.data.dataset_name}; use --ood_file"
+            )
+        wanted = config.data.snippet_sources
+        known = sorted(set(load_snippets(wanted).splits["train"]["source"]))
+        unknown = sorted(set(ood_sources) - set(known))
+        kept = [source for source in known if source not in ood_sources]
+        if unknown or not kept:
+            raise ValueError(f"expected some, not all, of the sources {known} in ood_sources, got {list(ood_sources)}; choose")
+        config = replace(config, data=replace(config.data, snippet_sources=kept))
+    data = load_data(config)
+    if not isinstance(data, ClassificationData):
+        raise ValueError("expected one label per text, got sequences; compare text-classification")
+    return data
+
+
+def _rows_of_source(source: str, data: ClassificationData) -> Dataset:
+    """All splits of a source which nothing is trained on."""
+    splits = load_snippets([source]).splits
+    return concatenate_datasets([splits[split] for split in ("test", "validation", "train")]).select_columns(["text", "label"])
+
+
+def _texts(rows: Dataset) -> list[tuple[str, ...]]:
+    columns = [column for column in ("text", "text_pair") if column in rows.column_names]
+    return [tuple(str(value).lower() for value in values) for values in zip(*(rows[c] for c in columns), strict=True)]
+
+
+def _hash(table: Dataset) -> str:
+    digest = hashlib.sha256()
+    for row in table:
+        digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _write(table: Dataset, path: Path) -> None:
+    buffer = io.BytesIO()
+    table.to_parquet(buffer)
+    write_atomically(path, buffer.getvalue())

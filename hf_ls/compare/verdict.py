@@ -1,0 +1,126 @@
+"""What to do, judged from a comparison: smooth, use temperature scaling instead, or neither; with the evidence.
+
+Owns the rule and the wording. Does not own a number (`comparison`, `paired`).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from hf_ls.compare.contrasts import BASELINE, TEST, Comparison, Contrast, Kind, Variant, Verdict
+
+_BASELINE, _TEMPERED = Variant(BASELINE, 0.0, False), Variant(BASELINE, 0.0, True)
+_TITLES = {"nll": "NLL", "ece": "ECE", "aurc": "AURC", "e_aurc": "E-AURC", "brier": "Brier score"}
+_FINDINGS = {"better": "measurably better", "worse": "measurably worse", "none": "no measurable difference"}
+
+
+def judge(comparison: Comparison) -> Verdict:
+    """Return the verdict on a comparison; `comparison.compare` states the rule."""
+    rivals = [v for v in (_BASELINE, _TEMPERED) if v in comparison.variants]
+    picked = comparison.picked
+    kind: Kind = "no_difference"
+    if picked is not None and _beats(comparison, picked, rivals):
+        kind = "smooth"
+    elif len(rivals) == 2 and _finding(comparison, _TEMPERED, _BASELINE, "nll") == "better":
+        kind = "temperature"
+    evidence = _picking(comparison, picked)
+    for variant, references in ((picked, rivals), (_TEMPERED if len(rivals) == 2 else None, rivals[:1])):
+        if variant is not None:
+            evidence += [
+                _difference(comparison, comparison.contrast(variant, reference, metric))
+                for reference in references
+                for metric in (("nll", "accuracy") if variant == picked else ("nll",))
+            ]
+    evidence += _calibration(comparison, [*rivals, *([picked] if picked else [])])
+    if kind == "smooth" and picked is not None:
+        return Verdict(kind, picked, picked.epsilon, _smooth_sentence(comparison, picked), evidence, _caveats(comparison))
+    if kind == "temperature":
+        against = "" if picked is None else f"; smoothing, at best {picked.label}, is not measurably better than that"
+        sentence = f"Use temperature scaling instead: it improves the baseline's NLL measurably{against}."
+        return Verdict(kind, _TEMPERED, None, sentence, evidence, _caveats(comparison))
+    sentence = "No measurable difference in favour of smoothing or temperature scaling: keep the baseline."
+    return Verdict(kind, _BASELINE, None, sentence, evidence, _caveats(comparison))
+
+
+def _finding(c: Comparison, variant: Variant, reference: Variant, metric: str) -> Literal["better", "worse", "none"]:
+    return c.contrast(variant, reference, metric).finding(c.level, corrected=False)
+
+
+def _beats(comparison: Comparison, picked: Variant, rivals: list[Variant]) -> bool:
+    """Whether the picked variant beats every rival in NLL, or every one in accuracy without a worse NLL."""
+    nll, accuracy = ([_finding(comparison, picked, rival, metric) for rival in rivals] for metric in ("nll", "accuracy"))
+    return set(nll) == {"better"} or (set(accuracy) == {"better"} and "worse" not in nll)
+
+
+def _smooth_sentence(comparison: Comparison, picked: Variant) -> str:
+    rivals = [v for v in (_BASELINE, _TEMPERED) if v in comparison.variants]
+    won = [
+        name
+        for name, metric in (("NLL", "nll"), ("accuracy", "accuracy"))
+        if all(_finding(comparison, picked, rival, metric) == "better" for rival in rivals)
+    ]
+    how = f"smooth with ε={picked.epsilon:g}" if picked.epsilon else f"train with {picked.name}"
+    with_temperature = " and fit a temperature afterwards" if picked.tempered else ""
+    named = "" if picked.name == "smoothed" or not picked.epsilon else f" ({picked.name})"
+    against = " and ".join(f"the {rival.label}" for rival in rivals)
+    advice = f"{how[0].upper()}{how[1:]}{named}{with_temperature}"
+    return f"{advice}: its {' and '.join(won)} is measurably better than that of {against}."
+
+
+def _picking(comparison: Comparison, picked: Variant | None) -> list[str]:
+    if picked is None:
+        return ["No smoothed variant was compared."]
+    means = {label: float(np.mean(values)) for label, values in comparison.validation_nll.items()}
+    others = [f"{means[v.label]:.4f} for the {v.label}" for v in (_BASELINE, _TEMPERED) if v in comparison.variants]
+    tried = sum(v.name != BASELINE for v in comparison.variants)
+    among = f"of {tried} smoothed variants" if tried > 1 else "the only smoothed variant"
+    return [f"Validation picked {picked.label}, {among}: validation NLL {means[picked.label]:.4f}, against {', '.join(others)}."]
+
+
+def _difference(comparison: Comparison, contrast: Contrast) -> str:
+    """One contrast on the test set, with its interval and every seed."""
+    title, unit = _TITLES.get(contrast.metric, contrast.metric), " nats" if contrast.metric == "nll" else ""
+    value, other = (comparison.measurement(v, contrast.metric).mean for v in (contrast.variant, contrast.reference))
+    text = (
+        f"{title[0].upper()}{title[1:]} on {TEST} (n = {comparison.sets[TEST]:,}): {value:.4f} with {contrast.variant.label}, "
+        f"{other:.4f} with {contrast.reference.label}; difference {contrast.mean:+.4f}{unit}"
+    )
+    if contrast.low is not None and contrast.high is not None and contrast.p is not None:
+        p = "p < 0.001" if contrast.p < 0.001 else f"p = {contrast.p:.3f}"
+        text += f" ({comparison.level:.0%} interval {contrast.low:+.4f} to {contrast.high:+.4f}, {p})".replace("%", " %", 1)
+    if len(contrast.per_seed) > 1:
+        text += f", by seed {', '.join(f'{value:+.4f}' for value in contrast.per_seed)}"
+    return f"{text}: {_FINDINGS[contrast.finding(comparison.level, corrected=False)]}."
+
+
+def _calibration(comparison: Comparison, variants: list[Variant]) -> list[str]:
+    """ECE beside what a calibrated model shows at this n, and the consistency test."""
+    found = []
+    for variant in variants:
+        passed = comparison.consistent(variant)
+        value, null = (comparison.measurement(variant, metric).mean for metric in ("ece", "null_ece"))
+        verdict = f"consistent with calibration in {sum(passed)} of {len(passed)} seeds"
+        found.append(f"{variant.label} {value:.4f} (a calibrated model: {null:.4f}; {verdict})")
+    return [f"ECE on {TEST}: {'; '.join(found)}."]
+
+
+def _caveats(comparison: Comparison) -> list[str]:
+    caveats = []
+    if len(comparison.seeds) == 1:
+        caveats.append(
+            "One seed: the intervals cover only which examples were drawn, not the training run; "
+            "another seed may change the verdict."
+        )
+    elif len(comparison.seeds) == 2:
+        caveats.append("Two seeds: the variance over seeds is hardly known, so that only large differences can be measured.")
+    if _TEMPERED not in comparison.variants:
+        caveats.append(
+            "No baseline + temperature was compared: a gain may be one that temperature scaling gives without training."
+        )
+    units = comparison.clusters.get(TEST, comparison.sets[TEST])
+    if units < 100:
+        what = "sequences" if TEST in comparison.clusters else "examples"
+        caveats.append(f"Only {units} {what} were tested: small differences cannot be measured.")
+    return caveats

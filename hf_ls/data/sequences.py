@@ -1,0 +1,305 @@
+"""Loading and tokenising data for sequence-to-sequence, causal language modelling and token classification.
+
+Owns: columns, checks and token rows (`input_ids`, `attention_mask`, `labels`) of these three tasks.
+Does not own: batching (`DataCollatorForSeq2Seq` pads the labels of all three with −100), the embedded dictionary (`g2p`).
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict, Features, LargeList, List, Value
+
+from hf_ls.common.models import IGNORE_INDEX
+from hf_ls.data.classification import check_overlap, read_splits
+from hf_ls.data.reading import check_length
+from hf_ls.losses.priors import count_labels
+
+logger = logging.getLogger(__name__)
+
+SequenceTask = Literal["seq2seq", "causal-lm", "token-classification"]
+
+
+@dataclass(frozen=True)
+class SequenceData:
+    """Splits with the columns of a task, and what is known about where they come from.
+
+    Columns: `source` and `target` (seq2seq, or prompt and completion), `text` (causal-lm), `tokens` and `tags`
+    (token-classification; `label_names` are those of the tags, and empty for the other tasks). `example` as in
+    `ClassificationData`.
+    """
+
+    splits: DatasetDict
+    label_names: tuple[str, ...]
+    name: str
+    hub_id: str | None
+    licence: str | None
+    example: str | None = None
+
+
+def load_sequences(
+    task: SequenceTask,
+    dataset_name: str | None,
+    *,
+    dataset_config: str | None = None,
+    files: dict[str, str] | None = None,
+    text_column: str = "text",
+    source_column: str | None = None,
+    target_column: str | None = None,
+    tokens_column: str = "tokens",
+    tags_column: str = "ner_tags",
+    validation_fraction: float = 0.1,
+    seed: int = 0,
+) -> SequenceData:
+    """Train, validation and test splits of a dataset on the Hub or in local CSV, JSON or Parquet files.
+
+    seq2seq reads `source_column` and `target_column` ("source" and "target" if not given); causal-lm the same two as prompt and
+    completion if given, else `text_column`; token-classification a list of words and a list of tags per row. A dot reaches into
+    a column of mappings: "translation.en". Without a validation split one is cut from train, never from test.
+
+    Raises: ValueError for an unknown task, missing splits or columns, columns of another type, empty rows, rows with another
+    number of tags than words, fewer than two tags, and tags of a later split which train does not have.
+    """
+    if task not in get_args(SequenceTask):
+        raise ValueError(f"expected a task among {get_args(SequenceTask)}, got {task!r}; text-classification has its own loader")
+    if task == "token-classification":
+        columns = {"tokens": tokens_column, "tags": tags_column}
+    elif task == "causal-lm" and source_column is None and target_column is None:
+        columns = {"text": text_column}
+    else:
+        columns = {"source": source_column or "source", "target": target_column or "target"}
+    if len(set(columns.values())) < len(columns):
+        raise ValueError(
+            f"expected two columns, got {columns} from one; set {' and '.join(f'{name}_column' for name in columns)}"
+        )
+    splits, name, hub_id = read_splits(dataset_name, dataset_config, files, validation_fraction, seed)
+    if any("." in column for column in columns.values()):
+        splits = splits.flatten()
+    for split, part in splits.items():
+        absent = [column for column in columns.values() if column not in part.column_names]
+        if absent:
+            settings = " and ".join(f"{column}_column" for column in columns)
+            raise ValueError(f"expected columns {list(columns.values())} in {split}, got {part.column_names}; set {settings}")
+        if not len(part):
+            raise ValueError(f"expected examples in {split}, got none; check the file")
+    renamed = {old: new for new, old in columns.items() if old != new}
+    splits = splits.select_columns(list(columns.values())).rename_columns(renamed)
+    if task == "token-classification":
+        return SequenceData(*_integer_tags(splits), name, hub_id, None)
+    return SequenceData(_checked_text(splits, drop_empty="text" in columns), (), name, hub_id, None)
+
+
+def _checked_text(splits: DatasetDict, drop_empty: bool) -> DatasetDict:
+    """Only text in every row; empty documents of a corpus are left out, empty sources and targets refused."""
+    kept = {}
+    for split, part in splits.items():
+        check_length(part, split)
+        for column, feature in part.features.items():
+            if getattr(feature, "dtype", None) not in ("string", "large_string"):
+                raise ValueError(
+                    f"expected text in column {column!r} of {split}, got {feature}; name the right column or convert it to text"
+                )
+        full = [i for i, row in enumerate(part) if all(value and not value.isspace() for value in row.values())]
+        if len(full) < len(part):
+            if not drop_empty or not full:
+                first = next(i for i in range(len(part)) if i >= len(full) or full[i] != i)
+                raise ValueError(
+                    f"expected text in every row of {split}, got {len(part) - len(full)} empty of {len(part)} (the first is row "
+                    f"{first}); drop those rows"
+                )
+            logger.info("%d empty rows of %d in %s are left out", len(part) - len(full), len(part), split)
+            part = part.select(full)
+        kept[split] = part
+    return DatasetDict(kept)
+
+
+def _integer_tags(splits: DatasetDict) -> tuple[DatasetDict, tuple[str, ...]]:
+    """Tags as class ids, −100 for ignored ones, and the names of the classes."""
+    for split, part in splits.items():
+        for column, what in (("tokens", "words"), ("tags", "tags")):
+            if not isinstance(part.features[column], List | LargeList):
+                raise ValueError(
+                    f"expected a list of {what} per row in {split}, got {part.features[column]}; CSV cannot hold lists: use JSON "
+                    "lines or Parquet"
+                )
+        if getattr(part.features["tokens"].feature, "dtype", None) not in ("string", "large_string"):
+            raise ValueError(f"expected words in {split}, got {part.features['tokens']}; set tokens_column")
+        for i, (words, tags) in enumerate(zip(part["tokens"], part["tags"], strict=True)):
+            if words is None or tags is None or len(words) != len(tags) or None in words or None in tags:
+                sizes = [len(values or ()) for values in (words, tags)]
+                raise ValueError(
+                    f"expected one tag per word, got {sizes[0]} words and {sizes[1]} tags (or missing ones) in row {i} of "
+                    f"{split}; fix or drop that row"
+                )
+    named = splits["train"].features["tags"].feature
+    seen = {split: {tag for tags in part["tags"] for tag in tags} - {IGNORE_INDEX} for split, part in splits.items()}
+    if any(isinstance(tag, float | bool) for tag in seen["train"]):
+        raise ValueError(f"expected tags as words or integers, got {named}; set tags_column")
+    classes = list(range(named.num_classes)) if isinstance(named, ClassLabel) else sorted(seen["train"])
+    names = tuple(named.names) if isinstance(named, ClassLabel) else tuple(str(tag) for tag in classes)
+    if len(classes) < 2:
+        raise ValueError(f"expected at least 2 tags in train, got {classes}; check tags_column")
+    for split, tags in seen.items():
+        if tags - set(classes):
+            unknown = sorted(str(tag) for tag in tags - set(classes))
+            raise ValueError(f"expected only tags known from train, got {unknown} in {split}; fix or drop those rows")
+    ids = {tag: i for i, tag in enumerate(classes)} | {IGNORE_INDEX: IGNORE_INDEX}
+    features = Features({"tokens": List(Value("string")), "tags": List(Value("int64"))})
+    integers = {
+        split: Dataset.from_dict(
+            {"tokens": list(part["tokens"]), "tags": [[ids[tag] for tag in tags] for tags in part["tags"]]}, features=features
+        )
+        for split, part in splits.items()
+    }
+    return DatasetDict(integers), names
+
+
+def check_sequence_overlap(splits: DatasetDict) -> None:
+    """Refuse to select on the test data and warn about test sources, texts or sentences which training has seen.
+
+    Raises: ValueError as `data.check_overlap`.
+    """
+    column = next(name for name in ("source", "text", "tokens") if name in splits["train"].column_names)
+    texts = splits.select_columns([column])
+    if column == "tokens":
+        check_overlap(texts.map(lambda row: {"text": " ".join(row["tokens"])}, remove_columns=["tokens"], desc="overlap"))
+    else:
+        check_overlap(texts if column == "text" else texts.rename_column(column, "text"))
+
+
+def tokenise_seq2seq(
+    splits: DatasetDict,
+    tokenizer: Any,
+    max_length: int,
+    *,
+    max_target_length: int | None = None,
+    source_prefix: str = "",
+    source_suffix: str = "",
+) -> DatasetDict:
+    """`input_ids` of each source, `labels` of each target; rows stay in order. Cut rows are counted in a warning.
+
+    Args:
+        max_length: tokens kept of a source; `max_target_length` of a target (the same if None), special tokens included.
+        source_prefix: put before every source, such as T5's "translate English to German: "; `source_suffix` after it.
+    """
+    target_length = max_target_length or max_length
+
+    def encode(batch: dict[str, list]) -> dict[str, list]:
+        sources = [source_prefix + text + source_suffix for text in batch["source"]]
+        encoded = tokenizer(sources, truncation=True, max_length=max_length)
+        labels = tokenizer(text_target=batch["target"], truncation=True, max_length=target_length)["input_ids"]
+        cut_sources = _cut(encoded["input_ids"], max_length, lambda i: tokenizer(sources[i], verbose=False))
+        cut_targets = _cut(labels, target_length, lambda i: tokenizer(text_target=batch["target"][i], verbose=False))
+        return {**encoded, "labels": labels, "cut_sources": cut_sources, "cut_targets": cut_targets}
+
+    tokens = splits.map(encode, batched=True, remove_columns=splits["train"].column_names, desc="tokenising")
+    tokens = _announce(tokens, "cut_sources", f"sources lose what is beyond {max_length} tokens; raise max_length")
+    return _announce(tokens, "cut_targets", f"targets lose what is beyond {target_length} tokens; raise max_target_length")
+
+
+def _cut(rows: list[list[int]], limit: int, encode: Any) -> list[int]:
+    """1 for each row which truncation has shortened, else 0: only rows at the limit need a second look."""
+    return [int(len(ids) == limit and len(encode(i)["input_ids"]) > limit) for i, ids in enumerate(rows)]
+
+
+def _announce(tokens: DatasetDict, column: str, message: str) -> DatasetDict:
+    """Warn about what a column counts (a column, because a cached `map` does not run its function), and drop it."""
+    for split, part in tokens.items():
+        count = sum(part[column])
+        if count:
+            logger.warning("%s: %d %s", split, count, message)
+    return tokens.remove_columns([column])
+
+
+def tokenise_causal(
+    splits: DatasetDict, tokenizer: Any, max_length: int, *, source_prefix: str = "", source_suffix: str = ""
+) -> DatasetDict:
+    """Token rows of at most `max_length` for next-token prediction, the end-of-sequence token after each document.
+
+    Documents (`text`): a longer one is cut into blocks which overlap by one token, so that each token but the first of the
+    document is predicted exactly once; blocks never mix documents. Prompts and completions (`source`, `target`): one row each,
+    in order, with −100 as label of the prompt; both parts are tokenised apart, as in generation, so a completion which begins
+    a new word needs its blank in `source_suffix` or in the target. Cut completions are counted in a warning.
+
+    Raises: ValueError for max_length < 2, a tokenizer without an end-of-sequence token, and prompts which leave no room for any
+    completion.
+    """
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise ValueError("expected a tokenizer with an end-of-sequence token, got none; set tokenizer.eos_token")
+    if max_length < 2:
+        raise ValueError(f"expected max_length >= 2, got {max_length}: one token predicts the next; 512 is a usual value")
+
+    def documents(batch: dict[str, list]) -> dict[str, list]:
+        inputs, labels = [], []
+        for ids in tokenizer(batch["text"], verbose=False)["input_ids"]:
+            ids = ids if ids[-1:] == [end] else [*ids, end]
+            for start in range(0, len(ids) - 1, max_length - 1):
+                block = ids[start : start + max_length]
+                inputs.append(block)
+                # The block before has predicted the token where they overlap.
+                labels.append([IGNORE_INDEX, *block[1:]] if start else list(block))
+        return {"input_ids": inputs, "attention_mask": [[1] * len(ids) for ids in inputs], "labels": labels}
+
+    def completions(batch: dict[str, list]) -> dict[str, list]:
+        prompts = tokenizer([source_prefix + text + source_suffix for text in batch["source"]], verbose=False)["input_ids"]
+        targets = tokenizer(batch["target"], add_special_tokens=False, verbose=False)["input_ids"]
+        inputs, labels, cut = [], [], []
+        for prompt, target in zip(prompts, targets, strict=True):
+            prompt = prompt[:-1] if prompt[-1:] == [end] else prompt  # the tokenizer's own end would be in the middle
+            inputs.append([*prompt, *target, end][:max_length])
+            labels.append([*[IGNORE_INDEX] * len(prompt), *target, end][:max_length])
+            cut.append(int(len(prompt) + len(target) + 1 > max_length))
+        return {"input_ids": inputs, "attention_mask": [[1] * len(ids) for ids in inputs], "labels": labels, "cut": cut}
+
+    columns = splits["train"].column_names
+    if "text" in columns:
+        return splits.map(documents, batched=True, remove_columns=columns, desc="tokenising")
+    tokens = splits.map(completions, batched=True, remove_columns=columns, desc="tokenising")
+    if not any(label != IGNORE_INDEX for labels in tokens["train"]["labels"] for label in labels):
+        raise ValueError(f"expected completions within max_length={max_length}, got prompts which fill it; raise max_length")
+    return _announce(tokens, "cut", f"rows lose the end of their completion beyond {max_length} tokens; raise max_length")
+
+
+def tokenise_words(splits: DatasetDict, tokenizer: Any, max_length: int) -> DatasetDict:
+    """Token rows of word lists: the first sub-token of a word carries its tag, all other positions −100.
+
+    Rows stay in order. Words lost to truncation, or because the tokenizer makes no token of them, are counted in a warning.
+
+    Raises: ValueError for a tokenizer which does not know its words, or which would write them without blanks between them.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(f"expected a fast tokenizer, which knows its words, got {type(tokenizer).__name__}; use a fast one")
+    listed, written = tokenizer(["word", "word"], is_split_into_words=True), tokenizer("word word", add_special_tokens=False)
+    if written["input_ids"] != [
+        token for token, word in zip(listed["input_ids"], listed.word_ids(), strict=True) if word is not None
+    ]:
+        # GPT-2 and RoBERTa: the words would be stuck together, which transformers 5 no longer refuses.
+        raise ValueError(
+            "expected a tokenizer with a blank before each word, got one without; load it with add_prefix_space=True"
+        )
+
+    def encode(batch: dict[str, list]) -> dict[str, list]:
+        encoded = tokenizer(batch["tokens"], is_split_into_words=True, truncation=True, max_length=max_length)
+        labels, lost = [], []
+        for i, tags in enumerate(batch["tags"]):
+            words = encoded.word_ids(i)
+            before = [None, *words[:-1]]
+            first = [word is not None and word != last for word, last in zip(words, before, strict=True)]
+            labels.append([tags[word] if starts else IGNORE_INDEX for word, starts in zip(words, first, strict=True)])
+            lost.append(len(tags) - sum(first))
+        return {**encoded, "labels": labels, "lost": lost}
+
+    tokens = splits.map(encode, batched=True, remove_columns=splits["train"].column_names, desc="tokenising")
+    return _announce(tokens, "lost", f"words are beyond {max_length} tokens or have none and count for nothing; raise max_length")
+
+
+def token_counts(tokens: Dataset, vocab_size: int) -> np.ndarray:
+    """How often each token is a label in a tokenised split, exact int64 [V]; −100 is not counted.
+
+    Raises: as `priors.count_labels`.
+    """
+    return count_labels(tokens.select_columns(["labels"]).with_format("numpy"), vocab_size).numpy()

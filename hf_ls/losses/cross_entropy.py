@@ -1,0 +1,374 @@
+"""Smoothed cross entropy over logits: labels, masking, shift, reduction.
+
+Owns: the dense loss as a function and as a module which a stock Trainer can call.
+Does not own: where the mass goes (`smoothing`), the logits-free path (`linear`), counting across processes (`trainer`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from hf_ls.losses.smoothing import Smoothing
+
+Reduction = Literal["mean", "sum", "none"]
+Weighting = Literal["example", "torch"]
+
+
+class SmoothedTerms(NamedTuple):
+    """Per-item parts of the loss, float32 or better, same shape as the labels, 0 where ignored; loss = nll + smoothing_term."""
+
+    nll: Tensor
+    smoothing_term: Tensor
+
+    @property
+    def loss(self) -> Tensor:
+        """The whole per-item loss, nats."""
+        return self.nll + self.smoothing_term
+
+
+def smoothed_terms(logits: Tensor, labels: Tensor, smoothing: Smoothing, *, ignore_index: int = -100) -> SmoothedTerms:
+    """The hard negative log-likelihood and the smoothing term of each label, kept apart.
+
+    nll = lse(z) − z_y;  smoothing_term = e·(z_y − ⟨u, z⟩) with e, u as in `Smoothing`; both in nats.
+    Shapes: logits [..., K], labels [...] of integers. At ε = 0 the second is exactly 0 and nothing else changes.
+
+    >>> smoothed_terms(torch.tensor([[2.0, 0.5, -1.0]]), torch.tensor([0]), Smoothing(0.1))
+    SmoothedTerms(nll=tensor([0.2413]), smoothing_term=tensor([0.1500]))
+
+    Raises: ValueError/TypeError for shapes or dtypes which do not match, labels outside [0, K) other than
+    `ignore_index`, NaN logits, and −inf logits on which the target puts mass.
+    """
+    _check_shapes(logits, labels)
+    num_classes = logits.shape[-1]
+    kept = labels != ignore_index
+    check_range(labels, kept, num_classes, ignore_index)
+    # Ignored rows are dropped, not masked: whatever they hold (NaN, -inf) then reaches neither the value nor the gradient.
+    rows = kept.reshape(-1).nonzero().squeeze(1)
+    whole = rows.numel() == labels.numel()
+    y = labels.reshape(-1).long() if whole else labels.reshape(-1)[rows].long()
+    z = logits.reshape(-1, num_classes) if whole else logits.reshape(-1, num_classes)[rows]
+    # Half-precision logits lose 1e-3 nats in a log-softmax and overflow in a sum: compute in float32 whatever comes in.
+    z = z if z.dtype == torch.float64 else z.float()
+    z_y = z.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+    nll = z.logsumexp(-1) - z_y
+    term = torch.zeros_like(nll)
+    if smoothing.epsilon:
+        prior = smoothing.prior_for(y, num_classes, z.dtype)
+        # 0·(−inf) is NaN, but a class without prior mass must add exactly 0.
+        expected = (z.masked_fill(prior == 0, 0) * prior).sum(-1) if smoothing.prior is not None else z.mean(-1)
+        term = smoothing.mixing(y, prior) * (z_y - expected)
+    check_finite(nll, term)
+    if not whole:
+        nll, term = (part.new_zeros(labels.numel()).index_copy(0, rows, part) for part in (nll, term))
+    return SmoothedTerms(nll.reshape(labels.shape), term.reshape(labels.shape))
+
+
+def smoothed_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    smoothing: Smoothing | float,
+    *,
+    ignore_index: int = -100,
+    class_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    num_items_in_batch: Tensor | float | None = None,
+    weighting: Weighting = "example",
+    smooth_soft_targets: bool = False,
+) -> Tensor:
+    """Cross entropy between softmax(logits) and a smoothed target, in nats.
+
+    loss = lse(z) − (1−e)·z_y − e·⟨u, z⟩, computed in float32 (float64 stays float64).
+    Shapes: logits [..., K]; labels [...] of integers, or soft targets [..., K] whose rows sum to 1.
+
+    Args:
+        smoothing: a `Smoothing`, or a number taken as its epsilon.
+        class_weight: [K]; each example counts w_y times and its target stays as it is (`weighting="example"`).
+            `weighting="torch"` repeats `torch.nn.CrossEntropyLoss(weight=…, label_smoothing=…)`, which re-weights the
+            smoothing mass too and so moves the optimum: weights 1:99 at ε = 0.1 move p(y) from .95 to .16.
+        reduction: "mean" over the kept items (weighted by w_y), "sum", or "none" with 0 at ignored items.
+        num_items_in_batch: divides the sum instead of the local count; exact under gradient accumulation. Needs "mean".
+        smooth_soft_targets: soft targets are refused at ε > 0 unless this is True: they are smoothed already.
+
+    A batch with every label ignored gives a differentiable 0.
+
+    >>> logits = torch.tensor([[2, .5, -1], [.1, 1.8, .2], [1.2, .7, .3], [0, -.2, 2.4]])
+    >>> round(smoothed_cross_entropy(logits, torch.tensor([0, 1, 0, 2]), 0.1).item(), 6)
+    0.473108
+
+    Raises: ValueError/TypeError as `smoothed_terms`; for unknown `reduction` or `weighting`; for soft targets as above.
+    Source: Szegedy et al. 2016, "Rethinking the Inception Architecture", section 7.
+    """
+    if not isinstance(smoothing, Smoothing):
+        smoothing = Smoothing(smoothing)
+    _check_tensors(logits, labels)
+    check_options(reduction, weighting, class_weight, num_items_in_batch, logits.shape[-1])
+    if labels.is_floating_point():
+        losses, weight = _soft_target_losses(logits, labels, smoothing, class_weight, smooth_soft_targets)
+    elif class_weight is not None and weighting == "torch":
+        losses, weight = _torch_weighted_losses(logits, labels, smoothing, class_weight, ignore_index)
+    else:
+        terms = smoothed_terms(logits, labels, smoothing, ignore_index=ignore_index)
+        weight = item_weights(labels, class_weight, ignore_index, terms.nll.dtype)
+        losses = terms.loss if class_weight is None else terms.loss * weight
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    if num_items_in_batch is None:
+        total = weight.sum()
+        # Nothing to average: the sum is already 0 and keeps its graph.
+        return losses.sum() / total.clamp_min(torch.finfo(total.dtype).tiny)
+    if isinstance(num_items_in_batch, Tensor):
+        return losses.sum() / num_items_in_batch.to(losses.device).clamp_min(torch.finfo(losses.dtype).tiny)
+    return losses.sum() / num_items_in_batch if num_items_in_batch else losses.sum()
+
+
+def item_weights(labels: Tensor, class_weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
+    """How much each label counts in a mean: 0 where ignored, else 1 or its class weight. Same shape as the labels."""
+    kept = labels != ignore_index
+    if class_weight is None:
+        return kept.to(dtype)
+    weight = class_weight.to(labels.device, dtype)[labels.long().masked_fill(~kept, 0)]
+    return weight.masked_fill(~kept, 0)
+
+
+class SmoothedCrossEntropy(nn.Module):
+    """The smoothed cross entropy as a loss function for `Trainer(compute_loss_func=SmoothedCrossEntropy(0.1))`.
+
+    Call it with `(outputs, labels, num_items_in_batch=None)`; outputs is a `ModelOutput`, a dict, a tuple with the
+    logits first, or the logits. In `.eval()` mode it returns the plain NLL: a reported loss is never smoothed.
+    A stock Trainer does not switch that mode, so its `eval_loss` stays smoothed; `LabelSmoothingTrainer` reports the NLL.
+
+    Args:
+        shift: True for decoder-only language models (position t predicts label t+1); False for encoder-decoder models and
+            token classification. It must be said for logits [B, T, K]; a wrong shift trains on the wrong token in silence.
+        ignore_index, class_weight, weighting, smooth_soft_targets: as in `smoothed_cross_entropy`.
+
+    >>> logits, label, loss = torch.tensor([[2.0, 0.5, -1.0]]), torch.tensor([0]), SmoothedCrossEntropy(0.1)
+    >>> [round(value.item(), 4) for value in (loss(logits, label), loss.eval()(logits, label))]
+    [0.3913, 0.2413]
+
+    Raises: as `smoothed_cross_entropy`; ValueError when `labels` is None, `shift` is needed and missing, or the first logits are
+    probabilities.
+    """
+
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        smoothing: Smoothing | float = 0.1,
+        *,
+        shift: bool | None = None,
+        ignore_index: int = -100,
+        class_weight: Tensor | None = None,
+        weighting: Weighting = "example",
+        smooth_soft_targets: bool = False,
+    ) -> None:
+        super().__init__()
+        self.smoothing = smoothing if isinstance(smoothing, Smoothing) else Smoothing(smoothing)
+        self.shift = shift
+        self.ignore_index = ignore_index
+        self.weighting: Weighting = weighting
+        self.smooth_soft_targets = smooth_soft_targets
+        self._seen = False
+        self.register_buffer("class_weight", class_weight, persistent=False)
+        if self.smoothing.schedule is not None:
+            raise ValueError("expected a constant epsilon, got a schedule; only LabelSmoothingTrainer knows the training step")
+
+    def forward(self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | float | None = None) -> Tensor:
+        """The mean loss (sum / num_items_in_batch if given), nats."""
+        if labels is None:
+            raise ValueError("expected labels, got None; the batch needs a `labels` column (check `remove_unused_columns`)")
+        logits, labels = shift_if(self._shifts(logits_of(outputs)), logits_of(outputs), labels, self.ignore_index)
+        if not self._seen:  # once: a look at every batch would cost a synchronisation each
+            check_no_probabilities(logits)
+            self._seen = True
+        return smoothed_cross_entropy(
+            logits,
+            labels,
+            self.smoothing if self.training else Smoothing(0.0),
+            ignore_index=self.ignore_index,
+            class_weight=self.class_weight,
+            num_items_in_batch=num_items_in_batch,
+            weighting=self.weighting,
+            smooth_soft_targets=self.smooth_soft_targets,
+        )
+
+    def _shifts(self, logits: Tensor) -> bool:
+        if self.shift is None and logits.dim() > 2:
+            raise ValueError(
+                f"expected `shift` to be said for logits {tuple(logits.shape)}, got None; pass shift=True for a decoder-only "
+                "language model, shift=False for an encoder-decoder model or token classification"
+            )
+        return bool(self.shift)
+
+    def extra_repr(self) -> str:
+        """What `print(loss)` shows."""
+        return f"{self.smoothing}, shift={self.shift}, ignore_index={self.ignore_index}"
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """The logits in a `ModelOutput`, dict, tuple or tensor; start and end logits [B, T] stacked to [B, 2, T].
+
+    Raises: ValueError when there are none; TypeError for any other type.
+    """
+    if isinstance(outputs, Tensor):
+        return outputs
+    if isinstance(outputs, Mapping):
+        if isinstance(outputs.get("start_logits"), Tensor) and isinstance(outputs.get("end_logits"), Tensor):
+            return torch.stack([outputs["start_logits"], outputs["end_logits"]], 1)
+        if not isinstance(outputs.get("logits"), Tensor):
+            raise ValueError(
+                f"expected `logits` in the model's outputs, got {list(outputs)}; use a model with one classification head"
+            )
+        return outputs["logits"]
+    if isinstance(outputs, tuple | list) and outputs and isinstance(outputs[0], Tensor):
+        return outputs[0]
+    raise TypeError(
+        f"expected model outputs with logits, got {type(outputs).__name__}; pass a ModelOutput, dict, tuple or tensor"
+    )
+
+
+def shift_if(shift: bool, logits: Tensor, labels: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+    """Align labels [B, T] with the logits [B, T, K] which predict them; the last position then has no label.
+
+    Shifting the small labels instead of the large logits keeps the logits in place (no copy).
+    """
+    if not shift:
+        return logits, labels
+    return logits, nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+
+
+def _soft_target_losses(
+    logits: Tensor, targets: Tensor, smoothing: Smoothing, class_weight: Tensor | None, smooth_soft_targets: bool
+) -> tuple[Tensor, Tensor]:
+    if targets.shape != logits.shape:
+        raise ValueError(
+            f"expected integer labels {tuple(logits.shape[:-1])} or soft targets {tuple(logits.shape)}, got float labels "
+            f"{tuple(targets.shape)}; cast class ids to long (regression has no classes to smooth)"
+        )
+    if class_weight is not None:
+        raise ValueError(
+            "expected no class_weight with soft targets, got one; a soft target has no single class, weight your sampler instead"
+        )
+    if smoothing.epsilon and not smooth_soft_targets:
+        raise ValueError(
+            f"expected epsilon = 0 with soft targets, got {smoothing.epsilon}: they are smoothed already; set epsilon=0 or "
+            "say smooth_soft_targets=True"
+        )
+    if (smoothing.convention != "all" and smoothing.epsilon) or (smoothing.prior is not None and smoothing.prior.dim() == 2):
+        raise ValueError(
+            "expected convention='all' and a prior [K] over soft targets, got one that needs a single label; change it"
+        )
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    q = targets.to(z.dtype)
+    total = q.sum(-1)
+    if q.numel() and not (bool((q >= 0).all()) and bool(torch.allclose(total, torch.ones_like(total), atol=1e-3))):
+        raise ValueError("expected soft targets >= 0 summing to 1 in each row, got others; divide the counts by their sum")
+    if smoothing.epsilon:
+        prior = smoothing.prior_for(torch.zeros((), dtype=torch.long, device=z.device), z.shape[-1], z.dtype)
+        q = (1 - smoothing.epsilon) * q + smoothing.epsilon * prior
+    losses = z.logsumexp(-1) * q.sum(-1) - (z.masked_fill(q == 0, 0) * q).sum(-1)
+    check_finite(losses, losses)
+    return losses, torch.ones_like(losses)
+
+
+def _torch_weighted_losses(
+    logits: Tensor, labels: Tensor, smoothing: Smoothing, class_weight: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """−Σ_k w_k·t_k·log p_k, torch's reading of `weight` with `label_smoothing` (pytorch issue 104776)."""
+    _check_shapes(logits, labels)
+    kept = labels != ignore_index
+    check_range(labels, kept, logits.shape[-1], ignore_index)
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    target = smoothing.target(labels.long().masked_fill(~kept, 0), logits.shape[-1]).to(z.dtype)
+    weighted = target * class_weight.to(z.device, z.dtype)
+    losses = -(weighted * z.log_softmax(-1)).sum(-1).masked_fill(~kept, 0)
+    return losses, item_weights(labels, class_weight, ignore_index, z.dtype)
+
+
+def check_no_probabilities(logits: Tensor) -> None:
+    """Refuse logits which are probabilities: of 4 rows or more each from 0 to 1 with sum 1, which no classifier's logits are.
+
+    Shape [..., K]; the first 64 rows are looked at. For the first batch: a softmax inside the model squares every lesson.
+
+    Raises: ValueError.
+    """
+    rows = logits.detach().reshape(-1, logits.shape[-1])[:64].float()
+    if len(rows) < 4 or not bool(((rows >= 0) & (rows <= 1)).all()):
+        return
+    if bool(((rows.sum(-1) - 1).abs() < 1e-3).all()) and bool(((rows > 0) & (rows < 1)).any()):
+        raise ValueError(
+            "expected logits, got rows from 0 to 1 with sum 1, which are probabilities: the loss has its own softmax; return "
+            f"the {logits.shape[-1]} scores before the softmax"
+        )
+
+
+def _check_tensors(logits: Any, labels: Any) -> None:
+    for name, value in (("logits", logits), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"expected {name} as a tensor, got {type(value).__name__}; use torch.as_tensor({name})")
+
+
+def _check_shapes(logits: Tensor, labels: Tensor) -> None:
+    if not logits.is_floating_point():
+        raise TypeError(f"expected floating-point logits, got {logits.dtype}; pass the scores before the softmax")
+    if labels.is_floating_point() or labels.dtype == torch.bool or labels.is_complex():
+        raise TypeError(f"expected integer labels, got {labels.dtype}; cast class ids to long")
+    if labels.shape == logits.shape:
+        raise ValueError(
+            f"expected one label per row of logits {tuple(logits.shape)}, got one per class; use labels.argmax(-1) if each row "
+            "has exactly one class, or transformers.Trainer for multi-label classification"
+        )
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"expected labels {tuple(logits.shape[:-1])} for logits {tuple(logits.shape)}, got {tuple(labels.shape)}; "
+            "one label per row of logits (squeeze [B, 1]; use the causal-LM shift for language models)"
+        )
+    if logits.shape[-1] < 2:
+        raise ValueError(f"expected logits over at least 2 classes, got {logits.shape[-1]}; a single output is a regression head")
+
+
+def check_range(labels: Tensor, kept: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Refuse labels outside the classes where they are kept.
+
+    Raises: ValueError for the first of them.
+    """
+    bad = kept & ((labels < 0) | (labels >= num_classes))
+    if bool(bad.any()):
+        raise ValueError(
+            f"expected labels in [0, {num_classes}) or {ignore_index} for ignored, got {int(labels[bad][0])}; map class names "
+            "to ids 0..K-1 and mask positions with ignore_index"
+        )
+
+
+def check_finite(nll: Tensor, term: Tensor) -> None:
+    """Refuse losses which are not numbers.
+
+    Raises: ValueError when the sum of both parts is not finite.
+    """
+    total = (nll + term).detach().sum()
+    if not bool(torch.isfinite(total)):
+        raise ValueError(
+            "expected finite logits wherever the target has mass, got NaN or -inf; give masked classes no mass with "
+            "Smoothing(prior=...) and never label an example with a masked class (NaN: lower the learning rate)"
+        )
+
+
+def check_options(reduction: str, weighting: str, class_weight: Tensor | None, num_items_in_batch: Any, num_classes: int) -> None:
+    """Refuse options which are unknown or contradict each other.
+
+    Raises: ValueError for the first such option.
+    """
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"expected reduction in {get_args(Reduction)}, got {reduction!r}; choose one of them")
+    if weighting not in get_args(Weighting):
+        raise ValueError(f"expected weighting in {get_args(Weighting)}, got {weighting!r}; choose one of them")
+    if num_items_in_batch is not None and reduction != "mean":
+        raise ValueError(f"expected reduction='mean' with num_items_in_batch, got {reduction!r}; drop one of the two")
+    if class_weight is not None and (class_weight.shape != (num_classes,) or not bool((class_weight >= 0).all())):
+        raise ValueError(f"expected class_weight [{num_classes}] >= 0, got {tuple(class_weight.shape)}; one weight per class")

@@ -1,0 +1,325 @@
+"""Objectives beside the smoothed cross entropy: what one prediction costs, per row.
+
+Owns: one function per objective, all f(logits [n, K], labels [n], smoothing, **own) -> losses [n]; the names
+in `OBJECTIVES`; the z-loss, which can be added to any of them.
+Does not own: target and prior (`smoothing`), reduction (`losses`, `trainer`), chunking (`linear`).
+
+Every function computes in float32 (float64 stays float64), takes valid labels only (`masked_objective` drops
+the ignored rows first), and gives a −inf class without prior mass exactly no influence. Losses are in nats.
+Notation: z logits, p = softmax(z), nll = −log p_y, u the prior of `smoothing` (1/K if it has none).
+
+With ε > 0: smoothed_ce, confidence_penalty and generalised_smoothing use it; the others are alternatives to
+label smoothing with a strength of their own and refuse it (`check_smoothing`). ε < 0 is for
+generalised_smoothing alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_ls.losses.cross_entropy import SmoothedTerms, smoothed_terms
+from hf_ls.losses.smoothing import Smoothing
+
+ObjectiveFunction = Callable[..., Tensor]
+
+
+def smoothed_ce(logits: Tensor, labels: Tensor, smoothing: Smoothing) -> Tensor:
+    """The smoothed cross entropy: nll + e·(z_y − ⟨u, z⟩); ε = 0 is the plain nll.
+
+    At least the entropy of its target; e = ε, or ε/(1−u_y) for convention "wrong".
+
+    Raises: as `check_smoothing` and `losses.smoothed_terms`. Source: Szegedy et al. 2016.
+    """
+    return _terms("smoothed_ce", logits, labels, smoothing).loss
+
+
+def confidence_penalty(logits: Tensor, labels: Tensor, smoothing: Smoothing, *, beta: float = 0.1) -> Tensor:
+    """The (smoothed) cross entropy minus β times the entropy of the prediction.
+
+    nll + e·(z_y − ⟨u, z⟩) − β·H(p), H(p) = −Σ p_k log p_k. At least −β·log K; β ≥ 0. The best β differs
+    widely between tasks; 0.1 is the paper's value for image classification.
+
+    Raises: as `smoothed_ce`; ValueError for β < 0.
+    Source: Pereyra et al. 2017, "Regularizing Neural Networks by Penalizing Confident Output Distributions".
+    """
+    _require("beta", beta, 0, math.inf)
+    z = _float(logits)
+    loss = _terms("confidence_penalty", z, labels, smoothing).loss
+    log_p = z.log_softmax(-1)
+    # p·log p tends to 0 with p, but 0·(−inf) is NaN.
+    entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(-1)
+    return loss - beta * entropy
+
+
+def maxsup(logits: Tensor, labels: Tensor, smoothing: Smoothing, *, alpha: float = 0.1) -> Tensor:
+    """Max suppression: label smoothing which presses down the top logit, right or wrong.
+
+    nll + α·(max_k z_k − ⟨u, z⟩). At least 0; α ≥ 0. Equal to smoothed_ce at ε = α wherever the label has the
+    top logit. Tied top logits share the gradient. The authors' code raises α linearly from 0.1 to 0.2.
+
+    Raises: as `check_smoothing` (ε must be 0) and `losses.smoothed_terms`; ValueError for α < 0.
+    Source: Zhou et al. 2025, "MaxSup: Overcoming Representation Collapse in Label Smoothing".
+    """
+    _require("alpha", alpha, 0, math.inf)
+    z = _float(logits)
+    nll = _terms("maxsup", z, labels, smoothing).nll
+    prior = smoothing.prior_for(labels.long(), z.shape[-1], z.dtype)
+    return _finite(nll + alpha * (z.amax(-1) - (z.masked_fill(prior == 0, 0) * prior).sum(-1)))
+
+
+def label_relaxation(logits: Tensor, labels: Tensor, smoothing: Smoothing, *, alpha: float = 0.1) -> Tensor:
+    """Label relaxation: 0 where p_y ≥ 1−α, else the KL divergence to the nearest distribution with p_y = 1−α.
+
+    loss = (1−α)·log((1−α)/p_y) + α·log(α/(1−p_y)) for p_y < 1−α: the nearest distribution spreads α over the
+    wrong classes in the model's own proportions, so only p_y is left in the formula. At least 0.
+    0 ≤ α < 1; α = 0 is the nll. The paper tunes α; 0.1 is the default of its code.
+
+    Raises: as `check_smoothing` (ε must be 0) and `losses.smoothed_terms`; ValueError for α outside [0, 1).
+    Source: Lienen & Hüllermeier 2021, "From Label Smoothing to Label Relaxation".
+    """
+    _require("alpha", alpha, 0, 1)
+    nll = _terms("label_relaxation", logits, labels, smoothing).nll
+    if alpha == 0:
+        return nll
+    p_wrong = -torch.expm1(-nll)
+    outside = p_wrong > alpha
+    # Inside the credal set 1−p_y may be 0: a constant keeps log and its gradient finite there.
+    log_wrong = p_wrong.where(outside, alpha).log()
+    divergence = (1 - alpha) * (math.log1p(-alpha) + nll) + alpha * (math.log(alpha) - log_wrong)
+    return divergence.where(outside, 0)
+
+
+def margin_smoothing(logits: Tensor, labels: Tensor, smoothing: Smoothing, *, margin: float = 10.0, alpha: float = 0.1) -> Tensor:
+    """Margin-based label smoothing (MbLS): nll + α·Σ_k u_k·max(0, max_j z_j − z_k − margin).
+
+    At least 0; α, margin ≥ 0 (margin in nats). The mean over classes and both defaults are those of the
+    authors' code; the paper writes a sum and also uses margin 6. margin = 0 is `maxsup`, inf is the nll.
+
+    Raises: as `check_smoothing` (ε must be 0) and `losses.smoothed_terms`; ValueError for α or margin < 0.
+    Source: Liu et al. 2022, "The Devil is in the Margin: Margin-based Label Smoothing …".
+    """
+    _require("alpha", alpha, 0, math.inf)
+    _require("margin", margin, 0, math.inf, inclusive=True)
+    z = _float(logits)
+    nll = _terms("margin_smoothing", z, labels, smoothing).nll
+    prior = smoothing.prior_for(labels.long(), z.shape[-1], z.dtype)
+    excess = (z.amax(-1, keepdim=True) - z - margin).masked_fill(prior == 0, 0).relu()
+    return _finite(nll + alpha * (prior * excess).sum(-1))
+
+
+def focal(logits: Tensor, labels: Tensor, smoothing: Smoothing, *, gamma: float = 2.0) -> Tensor:
+    """The focal loss: (1−p_y)^γ·nll, at least 0; γ ≥ 0, γ = 0 is the nll.
+
+    Raises: as `check_smoothing` (ε must be 0) and `losses.smoothed_terms`; ValueError for γ < 0.
+    Source: Lin et al. 2017, "Focal Loss for Dense Object Detection" (without its class weight α).
+    """
+    _require("gamma", gamma, 0, math.inf)
+    nll = _terms("focal", logits, labels, smoothing).nll
+    return _p_wrong(nll).pow(gamma) * nll
+
+
+def flsd(
+    logits: Tensor,
+    labels: Tensor,
+    smoothing: Smoothing,
+    *,
+    gamma_low: float = 5.0,
+    gamma_high: float = 3.0,
+    threshold: float = 0.2,
+) -> Tensor:
+    """The sample-dependent focal loss FLSD-53: (1−p_y)^γ·nll with a γ for unlikely labels and one for others.
+
+    γ = gamma_low where p_y < threshold, else gamma_high. At least 0; γ ≥ 0, threshold in [0, 1]. The choice
+    of γ has no gradient; the loss jumps at the threshold.
+
+    Raises: as `focal`; ValueError for a threshold outside [0, 1].
+    Source: Mukhoti et al. 2020, "Calibrating Deep Neural Networks using Focal Loss".
+    """
+    _require("gamma_low", gamma_low, 0, math.inf)
+    _require("gamma_high", gamma_high, 0, math.inf)
+    _require("threshold", threshold, 0, 1, inclusive=True)
+    nll = _terms("flsd", logits, labels, smoothing).nll
+    gamma = torch.where(torch.exp(-nll.detach()) < threshold, gamma_low, gamma_high).to(nll.dtype)
+    return _p_wrong(nll).pow(gamma) * nll
+
+
+def generalised_smoothing(logits: Tensor, labels: Tensor, smoothing: Smoothing, *, floor: float = math.inf) -> Tensor:
+    """Smoothing with ε of either sign, ε < 0 for noisy labels: nll + max(e·(z_y − ⟨u, z⟩), −floor).
+
+    With ε < 0 the target is (1+|ε|)·e_y − |ε|·u and the loss falls without bound as z_y grows. Two guards:
+    `Smoothing` takes ε < 0 only with allow_negative=True, and a finite `floor` (> 0, nats) keeps every loss
+    above −floor, where a row has the gradient of its nll. The paper has no floor, tries ε from 0.8 down to −8
+    (here −1 < ε < 1), and warms up with the cross entropy: Schedule("constant", warmup_steps=...).
+
+    Raises: as `losses.smoothed_terms`; ValueError for floor ≤ 0.
+    Source: Wei et al. 2022, "To Smooth or Not? When Label Smoothing Meets Noisy Labels".
+    """
+    if not floor > 0:
+        raise ValueError(f"expected floor > 0, got {floor}; math.inf switches it off")
+    terms = _terms("generalised_smoothing", logits, labels, smoothing)
+    return terms.nll + terms.smoothing_term.clamp_min(-floor)
+
+
+def z_loss(logits: Tensor) -> Tensor:
+    """The squared log normaliser of each row, lse(z)², to be added with a small weight to any objective.
+
+    logits [n, K] -> [n], ≥ 0, in nats². It keeps the logits from drifting, which half precision needs, and
+    does not depend on the labels. 1e-4 is the usual weight.
+
+    Source: Mesh TensorFlow (Shazeer et al. 2018); weight 1e-4 in Chowdhery et al. 2022, "PaLM".
+    """
+    return _float(logits).logsumexp(-1).square()
+
+
+OBJECTIVES: dict[str, ObjectiveFunction] = {
+    "smoothed_ce": smoothed_ce,
+    "confidence_penalty": confidence_penalty,
+    "maxsup": maxsup,
+    "label_relaxation": label_relaxation,
+    "margin_smoothing": margin_smoothing,
+    "focal": focal,
+    "flsd": flsd,
+    "generalised_smoothing": generalised_smoothing,
+}
+COMBINES_WITH_EPSILON = frozenset({"smoothed_ce", "confidence_penalty", "generalised_smoothing"})
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Objective:
+    """An objective by name with its parameters: a value which can be pickled, compared, printed and called.
+
+    `objective(logits [n, K], labels [n], smoothing) -> losses [n]`.
+
+    Args:
+        name: a key of `OBJECTIVES`.
+        z_loss: weight ≥ 0 of the z-loss added to it.
+        params: the function's own parameters; the paper's defaults where left out.
+
+    >>> Objective("focal", gamma=3)
+    Objective('focal', gamma=3)
+
+    Raises: ValueError for an unknown name or parameter (with the nearest known one) and for values out of
+    range; TypeError for values which are no numbers.
+    """
+
+    name: str
+    params: tuple[tuple[str, float], ...]
+    z_loss: float
+
+    def __init__(self, name: str, *, z_loss: float = 0.0, **params: float) -> None:
+        """Check the name, the parameters and their ranges."""
+        if name not in OBJECTIVES:
+            raise ValueError(f"expected an objective in {sorted(OBJECTIVES)}, got {name!r}; {_nearest(name, OBJECTIVES)}")
+        signature = inspect.signature(OBJECTIVES[name]).parameters.values()
+        values = {p.name: p.default for p in signature if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        for key, value in {**params, "z_loss": z_loss}.items():
+            if key not in values and key != "z_loss":
+                known = [*values, "z_loss"]
+                raise ValueError(f"expected parameters of {name!r} in {known}, got {key!r}; {_nearest(key, known)}")
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"expected {key} as a number, got {type(value).__name__}; pass e.g. {key}=0.1")
+        _require("z_loss", z_loss, 0, math.inf)
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "params", tuple({**values, **params}.items()))
+        object.__setattr__(self, "z_loss", z_loss)
+        # The function knows its ranges: let it complain now, not in the first training step.
+        self(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), Smoothing(0.0))
+
+    def __call__(self, logits: Tensor, labels: Tensor, smoothing: Smoothing) -> Tensor:
+        """The loss of each row: logits [n, K], labels [n] -> [n], in nats."""
+        z = _float(logits)
+        losses = OBJECTIVES[self.name](z, labels, smoothing, **dict(self.params))
+        return losses + self.z_loss * z_loss(z) if self.z_loss else losses
+
+    def __repr__(self) -> str:
+        """The call which makes this objective, every parameter spelled out."""
+        values = [*self.params, ("z_loss", self.z_loss)] if self.z_loss else list(self.params)
+        return f"Objective({', '.join([repr(self.name), *(f'{key}={value!r}' for key, value in values)])})"
+
+
+def masked_objective(
+    objective: Objective | ObjectiveFunction,
+    logits: Tensor,
+    labels: Tensor,
+    smoothing: Smoothing,
+    *,
+    ignore_index: int = -100,
+) -> Tensor:
+    """An objective over labels which may be ignored: losses of the labels' shape, exactly 0 where ignored.
+
+    logits [..., K], labels [...]. Ignored rows are dropped before anything is computed, so nothing in them
+    (NaN, inf) reaches a value or a gradient. The caller reduces, by the count of kept labels.
+
+    Raises: ValueError for shapes which do not match; as the objective.
+    """
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"expected labels {tuple(logits.shape[:-1])} for logits {tuple(logits.shape)}, got "
+            f"{tuple(labels.shape)}; one label per row of logits (language models: shift the labels)"
+        )
+    kept = labels != ignore_index
+    losses = objective(logits[kept], labels[kept], smoothing)
+    return losses.new_zeros(labels.shape).masked_scatter(kept, losses)
+
+
+def check_smoothing(name: str, smoothing: Smoothing) -> None:
+    """Refuse a smoothing (or the end of its schedule) which the named objective does not use.
+
+    Every objective calls it; call it before training to hear of it early.
+
+    Raises: ValueError naming the remedy.
+    """
+    epsilons = [smoothing.epsilon, *([smoothing.schedule.final_epsilon] if smoothing.schedule else [])]
+    if name not in COMBINES_WITH_EPSILON and any(epsilons):
+        raise ValueError(
+            f"expected epsilon = 0 with {name}, got {max(epsilons, key=abs)}: it replaces label smoothing; "
+            f"pass Smoothing(0.0) and set its own strength, or use one of {sorted(COMBINES_WITH_EPSILON)}"
+        )
+    if name != "generalised_smoothing" and min(epsilons) < 0:
+        raise ValueError(f"expected epsilon >= 0 with {name}, got {min(epsilons)}; use 'generalised_smoothing' for ε < 0")
+
+
+def _terms(name: str, logits: Tensor, labels: Tensor, smoothing: Smoothing) -> SmoothedTerms:
+    check_smoothing(name, smoothing)
+    if logits.dim() != 2:
+        raise ValueError(f"expected logits [n, K], got {tuple(logits.shape)}; use masked_objective for other shapes")
+    if labels.numel() and int(labels.min()) < 0:
+        raise ValueError(f"expected labels >= 0, got {int(labels.min())}; use masked_objective to drop ignored rows")
+    return smoothed_terms(logits, labels, smoothing)
+
+
+def _float(logits: Tensor) -> Tensor:
+    # Cast once and use the result throughout: each cast from half precision rounds its own gradient back.
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _p_wrong(nll: Tensor) -> Tensor:
+    # 1−p_y without cancellation; never below the smallest float, where a power < 1 has an infinite gradient.
+    return (-torch.expm1(-nll)).clamp_min(torch.finfo(nll.dtype).tiny)
+
+
+def _finite(losses: Tensor) -> Tensor:
+    if not bool(torch.isfinite(losses.detach().sum())):
+        raise ValueError(
+            "expected finite logits wherever the prior has mass, got NaN or inf; give masked classes no mass "
+            "with Smoothing(0.0, prior=support_prior(...))"
+        )
+    return losses
+
+
+def _require(name: str, value: float, low: float, high: float, *, inclusive: bool = False) -> None:
+    if not (low <= value < high or (inclusive and value == high)):
+        end = "]" if inclusive else ")"
+        raise ValueError(f"expected {name} in [{low}, {high}{end}, got {value}; see the objective's docstring")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    return f"did you mean {close[0]!r}?" if close else "choose one of them"

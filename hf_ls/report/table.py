@@ -1,0 +1,146 @@
+"""The tables of a report: which columns they have, their cells as text, and how they look on the console.
+
+Owns: headings, cells and notes, for the console and the card alike.
+Does not own: any number (`report`) or its Markdown (`card`). Nothing is bold: which row is best is a matter of intervals,
+and `findings.verdict` says it in words. rich is imported on use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hf_ls.common.text import one_line
+from hf_ls.report.calibration_report import CLASS_METRICS, CalibrationReport, CalibrationRow
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+GROUP_HEADINGS = ("tokens", "run", "n", "nll", "ece", "signed gap")
+GROUP_NOTE = "A small n makes ece larger: compare it between runs, not between groups."
+_CLASS_NOTE = (
+    "T: temperature. 95 % intervals in brackets; the one of ece is for the true error and may lie below the "
+    "value, which is biased upward. null ece: mean ece of a calibrated model with these confidences and n. "
+    "signed gap: mean confidence minus accuracy. nll in nats, brier 0 to 2, aurc 0 to 1: lower is better."
+)
+_TOKEN_NOTE = (
+    "T: temperature. 95 % intervals over sequences in brackets; the one of ece is for the true error and may lie below the "
+    "value, which is biased upward. null ece: mean ece of a calibrated model with these confidences and n. "
+    "signed gap: mean confidence minus accuracy. accuracy to signed gap: per token; nll in nats, perplexity = exp(nll). "
+    "Quality of the task, nll and ece can move apart: read them together."
+)
+
+
+def note(report: CalibrationReport) -> str:
+    """How to read the table."""
+    return _TOKEN_NOTE if report.is_token_task else _CLASS_NOTE
+
+
+def cells(report: CalibrationReport) -> list[list[str]]:
+    """The headings, then one line of text a row; "–" where a row has no such number.
+
+    Rows of examples always have the same columns; rows of tokens those of the metrics which any of them carries.
+    """
+    metrics = list(CLASS_METRICS)
+    if report.is_token_task:
+        quality = dict.fromkeys(metric for row in report.rows for metric in row.quality)
+        metrics = [*quality, "accuracy", "nll", "perplexity", "ece", "signed_gap"]
+        metrics += ["sequence_ece"] if any("sequence_ece" in row.metrics for row in report.rows) else []
+    headings = [word for metric in metrics for word in ([metric, "null ece"] if metric == "ece" else [metric])]
+    start = ["run", "epsilon", "T"]
+    return [[*start, *(one_line(word.replace("_", " ")) for word in headings)], *(_row(row, headings) for row in report.rows)]
+
+
+def group_cells(report: CalibrationReport) -> list[list[str]]:
+    """The groups of tokens in each row without temperature, runs of one group together; empty without groups."""
+    rows = [row for row in report.rows if row.temperature == 1 and row.groups]
+    keys = dict.fromkeys((group["kind"], group["name"]) for row in rows for group in row.groups)
+    found = [(key, row, group) for key in keys for row in rows for group in row.groups if (group["kind"], group["name"]) == key]
+    return [
+        [group_label(*key), one_line(row.name), f"{group['n']:,}", *(_number(group, m) for m in ("nll", "ece", "signed_gap"))]
+        for key, row, group in found
+    ]
+
+
+def group_label(kind: str, name: str) -> str:
+    """A group of tokens in words: "position 2-3"."""
+    words = {"position": f"position {name}", "frequency": f"seen {name} times in training", "end_of_sequence": name}
+    return one_line(words.get(kind, f"{kind} {name}"))
+
+
+def table(report: CalibrationReport, width: int | None = None) -> Table:
+    """The console table for `width` columns (the terminal's by default), numbers whole from 80 on.
+
+    Intervals stand as "0.123 [0.110, 0.135]" where there is room, else beneath their value; a table which is still too
+    wide is turned, one column a row.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    place = f"{one_line(report.dataset['name'])}, {one_line(report.dataset['split'])}"
+    title = f"Calibration of {one_line(report.model_name)} on {place} ({report.size})"
+    room, ruler = width or Console().width, Console(width=10_000)
+    for turned, before, within in (
+        (False, " [", ", "),
+        (False, "\n[", ", "),
+        (False, "\n[", ",\n"),
+        (True, "\n[", ", "),
+        (True, "\n[", ",\n"),
+    ):
+        head, *lines = cells(report)
+        folded = turned or within == ",\n"
+        lines = [
+            [name.replace(" + ", " +\n") if folded else name, *(c.replace(" [", before).replace(", ", within) for c in rest)]
+            for name, *rest in lines
+        ]
+        if turned:
+            head, *lines = (list(column) for column in zip(head, *lines, strict=True))
+        else:
+            head = [word.replace(" ", "\n") for word in head]
+        made = _empty(title, note(report))
+        for i, heading in enumerate(head):
+            made.add_column(Text(heading), justify="right" if i else "left")
+        for line in lines:
+            made.add_row(*(Text(cell) for cell in line), end_section=True)
+        if ruler.measure(made).maximum <= room:
+            break
+    return made
+
+
+def group_table(report: CalibrationReport) -> Table | None:
+    """The console table of end of sequence, token frequency and position; None where no row has groups."""
+    from rich.text import Text
+
+    lines = group_cells(report)
+    if not lines:
+        return None
+    made = _empty("By group of tokens, without temperature", GROUP_NOTE)
+    for i, heading in enumerate(GROUP_HEADINGS):
+        made.add_column(Text(heading), justify="right" if i > 1 else "left")
+    for before, line, after in zip([None, *lines], lines, [*lines[1:], None], strict=False):
+        label = "" if before and before[0] == line[0] else line[0]
+        made.add_row(Text(label), *(Text(cell) for cell in line[1:]), end_section=not after or after[0] != line[0])
+    return made
+
+
+def _empty(title: str, caption: str) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    return Table(
+        title=Text(title), caption=Text(caption), box=box.SIMPLE_HEAD, padding=0, pad_edge=False,
+        show_edge=False, title_justify="left", caption_justify="left",
+    )  # fmt: skip
+
+
+def _row(row: CalibrationRow, metrics: list[str]) -> list[str]:
+    null = row.metrics["ece"].get("null")
+    null_ece = "–" if null is None else f"{null:.3f}"
+    temperature = "–" if row.temperature == 1 else f"{row.temperature:.2f}"
+    shown = (null_ece if metric == "null ece" else row.show(metric) for metric in metrics)
+    return [one_line(row.name), row.epsilon_text, temperature, *shown]
+
+
+def _number(group: dict[str, Any], metric: str) -> str:
+    value = group[metric]
+    return "–" if value is None else format(value, "+.3f" if metric == "signed_gap" else ".3f")

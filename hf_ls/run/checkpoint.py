@@ -1,0 +1,137 @@
+"""Which checkpoint a run may resume from.
+
+Owns: the mark of a complete checkpoint and the choice of the last one.
+Does not own: what is in a checkpoint (the Trainer's business).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+
+from hf_ls.common.errors import read_json
+from hf_ls.common.files import write_atomically
+from hf_ls.losses.smoothing import Smoothing
+
+MARK = "hf_ls_complete.json"
+_SHAPE = ("model_type", "vocab_size", "hidden_size", "d_model", "dim", "num_hidden_layers", "n_layers", "n_layer", "id2label")
+
+
+class CheckpointMark(TrainerCallback):
+    """Write a mark into each checkpoint after every process has finished its part.
+
+    The Trainer writes many files per checkpoint, some by each process; a killed run leaves some of them missing.
+    It also deletes old checkpoints before this mark is written, so give `save_total_limit` here instead of to the Trainer.
+    """
+
+    def __init__(self, smoothing: Smoothing, save_total_limit: int | None = None) -> None:
+        self.smoothing = smoothing
+        self.save_total_limit = save_total_limit
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the mark from checkpoints behind the step where training begins: it will write them anew, file by file."""
+        if PartialState().is_main_process:
+            for step, folder in _checkpoints(args.output_dir).items():
+                if step > state.global_step:
+                    (folder / MARK).unlink(missing_ok=True)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called on every process once its files are written."""
+        processes = PartialState()
+        processes.wait_for_everyone()
+        if not processes.is_main_process:
+            return
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        write_atomically(folder / MARK, json.dumps(_identity(self.smoothing) | {"files": _sizes(folder)}))
+        self._delete_old(args.output_dir, state.best_model_checkpoint, state.global_step)
+
+    def _delete_old(self, output_dir: str, best: str | None, step: int) -> None:
+        if not self.save_total_limit:
+            return
+        # What a killed run left of a later step is no checkpoint, so it must not push out a whole one.
+        known = {str(folder) for at, folder in _checkpoints(output_dir).items() if at <= step}
+        folders = [f for f in sort_checkpoints(output_dir=output_dir, best_model_checkpoint=best) if f in known]
+        keep = max(self.save_total_limit, 2 if best and os.path.basename(folders[-1]) != os.path.basename(best) else 1)
+        for folder in folders[:-keep]:
+            (Path(folder) / MARK).unlink(missing_ok=True)  # first: a half-deleted folder must not look complete
+            shutil.rmtree(folder)
+
+
+def _identity(smoothing: Smoothing) -> dict[str, Any]:
+    return {"num_processes": PartialState().num_processes, "epsilon": smoothing.epsilon, "convention": smoothing.convention}
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARK and path.suffix != ".tmp")
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """The marked checkpoint with the highest step in `output_dir`, or None."""
+    steps = {step: folder for step, folder in _checkpoints(output_dir).items() if (folder / MARK).is_file()}
+    return str(steps[max(steps)]) if steps else None
+
+
+def _checkpoints(output_dir: str | os.PathLike) -> dict[int, Path]:
+    """The folders of checkpoints by their step, complete or not."""
+    folders = [(folder.name.rsplit("-", 1)[1], folder) for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
+    return {int(step): folder for step, folder in folders if step.isdigit()}
+
+
+def check_resumable(checkpoint: str | os.PathLike, smoothing: Smoothing, model: Any = None) -> None:
+    """Refuse a checkpoint which this run cannot continue exactly.
+
+    Args:
+        model: whose sizes and labels are compared with those of the checkpoint; None leaves this out.
+
+    Raises: ValueError for an incomplete or changed checkpoint, one of another model, another number of processes (each has
+    its own random state and share of the data) or another epsilon.
+    """
+    mark = Path(checkpoint) / MARK
+    if not mark.is_file():
+        raise ValueError(f"expected a complete checkpoint, got {checkpoint} without {MARK}; resume from 'last' or an earlier one")
+    saved, now = read_json(mark, "resume from an earlier checkpoint, or start afresh"), _identity(smoothing)
+    different = {name: (saved.get(name), value) for name, value in now.items() if saved.get(name) != value}
+    if different:
+        shown = ", ".join(f"{name} {old} there and {new} here" for name, (old, new) in different.items())
+        raise ValueError(f"expected the settings of {checkpoint}, got {shown}; resume with the same ones or start afresh")
+    # A missing optimizer.pt would not stop the Trainer: it goes on without the optimizer's state, in silence.
+    sizes = _sizes(Path(checkpoint))
+    changed = [
+        f"{name} with {sizes.get(name, 'no')} of {size} bytes"
+        for name, size in saved.get("files", {}).items()
+        if sizes.get(name) != size
+    ]
+    if changed:
+        raise ValueError(
+            f"expected {checkpoint} as it was written, got {', '.join(changed)}; copy it again, resume from an earlier "
+            "checkpoint, or start afresh"
+        )
+    if model is not None:
+        _check_model(Path(checkpoint), model)
+
+
+def _check_model(checkpoint: Path, model: Any) -> None:
+    if not (checkpoint / "config.json").is_file():  # adapters have none
+        return
+    saved, own = (
+        read_json(checkpoint / "config.json", "resume from an earlier checkpoint"),
+        json.loads(model.config.to_json_string(use_diff=False)),
+    )
+    different = [
+        f"{name} {saved[name]} there and {own[name]} here"
+        for name in _SHAPE
+        if name in saved and name in own and saved[name] != own[name]
+    ]
+    if different:
+        raise ValueError(
+            f"expected a checkpoint of this model, got {checkpoint} with {', '.join(different)}; resume in the "
+            "folder of its own run"
+        )

@@ -1,0 +1,332 @@
+"""The command line: dataclasses of settings, YAML files turned into arguments, strict checks.
+
+Owns: what can be set, its names, types and defaults, and every refusal of a setting before work starts.
+Does not own: the Trainer's settings (`arguments`) or the run itself (`finetune`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from collections.abc import Collection, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from hf_ls.data.classification import EMBEDDED_DATASET, EMBEDDED_MODEL
+from hf_ls.data.g2p import EMBEDDED_G2P
+from hf_ls.metrics.text import TEXT_METRICS
+from hf_ls.trainer.arguments import LabelSmoothingSeq2SeqArguments, techniques_of
+
+# Settings which mean something for some tasks only: elsewhere they would do nothing, in silence.
+_TASKS_OF = {
+    "text_pair_column": ("text-classification",),
+    "label_column": ("text-classification",),
+    "snippet_sources": ("text-classification",),
+    "bake_temperature": ("text-classification",),
+    "tokens_column": ("token-classification",),
+    "tags_column": ("token-classification",),
+    "source_column": ("seq2seq", "causal-lm"),
+    "target_column": ("seq2seq", "causal-lm"),
+    "source_prefix": ("seq2seq", "causal-lm"),
+    "source_suffix": ("seq2seq", "causal-lm"),
+    "max_target_length": ("seq2seq",),
+    "text_metrics": ("seq2seq",),
+    "predict_with_generate": ("seq2seq",),
+    "generation_max_length": ("seq2seq",),
+    "generation_num_beams": ("seq2seq",),
+}
+_TASKS_OF |= dict.fromkeys(("mixup_alpha", "mixup_per"), ("text-classification",))
+_DATASET_TASKS = {EMBEDDED_DATASET: ("text-classification",), EMBEDDED_G2P: ("seq2seq", "causal-lm")}
+
+
+def about(text: str) -> dict[str, Any]:
+    """The metadata of a setting: what --help says about it."""
+    return {"help": text}
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and how it is changed before training."""
+
+    model_name_or_path: str = field(default=EMBEDDED_MODEL, metadata=about("Hub id or folder; the default is in hf_ls[demo]."))
+    model_revision: str = field(default="main", metadata=about("Branch, tag or commit on the Hub."))
+    model_config_overrides: str | None = field(
+        default=None, metadata=about("Config fields to change, as JSON or a YAML mapping, e.g. {num_hidden_layers: 3}.")
+    )
+    model_type: str | None = field(
+        default=None, metadata=about("Train this architecture from random weights, e.g. bart, instead of model_name_or_path.")
+    )
+    tokenizer_name: str | None = field(default=None, metadata=about("Hub id or folder of the tokenizer, when not the model's."))
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata=about("Start a new classifier head when the model's own has another number of classes.")
+    )
+    peft: Literal["none", "lora"] = field(default="none", metadata=about("Train low-rank adapters instead of all weights."))
+    lora_r: int = field(default=8, metadata=about("Rank of the adapters."))
+    lora_alpha: int = field(default=16, metadata=about("Scale of the adapters."))
+    lora_dropout: float = field(default=0.0, metadata=about("Dropout before the adapters."))
+    trust_remote_code: bool = field(default=False, metadata=about("Run code from the model's repository."))
+
+    def __post_init__(self) -> None:
+        self.overrides: dict[str, Any] = {}
+        if self.model_config_overrides:
+            try:
+                self.overrides = json.loads(self.model_config_overrides)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f'expected model_config_overrides as JSON, got {self.model_config_overrides!r}; write {{"a": 1}}'
+                ) from error
+            if not isinstance(self.overrides, dict):
+                raise ValueError(f"expected model_config_overrides as a mapping, got {self.overrides!r}; write name: value")
+
+
+@dataclass
+class DataArguments:
+    """Which data: the embedded snippets, a dataset on the Hub, or local CSV, JSON or Parquet files."""
+
+    dataset_name: str | None = field(default=None, metadata=about(f"Hub id, or '{EMBEDDED_DATASET}' for the embedded data."))
+    dataset_config_name: str | None = field(default=None, metadata=about("Configuration of the dataset on the Hub."))
+    snippet_sources: list[str] = field(default_factory=list, metadata=about("Embedded data only: keep these sources."))
+    train_file: str | None = field(default=None, metadata=about("Local CSV, TSV, JSON, JSONL or Parquet file."))
+    validation_file: str | None = field(default=None, metadata=about("As train_file; cut from train when missing."))
+    test_file: str | None = field(default=None, metadata=about("As train_file; only ever reported on."))
+    text_column: str = field(default="text", metadata=about("Column with the text."))
+    text_pair_column: str | None = field(default=None, metadata=about("Column with a second text, for sentence pairs."))
+    label_column: str = field(default="label", metadata=about("Column with one class per row."))
+    source_column: str | None = field(
+        default=None, metadata=about("seq2seq: column with the source; causal-lm: with the prompt.")
+    )
+    target_column: str | None = field(default=None, metadata=about("seq2seq: column with the target; causal-lm: the completion."))
+    source_prefix: str = field(default="", metadata=about("Text before each source, such as T5's task prefix."))
+    source_suffix: str = field(default="", metadata=about("Text after each source, such as the blank before a completion."))
+    tokens_column: str = field(default="tokens", metadata=about("token-classification: column with the list of words."))
+    tags_column: str = field(default="ner_tags", metadata=about("token-classification: column with one tag per word."))
+    validation_fraction: float = field(default=0.1, metadata=about("Share of train to cut when there is no validation split."))
+    max_length: int = field(default=128, metadata=about("Tokens kept of each example."))
+    max_target_length: int | None = field(default=None, metadata=about("Tokens kept of each target; as max_length if not given."))
+    max_train_samples: int | None = field(default=None, metadata=about("Use only the first so many training examples."))
+    max_eval_samples: int | None = field(default=None, metadata=about("The same for validation."))
+    max_predict_samples: int | None = field(default=None, metadata=about("The same for test."))
+
+    def __post_init__(self) -> None:
+        files = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
+        self.files = {split: path for split, path in files.items() if path}
+        if bool(self.dataset_name) == bool(self.files):
+            raise ValueError(
+                f"expected either dataset_name or train_file, got {self.dataset_name} and {self.files}; set one "
+                f"(dataset_name: {EMBEDDED_DATASET} is the embedded data)"
+            )
+        if self.files and not self.train_file:
+            raise ValueError(f"expected train_file, got only {sorted(self.files)}; add --train_file")
+        resolved = [Path(path).resolve() for path in self.files.values()]
+        if len(set(resolved)) != len(resolved):
+            raise ValueError(f"expected different files per split, got {self.files}; never select or train on the test data")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"expected 0 < validation_fraction < 1, got {self.validation_fraction}; 0.1 is a usual value")
+        if self.snippet_sources and self.dataset_name != EMBEDDED_DATASET:
+            raise ValueError(
+                f"expected snippet_sources only with dataset_name: {EMBEDDED_DATASET}, got {self.dataset_name}; drop it"
+            )
+        for name in ("max_length", "max_target_length", "max_train_samples", "max_eval_samples", "max_predict_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"expected {name} >= 1, got {value}; leave it out for no limit")
+
+
+@dataclass
+class RunArguments:
+    """What the run does besides training."""
+
+    task: Literal["text-classification", "token-classification", "seq2seq", "causal-lm"] = field(
+        default="text-classification", metadata=about("The task.")
+    )
+    text_metrics: list[str] = field(
+        default_factory=lambda: ["exact_match", "chrf"],
+        metadata=about("Quality of what seq2seq models generate: exact_match, word_error_rate, phoneme_error_rate, bleu, chrf."),
+    )
+    with_baseline: bool = field(default=False, metadata=about("First train the same model with epsilon = 0, for the comparison."))
+    bake_temperature: bool = field(
+        default=False, metadata=about("Divide the saved classifier's weights by the temperature fitted on validation.")
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata=about("Stop after so many evaluations without a better metric_for_best_model.")
+    )
+    dry_run: bool = field(default=False, metadata=about("Check settings, data and model, then stop before training."))
+    overwrite_output_dir: bool = field(default=False, metadata=about("Delete an earlier run in output_dir."))
+
+    def __post_init__(self) -> None:
+        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
+            raise ValueError(f"expected early_stopping_patience >= 1, got {self.early_stopping_patience}; leave it out for none")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of one run."""
+
+    run: RunArguments
+    model: ModelArguments
+    data: DataArguments
+    training: LabelSmoothingSeq2SeqArguments
+
+
+class Parser(HfArgumentParser):
+    """Errors are exceptions: the script prints them, and tests and other callers can catch them."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the arguments.
+
+        Raises: ValueError, always.
+        """
+        raise ValueError(f"expected settings as --help describes them, got: {message}; see --help")
+
+
+def parse_config(argv: Sequence[str] | None = None) -> Config:
+    """Settings from `--config file.yaml` and the command line; the command line wins.
+
+    Every YAML key is turned into its command-line argument, so both are read and typed by the same code: `2e-5` is a
+    number and `no` a word.
+
+    Raises: ValueError for an unknown key (with the nearest known one), a wrong type, a repeated key, and settings which
+    contradict each other.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = Parser([RunArguments, ModelArguments, DataArguments, LabelSmoothingSeq2SeqArguments], allow_abbrev=False)  # type: ignore[list-item]
+    parser.add_argument("--config", help="YAML file of settings; the command line overrides it.")
+    known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
+    path, argv = _take_config(argv)
+    nulls, argv = _take_nulls(argv)
+    from_file = yaml_arguments(Path(path), known - {"config", "help"}, nulls) if path else []
+    *parsed, _, rest = parser.parse_args_into_dataclasses(
+        [*from_file, *argv], return_remaining_strings=True, look_for_args_file=False
+    )
+    if rest:
+        raise ValueError(f"expected known settings, got {rest[0]}{nearest(rest[0].lstrip('-').split('=')[0], known)}; see --help")
+    config = Config(*parsed)
+    _check(config)
+    return config
+
+
+def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
+    for i, argument in enumerate(argv):
+        if argument == "--config" and i + 1 < len(argv):
+            return argv[i + 1], argv[:i] + argv[i + 2 :]
+        if argument.startswith("--config="):
+            return argument.split("=", 1)[1], argv[:i] + argv[i + 1 :]
+    return None, argv
+
+
+def _take_nulls(argv: list[str]) -> tuple[set[str], list[str]]:
+    """The names which the command line sets to null, to take back what the file says, and the rest of it."""
+    spaced = {i for i, word in enumerate(argv[:-1]) if word.startswith("--") and "=" not in word and argv[i + 1] == "null"}
+    joined = {i for i, word in enumerate(argv) if word.startswith("--") and word.endswith("=null")}
+    names = {argv[i].removesuffix("=null").lstrip("-") for i in spaced | joined}
+    dropped = spaced | {i + 1 for i in spaced} | joined
+    return names, [word for i, word in enumerate(argv) if i not in dropped]
+
+
+def yaml_arguments(path: Path, known: set[str], without: Collection[str] = ()) -> list[str]:
+    """The settings of a YAML file as command-line arguments, scalars as they are written, some left out.
+
+    Raises: ValueError for a missing or malformed file, an unknown or repeated key, and YAML tags.
+    """
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except OSError as error:
+        found = f"no file at {path}" if isinstance(error, FileNotFoundError) else f"{path}: {error.strerror}"
+        raise ValueError(f"expected a config file, got {found}; check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"expected valid YAML in {path}, got: {' '.join(str(error).split())}; fix that line") from error
+    if node is None:
+        return []
+    if not isinstance(node, yaml.MappingNode):
+        raise ValueError(f"expected `name: value` lines in {path}, got another kind of YAML; see configs/ for examples")
+    arguments: list[str] = []
+    seen: set[str] = set()
+    for key_node, value in node.value:
+        key = str(key_node.value)
+        if key not in known:
+            raise ValueError(f"expected known settings in {path}, got {key!r}{nearest(key, known)}; see --help")
+        if key in seen:
+            raise ValueError(f"expected each setting once in {path}, got {key!r} twice; remove one")
+        seen.add(key)
+        arguments += _argument(path, key, value) if key not in without else []
+    return arguments
+
+
+def _argument(path: Path, key: str, node: yaml.Node) -> list[str]:
+    if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.startswith("tag:yaml.org,2002:python"):
+        raise ValueError(f"expected plain values in {path}, got the tag {node.tag} at {key!r}; remove it")
+    if isinstance(node, yaml.ScalarNode):
+        # `key:` and `key: null` leave the default.
+        return [] if node.tag.endswith(":null") else [f"--{key}={node.value}"]
+    if isinstance(node, yaml.SequenceNode):
+        if not all(isinstance(item, yaml.ScalarNode) for item in node.value):
+            raise ValueError(f"expected a list of plain values in {path} at {key!r}, got a nested one; flatten it")
+        return [f"--{key}", *(str(item.value) for item in node.value)] if node.value else []
+    value = yaml.safe_load(yaml.serialize(node))
+    return [f"--{key}={json.dumps(value)}"]
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """The known name which is most like this one, as a question; empty if none is."""
+    matches = difflib.get_close_matches(name, sorted(known), n=1)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def _check(config: Config) -> None:
+    training, run = config.training, config.run
+    _check_task(config)
+    if str(training.resume_from_checkpoint).lower() in ("true", "false", "1", "yes"):
+        raise ValueError(
+            f"expected resume_from_checkpoint as 'last' or a checkpoint folder, got {training.resume_from_checkpoint!r}; use last"
+        )
+    if run.with_baseline and training.resume_from_checkpoint not in (None, "last"):
+        raise ValueError(
+            f"expected resume_from_checkpoint=last with with_baseline, got {training.resume_from_checkpoint!r}, which is "
+            "of one run; use last"
+        )
+    metric = training.metric_for_best_model or ""
+    if "test" in metric.replace("eval_", "").split("_") or "predict" in metric:
+        raise ValueError(f"expected metric_for_best_model on validation, got {metric!r}; the test split is only ever reported on")
+    if run.early_stopping_patience is not None and not training.load_best_model_at_end:
+        raise ValueError(
+            "expected load_best_model_at_end with early_stopping_patience, got False; set it and metric_for_best_model"
+        )
+    if run.with_baseline and not techniques_of(training):
+        raise ValueError(
+            "expected label_smoothing_factor > 0 with with_baseline, got 0, which is the baseline itself; set one of them"
+        )
+    if not training.distillation_teacher:
+        for name in ("distillation_alpha", "distillation_temperature"):
+            if getattr(training, name) != LabelSmoothingSeq2SeqArguments.__dataclass_fields__[name].default:
+                raise ValueError(f"expected distillation_teacher with {name}, got none; add --teacher, or drop {name}")
+
+
+def _check_task(config: Config) -> None:
+    """Refuse settings which the task does not read, and data or models which it cannot use."""
+    task, model = config.run.task, config.model
+    for part in (config.run, config.data, config.training):
+        for setting in fields(part):
+            tasks, value = _TASKS_OF.get(setting.name), getattr(part, setting.name)
+            default = setting.default_factory() if setting.default_factory is not MISSING else setting.default
+            if tasks and task not in tasks and value != default:
+                raise ValueError(f"expected {setting.name} only with task {' or '.join(tasks)}, got task {task}; drop it")
+    tasks = _DATASET_TASKS.get(config.data.dataset_name or "")
+    if tasks and task not in tasks:
+        raise ValueError(
+            f"expected task {' or '.join(tasks)} with dataset_name: {config.data.dataset_name}, got task {task}; set the task"
+        )
+    unknown = sorted(set(config.run.text_metrics) - set(TEXT_METRICS))
+    if unknown:
+        raise ValueError(f"expected text_metrics among {TEXT_METRICS}, got {unknown}; leave them out")
+    if model.model_type and model.model_name_or_path != EMBEDDED_MODEL:
+        raise ValueError(
+            f"expected model_type or model_name_or_path, got {model.model_type} and {model.model_name_or_path}; model_type "
+            "starts from random weights"
+        )
+    if model.model_type and not model.tokenizer_name and config.data.dataset_name != EMBEDDED_G2P:
+        raise ValueError("expected tokenizer_name with model_type, got none; name the tokenizer whose vocabulary the model has")

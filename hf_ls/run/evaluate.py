@@ -1,0 +1,355 @@
+"""Calibration of a model which is already there: no training, only numbers, plots and a card.
+
+Owns: the settings of `scripts/evaluate.py`, what is read of model and data, the report made of one evaluation, and writing its
+results into an existing card.
+Does not own: which class a label means (`label_matching`), evaluation (`outcome`), numbers and files (`report`, `plots`, `card`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict
+from huggingface_hub import ModelCard, metadata_update
+from huggingface_hub.repocard_data import eval_results_to_model_index
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer
+
+from hf_ls.calibration.posthoc import compare_posthoc
+from hf_ls.common.errors import loading, uploading
+from hf_ls.common.files import write_atomically
+from hf_ls.common.models import IGNORE_INDEX, load_weights
+from hf_ls.common.text import hub_id, one_line
+from hf_ls.data.classification import EMBEDDED_DATASET, check_overlap, load_snippets, model_path, tokenise
+from hf_ls.data.labels import LabelMatch, match_labels, permutation_warning
+from hf_ls.data.reading import check_texts, read_files, read_hub
+from hf_ls.data.sequences import tokenise_words
+from hf_ls.report.calibration_report import REPORT, SETTINGS, CalibrationReport, package_versions
+from hf_ls.report.card import check_card, write_card
+from hf_ls.report.card_metadata import eval_results
+from hf_ls.report.plots import write_plots
+from hf_ls.report.sentences import regime, warnings
+from hf_ls.report.table import table
+from hf_ls.run.config import Parser, about, nearest
+from hf_ls.run.launch import announce
+from hf_ls.run.outcome import OUTCOME, PREDICTIONS, evaluate_classes, evaluate_tokens
+from hf_ls.run.tasks import TASKS
+from hf_ls.trainer.arguments import LabelSmoothingArguments
+
+POSTHOC = "posthoc.json"
+ROW = "evaluated"
+_LONGEST = 512  # tokens, where the tokenizer names no limit or a larger one
+
+
+@dataclass
+class EvaluateArguments:
+    """What `scripts/evaluate.py` can be told.
+
+    Raises: ValueError for settings which contradict each other.
+    """
+
+    model_name_or_path: str = field(metadata=about("Hub id or folder of a trained classifier."))
+    output_dir: str = field(metadata=about("Where report, plots and card go; not the folder of the model."))
+    task: Literal["text-classification", "token-classification"] = field(
+        default="text-classification", metadata=about("The task.")
+    )
+    model_revision: str = field(default="main", metadata=about("Branch, tag or commit on the Hub."))
+    trust_remote_code: bool = field(default=False, metadata=about("Run code from the model's repository."))
+    dataset_name: str | None = field(default=None, metadata=about(f"Hub id, or '{EMBEDDED_DATASET}' for the embedded data."))
+    dataset_config_name: str | None = field(default=None, metadata=about("Configuration of the dataset on the Hub."))
+    dataset_id: str | None = field(default=None, metadata=about("Id on the Hub of the data in local files, for the card."))
+    test_split: str = field(default="test", metadata=about("Split of dataset_name which is reported."))
+    validation_split: str = field(default="validation", metadata=about("Split of dataset_name the temperature is fitted on."))
+    test_file: str | None = field(default=None, metadata=about("Local CSV, TSV, JSON, JSONL or Parquet file to report."))
+    validation_file: str | None = field(default=None, metadata=about("As test_file, to fit the temperature on."))
+    text_column: str = field(default="text", metadata=about("Column with the text."))
+    text_pair_column: str | None = field(default=None, metadata=about("Column with a second text, for sentence pairs."))
+    label_column: str = field(default="label", metadata=about("Column with one class per row."))
+    tokens_column: str = field(default="tokens", metadata=about("token-classification: column with the list of words."))
+    tags_column: str = field(default="ner_tags", metadata=about("token-classification: column with one tag per word."))
+    label_map: str | None = field(
+        default=None, metadata=about('Class of the model for each label of the data, as JSON: {"neg": "NEGATIVE", "1": 1}.')
+    )
+    epsilon: float | None = field(
+        default=None, metadata=about("Label smoothing the model was trained with, 0 for none; left out where it is not known.")
+    )
+    max_length: int | None = field(default=None, metadata=about("Tokens kept of each example; the model's limit, at most 512."))
+    max_samples: int | None = field(default=None, metadata=about("Use only the first so many examples of each split."))
+    batch_size: int = field(default=32, metadata=about("Examples per forward pass."))
+    use_cpu: bool = field(default=False, metadata=about("Do not use a GPU."))
+    write_card: bool = field(default=False, metadata=about("Write README.md into output_dir."))
+    update_card: str | None = field(
+        default=None, metadata=about("Hub id or folder whose model card gets the results into its metadata.")
+    )
+
+    def __post_init__(self) -> None:
+        self.files = {split: path for split, path in (("validation", self.validation_file), ("test", self.test_file)) if path}
+        if bool(self.dataset_name) == bool(self.files):
+            raise ValueError(f"expected dataset_name or test_file, got {self.dataset_name} and {self.files}; set one of them")
+        if self.files and not self.test_file:
+            raise ValueError("expected test_file beside validation_file, got none; name the file to report")
+        if len({os.path.realpath(path) for path in self.files.values()}) < len(self.files):
+            raise ValueError("expected two files, got one for both splits; a temperature is never judged where it was fitted")
+        if self.dataset_name and self.test_split == self.validation_split:
+            raise ValueError(
+                f"expected two splits, got {self.test_split} twice; validation_split: none leaves the temperature out"
+            )
+        if os.path.realpath(self.output_dir) == os.path.realpath(self.model_name_or_path):
+            raise ValueError("expected an output_dir beside the model, got its own folder; its report would be lost")
+        trained = [name for name in (SETTINGS, OUTCOME) if Path(self.output_dir, name).exists()]
+        if trained:
+            raise ValueError(f"expected an output_dir beside that of a run, got one with {trained[0]}; its report would be lost")
+        if self.update_card and not (self.dataset_id or hub_id(self.dataset_name)):
+            source = self.dataset_name or Path(self.test_file or "").name
+            raise ValueError(
+                f"expected data with an id on the Hub to update a card, got {source!r}; set dataset_id, or write_card"
+            )
+        if self.update_card and not (Path(self.update_card).exists() or hub_id(self.update_card)):
+            raise ValueError(f"expected update_card as a README.md, a folder or a Hub id, got {self.update_card!r}; check it")
+        if self.write_card:
+            check_card(self.output_dir)
+        if self.epsilon is not None and not 0 <= self.epsilon < 1:
+            raise ValueError(f"expected 0 <= epsilon < 1, got {self.epsilon}; leave it out where it is not known")
+        for name in ("max_length", "max_samples", "batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"expected {name} >= 1, got {value}; leave it out")
+        self.labels = _mapping(self.label_map)
+
+
+def parse_evaluation(argv: Sequence[str] | None = None) -> EvaluateArguments:
+    """Settings from the command line.
+
+    Raises: ValueError for unknown ones and as `EvaluateArguments`.
+    """
+    parser = Parser(EvaluateArguments, allow_abbrev=False)  # type: ignore[arg-type]
+    settings, *_, rest = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True, look_for_args_file=False)
+    if rest:
+        known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
+        raise ValueError(f"expected known settings, got {rest[0]}{nearest(rest[0].lstrip('-').split('=')[0], known)}; see --help")
+    return settings
+
+
+def evaluate(settings: EvaluateArguments) -> CalibrationReport | None:
+    """Measure a trained model and leave `calibration.json`, plots, `posthoc.json` and, if wanted, a card in output_dir.
+
+    The report has a row of the model as it is, and with validation data one at the temperature fitted there. Returns it on the
+    main process, None on the others.
+
+    Raises: ValueError for a model without a trained head, and for labels of the data which the model does not have.
+    """
+    task, folder = TASKS[settings.task], Path(settings.output_dir)
+    model, tokenizer = _load(settings)
+    names = [one_line(model.config.id2label[i]) for i in range(model.config.num_labels)]
+    raw, name, dataset_id = _read(settings)
+    splits, match = _matched(settings, raw, names)
+    if settings.task == "text-classification":
+        check_overlap(DatasetDict({"train": splits["test"].select([]), "validation": splits["test"].select([])} | splits))
+    announce(match.sentence)
+    limit = settings.max_length or min(tokenizer.model_max_length, _LONGEST)
+    encode = tokenise_words if task.per_token else tokenise
+    tokens = DatasetDict({s: encode(DatasetDict({"train": part}), tokenizer, limit)["train"] for s, part in splits.items()})
+    training = LabelSmoothingArguments(
+        output_dir=str(folder), per_device_eval_batch_size=settings.batch_size, use_cpu=settings.use_cpu, report_to="none",
+        do_eval="validation" in tokens, do_predict=True, remove_unused_columns=True,
+    )  # fmt: skip
+    trainer = task.trainer(model=model, args=training, data_collator=task.collator(tokenizer, model), processing_class=tokenizer)
+    if task.per_token:
+        outcome = evaluate_tokens(trainer, tokens, DatasetDict(splits), [], has_classes=True)
+    else:
+        outcome = evaluate_classes(trainer, tokens)
+    if not training.should_save:
+        return None
+    known = _known(settings)
+    epsilon = settings.epsilon
+    if epsilon is None and known and known.published_row:
+        epsilon = known.published_row.epsilon
+    suffix = {True: "", False: " + temperature"}
+    rows = [replace(row, name=ROW + suffix[row.temperature == 1], epsilon=epsilon) for row in outcome.rows]
+    report = CalibrationReport(
+        task=task.hub_task,
+        model_name=settings.model_name_or_path if hub_id(settings.model_name_or_path) else Path(settings.model_name_or_path).name,
+        base_model=known.base_model if known else None,
+        dataset={
+            "name": name, "hub_id": dataset_id, "split": settings.test_split if settings.dataset_name else "test", "n": outcome.n,
+            "class_counts": outcome.class_counts, "licence": None,
+        } | ({} if outcome.n_sequences is None else {"n_sequences": outcome.n_sequences})
+        | ({} if settings.dataset_config_name is None else {"config": settings.dataset_config_name}),
+        label_names=names,
+        smoothing=known.smoothing if known and settings.epsilon is None else _smoothing(epsilon),
+        rows=rows,
+        training=known.training if known else {},
+        history={},
+        versions=package_versions(),
+        published=ROW,
+    )  # fmt: skip
+    _show(report, settings, match, tokens)
+    return report
+
+
+def update_card(report: CalibrationReport, target: str, *, token: str | None = None) -> None:
+    """Put the results of a report into the metadata of an existing card: a README.md, a folder with one, or a Hub id.
+
+    A result of the same metric, data and settings gets the new value, all else in the card stays. Nothing is marked verified.
+
+    Raises: ValueError for data without an id on the Hub, which the metadata need, and for a target which is no card.
+    """
+    results = eval_results(report)
+    if not results:
+        raise ValueError(
+            f"expected data with an id on the Hub to update a card, got {report.dataset['name']!r}; set dataset_id, or write_card"
+        )
+    path = Path(target, "README.md") if Path(target).is_dir() else Path(target)
+    if path.is_file():
+        card = ModelCard.load(path)
+        kept = [old for old in card.data.eval_results or [] if not any(new.is_equal_except_value(old) for new in results)]
+        card.data.model_name = card.data.model_name or one_line(report.model_name)
+        card.data.eval_results = [*kept, *results]
+        write_atomically(path, str(card))
+    elif hub_id(target):
+        index = eval_results_to_model_index(one_line(report.model_name), results)
+        with uploading("the results", target):
+            metadata_update(target, {"model-index": index}, overwrite=True, token=token, commit_message="Calibration results")
+    else:
+        raise ValueError(f"expected a README.md, a folder with one or a Hub id, got {target!r}; use write_card for a new card")
+
+
+def _mapping(text: str | None) -> dict[str, str] | None:
+    try:
+        found = json.loads(text) if text else None
+    except json.JSONDecodeError as error:
+        raise ValueError(f'expected label_map as JSON, got {text!r}; write {{"neg": "NEGATIVE"}}') from error
+    if found is not None and not isinstance(found, dict):
+        raise ValueError(f'expected label_map as a mapping, got {text!r}; write {{"neg": "NEGATIVE"}}')
+    return found
+
+
+def _load(settings: EvaluateArguments) -> tuple[Any, Any]:
+    """Model and tokenizer.
+
+    Raises: ValueError for adapters, and for a model some of whose weights would be random.
+    """
+    place, task = model_path(settings.model_name_or_path), TASKS[settings.task]
+    if Path(place, "adapter_config.json").is_file():
+        raise ValueError(f"expected a whole model, got adapters in {place}; merge them (merge_and_unload) and save that model")
+    given = {"revision": settings.model_revision, "trust_remote_code": settings.trust_remote_code}
+    remedy = "check model_name_or_path and model_revision"
+    with loading(f"a model in safetensors at {place}", remedy):
+        model, info = load_weights(task.auto_model, place, output_loading_info=True, **given)
+    random = sorted({*info["missing_keys"], *(str(found) for found in info["mismatched_keys"])})
+    if random:
+        raise ValueError(
+            f"expected a trained {settings.task} model, got {place} without {', '.join(random[:4])}, which would be random; "
+            "fine-tune it first (scripts/finetune.py)"
+        )
+    with loading(f"a tokenizer at {place}", remedy):
+        return model, AutoTokenizer.from_pretrained(place, **given)
+
+
+def _read(settings: EvaluateArguments) -> tuple[dict[str, Dataset], str, str | None]:
+    """The test split and perhaps the validation split as they are, the name of the data, and its id on the Hub."""
+    if settings.dataset_name == EMBEDDED_DATASET:
+        data = load_snippets()
+        return {split: data.splits[split] for split in ("validation", "test")}, data.name, None
+    if settings.dataset_name:
+        loaded = read_hub(settings.dataset_name, settings.dataset_config_name)
+        if settings.test_split not in loaded:
+            raise ValueError(f"expected the split {settings.test_split!r}, got {sorted(loaded)}; set test_split")
+        wanted = {"validation": settings.validation_split, "test": settings.test_split}
+        found = {split: loaded[alias] for split, alias in wanted.items() if alias in loaded}
+        return found, settings.dataset_name, settings.dataset_id or hub_id(settings.dataset_name)
+    return dict(read_files(settings.files)), Path(settings.files["test"]).name, settings.dataset_id
+
+
+def _matched(settings: EvaluateArguments, raw: dict[str, Dataset], names: list[str]) -> tuple[dict[str, Dataset], LabelMatch]:
+    """The splits with the model's own ids as labels, and how they were found.
+
+    Raises: ValueError for missing columns, empty splits, hidden, missing or unknown labels.
+    """
+    per_token = settings.task == "token-classification"
+    label = settings.tags_column if per_token else settings.label_column
+    columns = {settings.tokens_column: "tokens"} if per_token else {settings.text_column: "text"}
+    if settings.text_pair_column and not per_token:
+        columns[settings.text_pair_column] = "text_pair"
+    values, data_names, kept = {}, None, {}
+    for split, part in raw.items():
+        absent = [column for column in (*columns, label) if column not in part.column_names]
+        if absent or not len(part):
+            raise ValueError(f"expected examples with {[*columns, label]} in {split}, got {part.column_names}; set the columns")
+        kept[split] = part.select(range(min(len(part), settings.max_samples or len(part))))
+        feature = part.features[label]
+        feature = getattr(feature, "feature", feature)
+        data_names = feature.names if isinstance(feature, ClassLabel) else data_names
+        found = [list(row) if per_token else [row] for row in kept[split][label]]
+        if isinstance(feature, ClassLabel) and any(label == -1 for row in found for label in row):
+            raise ValueError(f"expected labels in {split}, got -1, which hides them; report another split with test_split")
+        named = dict(enumerate(feature.names)) if isinstance(feature, ClassLabel) else {}
+        values[split] = [[named.get(label, label) for label in row] for row in found]
+    seen = {label for rows in values.values() for row in rows for label in row} - {IGNORE_INDEX}
+    odd = [label for label in seen if isinstance(label, float) or label is None]
+    if odd:
+        raise ValueError(f"expected classes as words or integers in {label}, got {odd[0]}; drop or cast those rows")
+    match = match_labels(seen, names, data_names, settings.labels)
+    ids = match.ids | {IGNORE_INDEX: IGNORE_INDEX}
+    made = {}
+    for split, part in kept.items():
+        content = {ours: list(part[theirs]) for theirs, ours in columns.items()}
+        labels = [[ids[label] for label in row] for row in values[split]]
+        made[split] = Dataset.from_dict(content | ({"tags": labels} if per_token else {"label": [row[0] for row in labels]}))
+        check_texts(made[split], split)
+    return made, match
+
+
+def _known(settings: EvaluateArguments) -> CalibrationReport | None:
+    """The report beside the weights, which says how they were trained."""
+    path = Path(settings.model_name_or_path, REPORT)
+    return CalibrationReport.load(path) if path.is_file() else None
+
+
+def _smoothing(epsilon: float | None) -> dict[str, Any]:
+    return {
+        "epsilon": epsilon, "convention": "all", "prior": "not known" if epsilon else "uniform", "schedule": None,
+        "optimal_logit_gap": None, "max_confidence": None,
+    }  # fmt: skip
+
+
+def _show(report: CalibrationReport, settings: EvaluateArguments, match: LabelMatch, tokens: DatasetDict) -> None:
+    folder, console = Path(settings.output_dir), Console()
+    report.save(folder / REPORT)
+    console.print(table(report, console.width))
+    console.print(regime(report), markup=False, highlight=False)
+    for text in warnings(report):
+        console.print(f"Warning: {text}", markup=False, highlight=False)
+    if (folder / PREDICTIONS).is_file() and not report.is_token_task:
+        with np.load(folder / PREDICTIONS, allow_pickle=False) as saved:
+            pairs = {split: (saved[f"logits_{split}"], saved[f"labels_{split}"]) for split in tokens}
+        warning = permutation_warning(pairs["test"][0].argmax(1), pairs["test"][1], report.label_names)
+        if warning:
+            console.print(f"Warning: {warning}", markup=False, highlight=False)
+        if "validation" in pairs:
+            found = compare_posthoc(pairs["validation"], pairs["test"])
+            finite = {name: {k: v if v != float("inf") else None for k, v in row.items()} for name, row in found.items()}
+            write_atomically(folder / POSTHOC, json.dumps(finite, indent=1, allow_nan=False) + "\n")
+            console.print(_posthoc_table(found))
+    write_plots(report, folder / "plots")
+    if settings.write_card:
+        write_card(report, folder)
+    if settings.update_card:
+        update_card(report, settings.update_card)
+    console.print(f"Report and plots: {folder}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _posthoc_table(found: dict[str, dict[str, float | str]]) -> Table:
+    metrics = ("accuracy", "nll", "brier", "ece", "aurc")
+    made = Table("fitted on validation, measured on test", *metrics, box=None, title="Post-hoc methods", title_justify="left")
+    for name, row in found.items():
+        note = f"{name}: {row.get('chosen') or row.get('refused') or ''}".removesuffix(": ")
+        cells = (row.get(metric) for metric in metrics)
+        made.add_row(note, *(f"{cell:.3f}" if isinstance(cell, float) else "–" for cell in cells))
+    return made

@@ -1,0 +1,182 @@
+"""From settings to data, tokenizer, tokens and model, for every task.
+
+Owns: which loader, tokeniser and model class a configuration means, and the cut to `max_*_samples`.
+Does not own: the loaders (`data`, `sequence_data`, `g2p`), the table of tasks (`tasks`), training (`finetune`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from datasets import DatasetDict
+from transformers import AutoConfig, AutoTokenizer
+
+from hf_ls.common.errors import loading
+from hf_ls.common.models import load_weights
+from hf_ls.data.classification import (
+    EMBEDDED_DATASET,
+    ClassificationData,
+    check_overlap,
+    load_classification,
+    load_snippets,
+    model_path,
+    tokenise,
+)
+from hf_ls.data.g2p import EMBEDDED_G2P, g2p_tokenizer, load_g2p
+from hf_ls.data.sequences import (
+    SequenceData,
+    check_sequence_overlap,
+    load_sequences,
+    tokenise_causal,
+    tokenise_seq2seq,
+    tokenise_words,
+)
+from hf_ls.run.config import Config, nearest
+from hf_ls.run.tasks import TASKS
+from hf_ls.trainer.distillation import load_teacher
+
+Data = ClassificationData | SequenceData
+
+
+def load_data(config: Config) -> Data:
+    """The splits which the settings name, cut to `max_*_samples`, and a warning for test examples seen in training.
+
+    Raises: ValueError as `load_classification` and `load_sequences`, and when most of the test split is the validation split.
+    """
+    settings, task = config.data, config.run.task
+    source: dict[str, Any] = {
+        "dataset_config": settings.dataset_config_name,
+        "files": settings.files,
+        "text_column": settings.text_column,
+        "validation_fraction": settings.validation_fraction,
+        "seed": config.training.data_seed or config.training.seed,
+    }
+    data: Data
+    if settings.dataset_name == EMBEDDED_DATASET:
+        data = load_snippets(settings.snippet_sources)
+    elif settings.dataset_name == EMBEDDED_G2P:
+        data = load_g2p()
+    elif task == "text-classification":
+        source |= {"text_pair_column": settings.text_pair_column, "label_column": settings.label_column}
+        data = load_classification(settings.dataset_name, **source)
+    else:
+        source |= {name: getattr(settings, name) for name in ("source_column", "target_column", "tokens_column", "tags_column")}
+        data = load_sequences(task, settings.dataset_name, **source)
+    (check_overlap if task == "text-classification" else check_sequence_overlap)(data.splits)
+    limits = {"train": settings.max_train_samples, "validation": settings.max_eval_samples, "test": settings.max_predict_samples}
+    cut = {split: part.select(range(min(len(part), limits.get(split) or len(part)))) for split, part in data.splits.items()}
+    return replace(data, splits=DatasetDict(cut))
+
+
+def load_tokenizer(config: Config) -> Any:
+    """The tokenizer of the model, the one named apart, or that of the embedded dictionary for a model from scratch."""
+    settings = config.model
+    if settings.model_type and not settings.tokenizer_name:
+        return g2p_tokenizer()
+    name = settings.tokenizer_name or settings.model_name_or_path
+    with loading(f"a tokenizer {name} on the Hub or in a folder", "check model_name_or_path, tokenizer_name and model_revision"):
+        return AutoTokenizer.from_pretrained(
+            model_path(name),
+            revision=None if settings.tokenizer_name else settings.model_revision,
+            trust_remote_code=settings.trust_remote_code,
+        )
+
+
+def load_tokens(config: Config, data: Data, tokenizer: Any) -> DatasetDict:
+    """Token ids and labels of each split, by the task's own rule for labels."""
+    settings, task = config.data, config.run.task
+    affixes = {"source_prefix": settings.source_prefix, "source_suffix": settings.source_suffix}
+    if task == "text-classification":
+        return tokenise(data.splits, tokenizer, settings.max_length)
+    if task == "token-classification":
+        return tokenise_words(data.splits, tokenizer, settings.max_length)
+    if task == "causal-lm":
+        return tokenise_causal(data.splits, tokenizer, settings.max_length, **affixes)
+    return tokenise_seq2seq(data.splits, tokenizer, settings.max_length, max_target_length=settings.max_target_length, **affixes)
+
+
+def load_distillation_teacher(config: Config, tokenizer: Any) -> Any:
+    """The teacher which the settings name, or None; it must read the student's token ids."""
+    name = config.training.distillation_teacher
+    if name is None:
+        return None
+    trusted = {"trust_remote_code": config.model.trust_remote_code}
+    with loading(f"the teacher {name} on the Hub or in a folder", "check distillation_teacher"):
+        return load_teacher(model_path(name), TASKS[config.run.task].auto_model, tokenizer, **trusted)
+
+
+def load_model(config: Config, data: Data, tokenizer: Any) -> Any:
+    """The model of the task, pretrained or with random weights, label names in its config, and adapters if asked for.
+
+    Raises: ValueError for a model which is not there, cannot be read or has no such setting as an override names.
+    """
+    settings, task = config.model, TASKS[config.run.task]
+    changes = dict(settings.overrides)
+    if task.has_classes:
+        changes |= {"id2label": dict(enumerate(data.label_names)), "label2id": {n: i for i, n in enumerate(data.label_names)}}
+    if settings.model_type:
+        special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        if TASKS["seq2seq"] is task:  # what the decoder starts with and must end with
+            special |= {"decoder_start_token_id": tokenizer.bos_token_id, "forced_eos_token_id": tokenizer.eos_token_id}
+        with loading(f"a model_type which transformers knows, {settings.model_type!r}", "see the names of its models"):
+            _check_overrides(AutoConfig.for_model(settings.model_type), settings.overrides)
+            scratch = AutoConfig.for_model(settings.model_type, **{"vocab_size": len(tokenizer)} | special | changes)
+        model = task.auto_model.from_config(scratch)
+    else:
+        name = settings.model_name_or_path
+        given = {"revision": settings.model_revision, "trust_remote_code": settings.trust_remote_code}
+        with loading(f"the model {name} in safetensors on the Hub or in a folder", "check model_name_or_path and model_revision"):
+            if settings.overrides:
+                _check_overrides(AutoConfig.from_pretrained(model_path(name), **given), settings.overrides)
+            model = load_weights(
+                task.auto_model,
+                model_path(name),
+                ignore_mismatched_sizes=settings.ignore_mismatched_sizes,
+                **given,
+                **changes,
+            )
+        if config.training.do_train and hasattr(model.config, "calibration_temperature"):  # these weights will change
+            del model.config.calibration_temperature
+    if settings.peft == "none":
+        return model
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    lora = LoraConfig(
+        task_type=TaskType[task.peft_task],
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+    )
+    return get_peft_model(model, lora)
+
+
+def _check_overrides(known: Any, overrides: dict[str, Any]) -> None:
+    unknown = [name for name in overrides if not hasattr(known, name)]
+    if unknown:
+        near = nearest(unknown[0], known.to_dict())
+        raise ValueError(
+            f"expected fields of {type(known).__name__} in model_config_overrides, got {unknown[0]!r}{near}; see its docs"
+        )
+
+
+def check_tokens(tokens: DatasetDict, tokenizer: Any, model: Any) -> None:
+    """Refuse a tokenizer which is not the model's, as far as it shows: unknown words only, or ids which the model has not.
+
+    Raises: ValueError.
+    """
+    rows = tokens["train"].select(range(min(len(tokens["train"]), 200)))["input_ids"]
+    ids, special = {token for row in rows for token in row}, set(tokenizer.all_special_ids)
+    if ids and ids <= special and len(rows) > 1:
+        raise ValueError(
+            f"expected a tokenizer which knows the words of train, got special tokens only from {type(tokenizer).__name__} with "
+            f"{len(tokenizer)} tokens; set tokenizer_name, or put the files of the tokenizer beside the model"
+        )
+    size = model.get_input_embeddings().weight.shape[0]
+    if (
+        len(tokenizer) > size > 0
+        and (largest := max(token for part in tokens.values() for row in part["input_ids"] for token in row)) >= size
+    ):
+        raise ValueError(
+            f"expected token ids below {size}, the vocabulary of the model, got {largest}; set tokenizer_name to the model's own"
+        )

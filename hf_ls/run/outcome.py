@@ -1,0 +1,186 @@
+"""What one finished run shows: its evaluation, the rows made of it, and the file which says that it is complete.
+
+Owns: evaluation of a trained model on validation and test by kind of task, `outcome.json`, predictions and generated texts on
+disk.
+Does not own: training (`finetune`), the report of several runs (`publish`), any metric (`metrics`, `text_metrics`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict
+
+from hf_ls.calibration.temperature import NoFiniteTemperature, fit_temperature
+from hf_ls.common.files import write_arrays, write_atomically
+from hf_ls.metrics.text import text_metrics
+from hf_ls.report.calibration_report import CalibrationRow
+from hf_ls.run.launch import announce
+from hf_ls.trainer.arguments import LabelSmoothingArguments
+
+OUTCOME = "outcome.json"  # written last: a run with it is complete
+PREDICTIONS = "predictions.npz"
+GENERATIONS = "generations.jsonl"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Rows of the reported split, without and with temperature, and what they were counted on.
+
+    Args:
+        split: "test", or "validation" where there was no test; None if nothing was evaluated.
+        n: predictions (tokens for sequences); n_sequences: None for one label per example.
+        num_classes: of the softmax, the vocabulary for language models.
+        class_counts: of the labels, None for language models.
+    """
+
+    split: str | None
+    n: int
+    n_sequences: int | None
+    num_classes: int
+    class_counts: list[int] | None
+    rows: list[CalibrationRow]
+    history: list[dict[str, Any]]
+
+    def save(self, folder: Path) -> None:
+        """Write `outcome.json`, whole or not at all."""
+        write_atomically(folder / OUTCOME, json.dumps(dataclasses.asdict(self), allow_nan=False))
+
+    @classmethod
+    def load(cls, folder: Path) -> Outcome:
+        """Read what `save` wrote."""
+        fields = json.loads((folder / OUTCOME).read_text(encoding="utf-8"))
+        return cls(**fields | {"rows": [CalibrationRow(**row) for row in fields["rows"]]})
+
+
+def run_name(training: LabelSmoothingArguments) -> str:
+    """The name of a run's row: what it trains on, "baseline" being the plain cross entropy."""
+    if training.label_smoothing_objective != "smoothed_ce":
+        return training.label_smoothing_objective
+    if training.label_smoothing_factor:
+        return "smoothed"
+    return "distilled" if training.distillation_teacher else "mixup" if training.mixup_alpha else "baseline"
+
+
+def evaluate_classes(trainer: Any, tokens: DatasetDict) -> Outcome:
+    """One label per example: logits of both splits, kept in `predictions.npz`; T fitted on validation, rows on test."""
+    training, num_classes = trainer.args, trainer.model.config.num_labels
+    logits, labels = {}, {}
+    for split, prefix in _wanted(training, tokens):
+        output = trainer.predict(tokens[split], metric_key_prefix=prefix)
+        write_metrics(trainer, prefix, output.metrics)
+        logits[split], labels[split] = np.asarray(output.predictions, np.float64), np.asarray(output.label_ids)
+    if training.should_save:
+        _save_predictions(Path(training.output_dir), logits, labels)
+    if not logits:
+        return Outcome(None, 0, None, num_classes, None, [], trainer.state.log_history)
+    split, name, epsilon = list(logits)[-1], run_name(training), training.label_smoothing_factor
+    rows = [CalibrationRow.from_logits(name, epsilon, 1.0, logits[split], labels[split])]
+    if split == "test" and "validation" in logits:  # a temperature is never judged on the data it was fitted on
+        try:
+            temperature = fit_temperature(logits["validation"], labels["validation"])
+            rows.append(CalibrationRow.from_logits(f"{name} + temperature", epsilon, temperature, logits[split], labels[split]))
+        except NoFiniteTemperature as error:
+            announce(f"{name}: no row with temperature, {error}")
+    counts = np.bincount(labels[split], minlength=num_classes).tolist()
+    return Outcome(split, len(labels[split]), None, num_classes, counts, rows, trainer.state.log_history)
+
+
+def evaluate_tokens(trainer: Any, tokens: DatasetDict, texts: DatasetDict, metrics: list[str], *, has_classes: bool) -> Outcome:
+    """One label per token: teacher-forced sums in constant memory, a second pass at the fitted T, quality of what was generated.
+
+    Args:
+        texts: the splits with `source` and `target`, read where the model generated; metrics: names for `text_metrics`.
+        has_classes: labels are classes with names, as in token classification, not a vocabulary.
+    """
+    training, rows = trainer.args, []
+    name, epsilon = run_name(training), training.label_smoothing_factor
+    temperature, reported, counts = None, None, None
+    model_config = trainer.model.config.get_text_config()
+    num_classes = model_config.num_labels if has_classes else model_config.vocab_size
+    generating = bool(getattr(training, "predict_with_generate", False))
+    for split, prefix in _wanted(training, tokens):
+        output = _predict(trainer, tokens[split], prefix, loss_only=not generating)
+        reported, extra = trainer.token_calibration, {}
+        if generating:
+            generated, references = _decode(trainer, output.predictions), texts[split]["target"]
+            extra = text_metrics(generated, references, metrics, seed=training.seed)
+            extra["sequence_ece"] = {"value": trainer.sequence_calibration.compute()["ece"]}
+            output.metrics.update({f"{prefix}_{metric}": found["value"] for metric, found in extra.items()})
+            if training.should_save:
+                _save_generations(Path(training.output_dir), split, texts[split]["source"], references, generated)
+        write_metrics(trainer, prefix, output.metrics)
+        rows = [CalibrationRow.from_tokens(name, epsilon, 1.0, reported, extra)]
+        counts = _class_counts(tokens[split], num_classes) if has_classes else None
+        if split == "validation":
+            try:
+                temperature = trainer.fit_temperature(tokens[split])
+            except NoFiniteTemperature as error:
+                announce(f"{name}: no row with temperature, {error}")
+        elif temperature is not None:
+            trainer.temperature = temperature
+            _predict(trainer, tokens[split], prefix, loss_only=True)
+            trainer.temperature = 1.0
+            extra.pop("sequence_ece", None)  # of untempered probabilities; what greedy search writes is the same at every T
+            rows.append(
+                CalibrationRow.from_tokens(f"{name} + temperature", epsilon, temperature, trainer.token_calibration, extra)
+            )
+    if reported is None:
+        return Outcome(None, 0, None, num_classes, None, [], trainer.state.log_history)
+    return Outcome(split, len(reported), reported.sequences, num_classes, counts, rows, trainer.state.log_history)
+
+
+def _predict(trainer: Any, tokens: Dataset, prefix: str, *, loss_only: bool) -> Any:
+    """As `trainer.predict`; `loss_only` keeps the logits of every token from being gathered."""
+    before = trainer.args.prediction_loss_only
+    trainer.args.prediction_loss_only = loss_only
+    try:
+        return trainer.predict(tokens, metric_key_prefix=prefix)
+    finally:
+        trainer.args.prediction_loss_only = before
+
+
+def _wanted(training: LabelSmoothingArguments, tokens: DatasetDict) -> list[tuple[str, str]]:
+    """The splits to evaluate with the prefix of their metrics, test last."""
+    asked = (("validation", "eval", training.do_eval), ("test", "test", training.do_predict))
+    return [(split, prefix) for split, prefix, wanted in asked if wanted and split in tokens]
+
+
+def write_metrics(trainer: Any, prefix: str, metrics: dict[str, float]) -> None:
+    """As `Trainer.log_metrics` and `save_metrics`, but whole files: a resumed run reads `all_results.json` to add to it."""
+    trainer.log_metrics(prefix, metrics)
+    if not trainer.is_world_process_zero():
+        return
+    folder = Path(trainer.args.output_dir)
+    everything = folder / "all_results.json"
+    known = json.loads(everything.read_text(encoding="utf-8")) if everything.is_file() else {}
+    for path, numbers in ((folder / f"{prefix}_results.json", metrics), (everything, known | metrics)):
+        write_atomically(path, json.dumps(numbers, indent=4, sort_keys=True))
+
+
+def _save_predictions(folder: Path, logits: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> None:
+    arrays = {f"logits_{split}": value for split, value in logits.items()}
+    arrays |= {f"labels_{split}": value for split, value in labels.items()}
+    write_arrays(folder / PREDICTIONS, **arrays)
+
+
+def _decode(trainer: Any, predictions: Any) -> list[str]:
+    tokenizer = trainer.processing_class
+    ids = np.where(predictions < 0, tokenizer.pad_token_id, predictions)
+    return tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+def _save_generations(folder: Path, split: str, sources: list[str], references: list[str], generated: list[str]) -> None:
+    rows = zip(sources, references, generated, strict=True)
+    lines = (json.dumps({"source": s, "reference": r, "generated": g}, ensure_ascii=False) for s, r, g in rows)
+    write_atomically(folder / f"{split}_{GENERATIONS}", "\n".join(lines) + "\n")
+
+
+def _class_counts(tokens: Dataset, num_classes: int) -> list[int]:
+    labels = np.concatenate([np.asarray(row) for row in tokens["labels"]])
+    return np.bincount(labels[labels >= 0], minlength=num_classes).tolist()

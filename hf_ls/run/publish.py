@@ -1,0 +1,193 @@
+"""From the outcomes of runs to what a reader sees: the report, its plots and its card.
+
+Owns: the facts which a report states, the files made of it, what is uploaded, the baked temperature.
+Does not own: training (`finetune`), evaluation (`outcome`), numbers and pictures (`report`, `plots`, `card`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from huggingface_hub import HfApi
+from rich.console import Console
+from transformers import SchedulerType
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_ls.calibration.temperature import bake_folder
+from hf_ls.common.errors import uploading
+from hf_ls.common.files import write_atomically
+from hf_ls.data.classification import ClassificationData
+from hf_ls.data.sequences import SequenceData
+from hf_ls.report.calibration_report import REPORT, CalibrationReport, package_versions
+from hf_ls.report.card import write_card
+from hf_ls.report.pictures import PENULTIMATE, Penultimate, write_pictures
+from hf_ls.report.plots import write_plots
+from hf_ls.report.sentences import regime, verdict, warnings
+from hf_ls.report.table import group_table, table
+from hf_ls.run.config import Config
+from hf_ls.run.outcome import GENERATIONS, OUTCOME, PREDICTIONS, Outcome
+from hf_ls.run.tasks import TASKS
+from hf_ls.trainer.arguments import LabelSmoothingArguments, smoothing_of, techniques_of
+from hf_ls.trainer.criterion import parse_params
+
+
+def folder_of(config: Config) -> Path:
+    """The folder of a run."""
+    return Path(config.training.output_dir or "trainer_output")
+
+
+def publish(config: Config, data: ClassificationData | SequenceData, runs: dict[str, Outcome]) -> CalibrationReport | None:
+    """One report of all runs and all files made of it; None when nothing was evaluated.
+
+    Raises: ValueError for adapters with `bake_temperature`, and as `write_card`.
+    """
+    training = config.training
+    published, main = list(runs.items())[-1]
+    if main.split is None:
+        return None
+    tempered = next((row for row in main.rows if row.temperature != 1), None)
+    if config.run.bake_temperature and tempered is not None:
+        published = tempered.name
+        _bake(config, tempered.temperature)
+    report = CalibrationReport(
+        task=TASKS[config.run.task].hub_task,
+        model_name=training.hub_model_id or folder_of(config).name,
+        base_model=None if config.model.model_type else config.model.model_name_or_path,
+        dataset=_dataset_facts(config, data, main),
+        label_names=list(data.label_names),
+        smoothing=_smoothing_facts(training, main.num_classes),
+        rows=[row for run in runs.values() for row in run.rows],
+        training=_training_facts(config, runs),
+        history={name: run.history for name, run in runs.items()},
+        versions=package_versions(),
+        published=published,
+    )
+    folder = folder_of(config)
+    report.save(folder / REPORT)
+    console = Console()
+    console.print(table(report, console.width))
+    if (groups := group_table(report)) is not None:
+        console.print(groups)
+    console.print(regime(report), verdict(report), sep="\n", markup=False, highlight=False)
+    for text in warnings(report):
+        console.print(f"Warning: {text}", markup=False, highlight=False)
+    write_plots(report, folder / "plots")
+    pictures_of(report, {name: folder if run is main else folder / "baseline" for name, run in runs.items()}, folder / "plots")
+    write_card(report, folder)
+    console.print(f"Report, plots and card: {folder}", markup=False, highlight=False, soft_wrap=True)
+    if training.push_to_hub:
+        _push(training, folder)
+    return report
+
+
+def pictures_of(report: CalibrationReport, folders: Mapping[str, Path], folder: Path) -> list[Path]:
+    """Draw into `folder` those pictures for which the runs left predictions and features; folders: name of a row -> its run."""
+    predictions, features = {}, {}
+    for name, path in folders.items():
+        if (path / PREDICTIONS).is_file():
+            with np.load(path / PREDICTIONS, allow_pickle=False) as arrays:
+                split = report.dataset["split"]
+                predictions[name] = (arrays[f"logits_{split}"], arrays[f"labels_{split}"])
+        if (path / PENULTIMATE).is_file():
+            features[name] = Penultimate.load(path / PENULTIMATE)
+    return write_pictures(report, folder, predictions=predictions, features=features)
+
+
+def check_push(config: Config) -> None:
+    """Make the repository to be pushed to, so that a token which may not is noticed before the training.
+
+    Raises: ValueError for no token, a refused one, no connection.
+    """
+    training, name = config.training, config.training.hub_model_id or folder_of(config).absolute().name
+    with uploading("the model", name):
+        HfApi(token=training.hub_token).create_repo(name, private=training.hub_private_repo, exist_ok=True)
+
+
+def _push(training: LabelSmoothingArguments, folder: Path) -> None:
+    """Upload the folder once more: the Trainer's own pushes came before the report and carry its stock card."""
+    api = HfApi(token=training.hub_token)
+    name = training.hub_model_id or folder.absolute().name
+    private = [PREDICTIONS, OUTCOME, PENULTIMATE, f"*_{GENERATIONS}", "training_args.bin"]
+    with uploading(f"{folder}, where everything is,", name):
+        repo = api.create_repo(name, private=training.hub_private_repo, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo.repo_id,
+            folder_path=folder,
+            revision=training.hub_revision,
+            commit_message="Calibration report and model card",
+            ignore_patterns=[f"{PREFIX_CHECKPOINT_DIR}-*", "baseline/*", "_*", ".*", *private],
+        )
+
+
+def _bake(config: Config, temperature: float) -> None:
+    folder = folder_of(config)
+    if config.model.peft != "none":
+        raise ValueError("expected peft: none with bake_temperature, got adapters; merge them first, then bake")
+    # Weights and config are two files: killed between them, the run must not look complete, or it would bake twice.
+    outcome = (folder / OUTCOME).read_bytes()
+    (folder / OUTCOME).unlink()
+    try:
+        bake_folder(folder, temperature)
+    except ValueError:  # its checks: the folder is as it was
+        write_atomically(folder / OUTCOME, outcome)
+        raise
+    write_atomically(folder / OUTCOME, outcome)
+
+
+def _dataset_facts(config: Config, data: ClassificationData | SequenceData, main: Outcome) -> dict[str, Any]:
+    sizes = {f"n_{name}": len(part) for name, part in data.splits.items() if name != "test"}
+    facts = {
+        "name": data.name,
+        "hub_id": data.hub_id,
+        "split": main.split,
+        "n": main.n,
+        "class_counts": main.class_counts,
+        "licence": data.licence,
+    }
+    example = None if data.example is None else config.data.source_prefix + data.example + config.data.source_suffix
+    known = {"n_sequences": main.n_sequences, "example": example}
+    return facts | sizes | {name: value for name, value in known.items() if value is not None}
+
+
+def _smoothing_facts(training: LabelSmoothingArguments, num_classes: int) -> dict[str, Any]:
+    smoothing = smoothing_of(training)
+    gap = smoothing.optimal_logit_gap(num_classes)
+    return {
+        "epsilon": smoothing.epsilon,
+        "convention": smoothing.convention,
+        "prior": "uniform",
+        "schedule": None if smoothing.schedule is None else asdict(smoothing.schedule),
+        "optimal_logit_gap": gap if np.isfinite(gap) else None,
+        "max_confidence": smoothing.max_confidence(num_classes),
+    }
+
+
+def _training_facts(config: Config, runs: dict[str, Outcome]) -> dict[str, Any]:
+    training = config.training
+    last = [run.history[-1] for run in runs.values() if run.history]
+    seconds = [entry["train_runtime"] for entry in last if "train_runtime" in entry]
+    return {
+        "seeds": [training.seed],
+        "steps": last[-1].get("step") if last else None,
+        "epochs": round(last[-1]["epoch"], 2) if last and "epoch" in last[-1] else None,
+        "global_batch": training.per_device_train_batch_size
+        * training.gradient_accumulation_steps
+        * PartialState().num_processes,
+        "learning_rate": training.learning_rate,
+        "lr_scheduler_type": SchedulerType(training.lr_scheduler_type).value,
+        "weight_decay": training.weight_decay,
+        "objective": training.label_smoothing_objective,
+        "objective_params": parse_params(training.label_smoothing_objective_params),
+        "techniques": techniques_of(training),
+        "teacher": Path(training.distillation_teacher).name if training.distillation_teacher else None,  # not a path here
+        "max_length": config.data.max_length,
+        "model_config_overrides": config.model.overrides,
+        "peft": config.model.peft,
+        "num_processes": PartialState().num_processes,
+        "train_runtime_s": round(sum(seconds), 1) if len(seconds) == len(runs) else None,
+    }

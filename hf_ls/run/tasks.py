@@ -1,0 +1,65 @@
+"""The tasks: which model class, trainer, collator and Hub name belong to each.
+
+Owns: the table. Does not own: data (`data`, `sequence_data`), the label shift (asked of the model by `alignment`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+)
+
+from hf_ls.trainer.mixin import LabelSmoothingTrainer
+from hf_ls.trainer.seq2seq import LabelSmoothingSeq2SeqTrainer
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a task is made of.
+
+    Args:
+        hub_task: the pipeline tag on the Hub.
+        collator: (tokenizer, model) -> data collator.
+        has_classes: labels are named classes, not a vocabulary; per_token: one label per token, not per example.
+        peft_task: name of peft's TaskType.
+    """
+
+    hub_task: str
+    auto_model: Any
+    trainer: type[LabelSmoothingTrainer] | type[LabelSmoothingSeq2SeqTrainer]
+    collator: Callable[[Any, Any], Any]
+    has_classes: bool
+    per_token: bool
+    peft_task: str
+
+
+def _token_collator(tokenizer: Any, model: Any) -> DataCollatorForTokenClassification:
+    return DataCollatorForTokenClassification(tokenizer)  # pads inputs and labels alike, which language models need too
+
+
+TASKS = {
+    "text-classification": Task(
+        "text-classification", AutoModelForSequenceClassification, LabelSmoothingTrainer,
+        lambda tokenizer, model: DataCollatorWithPadding(tokenizer), True, False, "SEQ_CLS",
+    ),
+    "token-classification": Task(
+        "token-classification", AutoModelForTokenClassification, LabelSmoothingTrainer, _token_collator, True, True, "TOKEN_CLS",
+    ),
+    "seq2seq": Task(
+        "text2text-generation", AutoModelForSeq2SeqLM, LabelSmoothingSeq2SeqTrainer,
+        lambda tokenizer, model: DataCollatorForSeq2Seq(tokenizer, model=model), False, True, "SEQ_2_SEQ_LM",
+    ),
+    "causal-lm": Task(
+        "text-generation", AutoModelForCausalLM, LabelSmoothingTrainer, _token_collator, False, True, "CAUSAL_LM",
+    ),
+}  # fmt: skip

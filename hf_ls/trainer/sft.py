@@ -1,0 +1,103 @@
+"""Supervised fine-tuning with TRL: one forward a step, no logits, TRL's own metrics.
+
+Owns: `LabelSmoothingSFTTrainer`, `LabelSmoothingSFTConfig`, and entropy and top-1 accuracy from logits seen in pieces.
+Does not own: the loss (`trainer`, `head`), data preparation (TRL).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainingArguments
+
+from hf_ls.trainer.arguments import LabelSmoothingArguments
+from hf_ls.trainer.mixin import LabelSmoothingMixin
+
+try:
+    from trl import SFTConfig, SFTTrainer
+except ImportError as error:
+    raise ImportError("LabelSmoothingSFTTrainer needs TRL; install it with: pip install 'hf_ls[trl]'") from error
+
+
+# SFTConfig first: a dataclass takes its defaults from the first base which has them, and TRL changes those of the Trainer.
+@dataclass
+class LabelSmoothingSFTConfig(SFTConfig, LabelSmoothingArguments):
+    """`trl.SFTConfig` with the settings of `LabelSmoothingArguments`."""
+
+
+class TokenMetrics:
+    """Sums of the entropy −Σ p·log p (nats) and of the top-1 hits over logits [m, K] with labels [m], piece by piece."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(3, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+
+    @torch.no_grad()
+    def __call__(self, logits: Tensor, labels: Tensor) -> None:
+        """Add some rows."""
+        entropy = torch.special.entr(logits.softmax(-1)).sum()
+        hits = (logits.argmax(-1) == labels).sum()
+        self.sums += torch.stack([entropy.to(self.sums), hits.to(self.sums), self.sums.new_tensor(len(labels))])
+
+
+class LabelSmoothingSFTTrainer(LabelSmoothingMixin, SFTTrainer):  # type: ignore[misc]
+    """`trl.SFTTrainer` with label smoothing done right; see `LabelSmoothingMixin`.
+
+    TRL's own smoothing runs two forwards a step, one of them with logits [B, T, V]. Here it is one, without logits, and so
+    are evaluations whose logits nobody asked for. Logs TRL's `entropy` and `mean_token_accuracy` (means over the labels of a
+    micro-batch, over all processes) and `num_tokens`, taken from the chunks of logits which the loss makes anyway; because of
+    them a GPU keeps to the chunk loop. Masks of prompts and users, packing and padding-free batches, PEFT: as in TRL.
+
+    Raises: ValueError for a `loss_type` other than "nll"; TypeError for arguments which are no `SFTConfig`; as the mixin.
+    """
+
+    _arguments_class: type[TrainingArguments] = LabelSmoothingSFTConfig
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = next((a for a in (*args, *kwargs.values()) if isinstance(a, TrainingArguments)), None)
+        if given is not None and not isinstance(given, SFTConfig):
+            raise TypeError(f"expected LabelSmoothingSFTConfig or trl.SFTConfig, got {type(given).__name__}; use one of them")
+        if given is not None and given.loss_type != "nll":
+            raise ValueError(f"expected loss_type='nll', got {given.loss_type!r}, which is another loss; use trl.SFTTrainer")
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | float | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As `LabelSmoothingMixin.compute_loss`, adding to TRL's metrics."""
+        # As TRL: without a cache packed sequences are kept apart; vision-language models take the router flag only so.
+        inputs = {**inputs, "use_cache": False} | ({"output_router_logits": True} if self.aux_loss_enabled else {})
+        seen = TokenMetrics(self._labels(inputs).device)
+        self._observer = seen
+        try:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)
+        finally:
+            self._observer = None
+        self._log_metrics(inputs, seen)
+        return result
+
+    def _log_metrics(self, inputs: dict[str, Any], seen: TokenMetrics) -> None:
+        training = self.model.training
+        metrics = self._metrics["train" if training else "eval"]
+        tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else torch.tensor(inputs["position_ids"].shape[1])
+        local = torch.cat([seen.sums, tokens.reshape(1).to(seen.sums)])
+        entropy, hits, count, total = self.accelerator.gather(local[None]).sum(0).tolist()
+        metrics["entropy"].append(entropy / count if count else 0.0)
+        metrics["mean_token_accuracy"].append(hits / count if count else 0.0)
+        if training:
+            self._total_train_tokens += int(total) // self._tp_size
+        metrics["num_tokens"] = [self._total_train_tokens]
+
+    def _auxiliary_loss(self, outputs: Any) -> Tensor | float:
+        if not self.aux_loss_enabled:
+            return 0.0
+        auxiliary = outputs["aux_loss"]
+        self._metrics["train"]["aux_loss"].append(self.accelerator.gather(auxiliary.detach()).mean().item())
+        return self.router_aux_loss_coef * auxiliary / self.current_gradient_accumulation_steps

@@ -1,0 +1,136 @@
+"""Guards that teach: ε above its ceiling, under-confidence, and losses which do not compare."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import arguments, classification_rows, collate, tiny_bert
+from reports import interval, make_report, with_metrics
+
+from hf_ls import LabelSmoothingArguments, LabelSmoothingTrainer, Smoothing
+from hf_ls.metrics.ceiling import ceiling_warning, epsilon_ceiling
+from hf_ls.report.plots import loss_curve
+from hf_ls.report.sentences import regime, warnings
+
+
+@pytest.mark.parametrize("convention", ["all", "wrong"])
+def test_at_the_ceiling_the_best_confidence_is_the_accuracy(convention: Any) -> None:
+    epsilon = epsilon_ceiling(0.12, 7, convention)
+    assert Smoothing(epsilon, convention).max_confidence(7) == pytest.approx(0.88)
+
+
+def test_the_warning_waits_until_the_sample_is_clear() -> None:
+    """ε = 0.1 at K = 2 caps the confidence at 0.95: too low for an accuracy of 0.99, if n shows it."""
+    assert ceiling_warning(0.1, "all", 0.99, 20, 2) is None
+    text = ceiling_warning(0.1, "all", 0.99, 2000, 2)
+    assert text is not None and "above the confidence ceiling 0.020 (error 0.010 of the model, n = 2,000, K = 2)" in text
+    assert "at most 0.950 sure" in text
+    assert ceiling_warning(0.1, "all", 0.90, 2000, 2) is None
+    assert ceiling_warning(0.0, "all", 1.0, 2000, 2) is None
+
+
+def _right(n: int) -> list[dict[str, torch.Tensor]]:
+    """Rows whose labels are what the untrained model predicts."""
+    rows, model = classification_rows(n).rows, tiny_bert().eval()
+    with torch.no_grad():
+        return [row | {"labels": model(input_ids=row["input_ids"][None]).logits[0].argmax()} for row in rows]
+
+
+def _evaluated(folder: Path, rows: Any, **kwargs: Any) -> LabelSmoothingTrainer:
+    args = arguments(folder, LabelSmoothingArguments, **kwargs)
+    trainer = LabelSmoothingTrainer(model=tiny_bert(), args=args, eval_dataset=rows, data_collator=collate)
+    trainer.evaluate()
+    trainer.evaluate()
+    return trainer
+
+
+@pytest.mark.parametrize(("epsilon", "times"), [(0.3, 1), (0.0, 0)])
+def test_the_trainer_warns_once(epsilon: float, times: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "hf_ls.trainer.evaluation"):
+        _evaluated(tmp_path, _right(64), label_smoothing_factor=epsilon)
+    assert caplog.text.count("above the confidence ceiling 0.000") == times
+
+
+def test_the_trainer_says_nothing_of_a_model_that_errs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "hf_ls.trainer.evaluation"):
+        _evaluated(tmp_path, classification_rows(64), label_smoothing_factor=0.3)
+    assert "ceiling" not in caplog.text
+
+
+def _smoothed(**changes: Any) -> Any:
+    """A report whose baseline is right in 198 of 200 cases, smoothed with ε = 0.3."""
+    report = make_report()
+    facts = dict(report.smoothing, epsilon=0.3)
+    sure = interval(0.99, 0.97, 1.0)
+    rows = [replace(with_metrics(row, accuracy=sure), epsilon=0.3 if row.epsilon else 0.0) for row in report.rows]
+    return replace(report, rows=rows, smoothing=facts | changes)
+
+
+def test_the_report_warns_by_the_error_of_the_baseline() -> None:
+    found = [text for text in warnings(_smoothed()) if "ceiling" in text]
+    assert (
+        len(found) == 1 and "epsilon 0.3 lies above" in found[0] and "error 0.010 of row 'baseline', n = 200, K = 3" in found[0]
+    )
+    assert not [text for text in warnings(_smoothed(prior="unigram")) if "ceiling" in text]  # it has no single ceiling
+
+
+def test_an_under_confident_smoothed_row_is_named_beside_the_baseline() -> None:
+    report = make_report()
+    rows = [
+        with_metrics(row, signed_gap=interval(-0.1, -0.15, -0.05) if row.epsilon else interval(0.1, 0.05, 0.15))
+        for row in report.rows
+    ]
+    report = replace(report, rows=rows)
+    found = [text for text in warnings(report) if "under-confident" in text]
+    assert len(found) == 1 and "row 'smoothed'" in found[0] and "temperature scaling" in found[0]
+    assert "over-confident" in regime(report)
+    calm = [with_metrics(row, signed_gap=interval(-0.1, -0.25, 0.05)) for row in report.rows]
+    assert not [text for text in warnings(replace(report, rows=calm)) if "under-confident" in text]
+
+
+def test_a_smoothed_model_alone_gets_its_advice_from_the_regime() -> None:
+    report = make_report()
+    row = with_metrics(report.rows[2], signed_gap=interval(-0.1, -0.15, -0.05))
+    alone = replace(report, rows=[row], history={}, published=None)
+    assert "is under-confident" in regime(alone) and "try a smaller epsilon, or temperature scaling" in regime(alone)
+    assert not [text for text in warnings(alone) if "under-confident" in text]
+
+
+def test_losses_of_two_runs_are_never_drawn_without_their_nll() -> None:
+    """A log of another Trainer has `loss` alone: beside a second run it could only be compared with what it is not."""
+    known = [{"step": s, "loss": 1.0 / s + 0.3, "nll": 1.0 / s} for s in (1, 2)]
+    stock = [{"step": s, "loss": 1.0 / s} for s in (1, 2)]
+    figure = loss_curve(make_report(history={"baseline": stock, "smoothed": known}))
+    labels = [line.get_label() for line in figure.axes[0].lines]
+    assert labels == ["smoothed (ε = 0.1): nll", "smoothed (ε = 0.1): objective"]
+    with pytest.raises(ValueError, match="in history, got none"):
+        loss_curve(make_report(history={"baseline": stock, "smoothed": stock}))
+
+
+def test_the_summary_of_a_training_has_a_loss_which_compares(tmp_path: Path) -> None:
+    """`train_loss` holds the smoothing term; `train_nll` is the mean NLL of the same steps, also of those after the last log."""
+    settings = dict(label_smoothing_factor=0.2, max_steps=5, logging_steps=2, per_device_train_batch_size=4, learning_rate=0.1)
+    args = arguments(tmp_path, LabelSmoothingArguments, **settings)
+    trainer = LabelSmoothingTrainer(model=tiny_bert(), args=args, train_dataset=classification_rows(20), data_collator=collate)
+    seen: list[float] = []
+    metrics = _trained(trainer, seen)
+    assert len(seen) == 5 and metrics["train_nll"] == pytest.approx(np.mean(seen), rel=1e-6)
+    assert abs(metrics["train_loss"] - metrics["train_nll"]) > 1e-3
+
+
+def _trained(trainer: LabelSmoothingTrainer, seen: list[float]) -> dict[str, float]:
+    """The metrics of a training, and the NLL of each of its steps."""
+    log = trainer._log_terms
+
+    def noted(*parts: torch.Tensor) -> None:
+        seen.append(float(parts[0].detach()))
+        log(*parts)
+
+    trainer._log_terms = noted  # type: ignore[method-assign]
+    return trainer.train().metrics

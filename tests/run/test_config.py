@@ -1,0 +1,143 @@
+"""Settings: types, YAML traps, unknown keys, contradictions."""
+
+from __future__ import annotations
+
+import pytest
+from places import ROOT
+
+from hf_ls.run.config import parse_config
+
+BASE = ["--dataset_name", "snippets", "--report_to", "none", "--use_cpu", "true"]
+
+
+def parse(tmp_path, text="", *argv):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return parse_config([*BASE, "--output_dir", str(tmp_path / "out"), "--config", str(path), *argv])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_shipped_config_parses_and_shows_its_launch_line(path):
+    config = parse_config(["--config", str(path), "--use_cpu", "true"])
+    assert config.run.task in path.read_text()
+    assert f"scripts/finetune.py --config configs/{path.name}" in path.read_text()
+
+
+def test_trap_13_yaml_scalars_are_read_as_they_are_written(tmp_path):
+    text = "learning_rate: 2e-5\nsave_strategy: no\nlabel_smoothing_factor: .1\nseed: 007\nbf16: false\nwarmup_steps: 0.1\ndata_seed: null\n"
+    training = parse(tmp_path, text).training
+    assert (training.learning_rate, training.save_strategy.value, training.label_smoothing_factor) == (2e-5, "no", 0.1)
+    assert (training.seed, training.bf16, training.warmup_steps, training.data_seed) == (7, False, 0.1, None)
+
+
+def test_trap_13_no_abbreviations(tmp_path):
+    with pytest.raises(ValueError, match="did you mean 'label_smoothing_factor'"):
+        parse(tmp_path, "", "--label_smoothing_facto", "0.1")
+    with pytest.raises(ValueError, match="expected known settings, got --label_smoothing"):
+        parse(tmp_path, "", "--label_smoothing", "0.1")
+
+
+@pytest.mark.parametrize("value", ["True", "true", "False"])
+def test_trap_13_resume_is_last_or_a_path(tmp_path, value):
+    with pytest.raises(ValueError, match="'last' or a checkpoint folder"):
+        parse(tmp_path, "", "--resume_from_checkpoint", value)
+    assert parse(tmp_path, "resume_from_checkpoint: last").training.resume_from_checkpoint == "last"
+
+
+def test_command_line_wins_over_the_file(tmp_path):
+    config = parse(
+        tmp_path, "seed: 1\nsnippet_sources: [tweets, amazonReviewSnippets]\n", "--seed", "2", "--snippet_sources", "tweets"
+    )
+    assert (config.training.seed, config.data.snippet_sources) == (2, ["tweets"])
+    assert (
+        parse(tmp_path, "with_baseline: true\nlabel_smoothing_factor: 0.1", "--with_baseline", "false").run.with_baseline is False
+    )
+
+
+def test_null_on_the_command_line_takes_back_the_file(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("dataset_name: snippets\nseed: 3\n")
+    for null in (["--dataset_name", "null"], ["--dataset_name=null"]):
+        config = parse_config(["--config", str(path), "--use_cpu", "true", "--report_to", "none", *null, "--train_file", "a.csv"])
+        assert (config.data.dataset_name, config.data.train_file, config.training.seed) == (None, "a.csv", 3)
+
+
+def test_mappings_become_json(tmp_path):
+    config = parse(tmp_path, "model_config_overrides:\n  num_hidden_layers: 3\n  hidden_dropout_prob: 0.0\n")
+    assert config.model.overrides == {"num_hidden_layers": 3, "hidden_dropout_prob": 0.0}
+    assert parse(tmp_path, "lr_scheduler_kwargs: {num_cycles: 2}\n").training.lr_scheduler_kwargs == {"num_cycles": 2}
+
+
+def test_negative_numbers_are_values(tmp_path):
+    with pytest.raises(ValueError, match=r"0 <= epsilon < 1, got -0\.1"):
+        parse(tmp_path, "label_smoothing_factor: -0.1")
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("learning_rat: 1e-3", "did you mean 'learning_rate'"),
+        ("help: 1", "expected known settings"),
+        ("seed: 1\nseed: 2", "'seed' twice"),
+        ("learning_rate: fast", "invalid float value: 'fast'"),
+        ("seed: 1.5", "invalid int value"),
+        ("bf16: maybe", "Truthy"),
+        ("- seed", "`name: value`"),
+        ("seed: [1", "valid YAML"),
+        ("seed: !!python/object/apply:os.system ['true']", "tag"),
+        ("seed: !exec x", "tag"),
+        ("snippet_sources: [[a]]", "nested"),
+        ("task: regression", "invalid choice"),
+        ("peft: qlora", "invalid choice"),
+        ("label_smoothing_factor: 1.0", "0 <= epsilon < 1"),
+        ("label_smoothing_convention: half", "'all' or 'wrong'"),
+        ("train_file: a.csv", "either dataset_name or train_file"),
+        ("validation_fraction: 1.0", "0 < validation_fraction < 1"),
+        ("max_train_samples: 0", "max_train_samples >= 1"),
+        ("early_stopping_patience: 2", "load_best_model_at_end"),
+        ("early_stopping_patience: 0", "early_stopping_patience >= 1"),
+        ("with_baseline: true", "label_smoothing_factor > 0"),
+        ("with_baseline: true\nlabel_smoothing_factor: 0.1\nresume_from_checkpoint: out/checkpoint-5", "use last"),
+        ("metric_for_best_model: test_accuracy", "only ever reported on"),
+        ("metric_for_best_model: eval_test_ece", "only ever reported on"),
+        ("metric_for_best_model: ece\ngreater_is_better: true", "greater_is_better=False"),
+        ("model_config_overrides: '{'", "as JSON"),
+        ("model_config_overrides: '[1]'", "as a mapping"),
+    ],
+)
+def test_wrong_settings_are_refused_with_a_remedy(tmp_path, text, match):
+    with pytest.raises(ValueError, match=match):
+        parse(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("argv", "match"),
+    [
+        (["--train_file", "a.csv", "--test_file", "a.csv"], "different files per split"),
+        (["--validation_file", "a.csv"], "expected train_file"),
+        ([], "either dataset_name or train_file"),
+        (["--train_file", "a.csv", "--snippet_sources", "tweets"], "snippet_sources only"),
+        (["--dataset_name", "snippets", "--output_dir"], "expected one argument"),
+    ],
+)
+def test_wrong_data_settings_are_refused(tmp_path, argv, match):
+    with pytest.raises(ValueError, match=match):
+        parse_config(["--use_cpu", "true", "--output_dir", str(tmp_path), *argv])
+
+
+def test_missing_config_file(tmp_path):
+    with pytest.raises(ValueError, match="no file at"):
+        parse_config([*BASE, f"--config={tmp_path / 'none.yaml'}"])
+
+
+def test_an_empty_file_leaves_the_defaults(tmp_path):
+    assert parse(tmp_path, "# nothing\n").training.label_smoothing_factor == 0.0
+
+
+def test_a_baseline_beside_an_objective_needs_no_epsilon(tmp_path):
+    config = parse(
+        tmp_path, "with_baseline: true\nlabel_smoothing_objective: focal\nlabel_smoothing_objective_params: {gamma: 3}\n"
+    )
+    assert config.training.label_smoothing_objective_params == '{"gamma": 3}'
+    with pytest.raises(ValueError, match="gamm"):
+        parse(tmp_path, "label_smoothing_objective: focal\nlabel_smoothing_objective_params: {gamm: 3}\n")

@@ -1,0 +1,254 @@
+"""The main job end to end on a tiny model and real text: files, numbers, processes, killed runs."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import transformers as tf
+from huggingface_hub import HfApi, RepoUrl
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file
+from tiny_run import ALL, arguments, save_tiny_model, script
+
+from hf_ls.calibration.temperature import fit_temperature
+from hf_ls.report.calibration_report import CalibrationReport
+from hf_ls.report.card import model_card
+from hf_ls.run.checkpoint import last_complete_checkpoint
+from hf_ls.run.config import parse_config
+from hf_ls.run.finetune import finetune
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def done(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "out"
+    argv = arguments(
+        tiny,
+        folder,
+        *ALL,
+        "--label_smoothing_factor",
+        "0.1",
+        "--with_baseline",
+        "--num_train_epochs",
+        "2",
+        "--save_strategy",
+        "no",
+    )
+    return folder, finetune(parse_config(argv))
+
+
+def test_a_run_leaves_the_files_it_promises(done):
+    folder, _ = done
+    for name in ("calibration.json", "README.md", "model.safetensors", "train_results.json", "eval_results.json", "test_results.json",
+                 "all_results.json", "plots/loss_curve.png", "plots/reliability.png", "plots/confidence.png", "baseline/model.safetensors"):  # fmt: skip
+        assert (folder / name).stat().st_size > 0, name
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_the_rows_are_both_runs_with_and_without_temperature(done):
+    folder, report = done
+    assert [row.name for row in report.rows] == ["baseline", "baseline + temperature", "smoothed", "smoothed + temperature"]
+    assert [row.epsilon for row in report.rows] == [0.0, 0.0, 0.1, 0.1]
+    assert CalibrationReport.load(folder / "calibration.json") == report
+    assert report.dataset["split"] == "test"
+    assert report.published == "smoothed"
+    for row, name in ((0, "baseline"), (2, ".")):
+        with np.load(folder / name / "predictions.npz") as saved:
+            temperature = fit_temperature(saved["logits_validation"], saved["labels_validation"])
+        assert report.rows[row + 1].temperature == temperature != 1
+        assert report.rows[row].value("accuracy") == report.rows[row + 1].value("accuracy")
+
+
+@pytest.mark.parametrize(("sub", "row"), [("baseline", 0), (".", 2)])
+def test_the_report_and_the_trainer_agree(done, sub, row):
+    folder, report = done
+    results = json.loads((folder / sub / "all_results.json").read_text())
+    for name in ("nll", "brier", "ece", "accuracy", "signed_gap"):
+        assert report.rows[row].value(name) == pytest.approx(results[f"test_{name}"], abs=1e-9)
+    assert results["test_loss"] == results["test_nll"]
+
+
+def test_both_runs_start_from_the_same_weights_and_data(done):
+    _, report = done
+    first = {name: next(r for r in records if "loss" in r) for name, records in report.history.items()}
+    assert first["baseline"]["nll"] == first["smoothed"]["nll"]
+    assert first["baseline"]["smoothing_term"] == 0 != first["smoothed"]["smoothing_term"]
+
+
+def test_the_published_model_is_the_one_measured(done):
+    folder, _ = done
+    model = tf.AutoModelForSequenceClassification.from_pretrained(folder)
+    assert model.config.id2label == {0: "negative", 1: "neutral", 2: "positive"}
+    assert model.config.problem_type == "single_label_classification"
+
+
+def test_an_earlier_run_is_not_overwritten(done, tiny):
+    folder, _ = done
+    before = (folder / "calibration.json").read_bytes()
+    with pytest.raises(ValueError, match="--overwrite_output_dir"):
+        finetune(parse_config(arguments(tiny, folder, *ALL)))
+    with pytest.raises(ValueError, match="seed: 3 then, 4 now"):
+        finetune(parse_config([*arguments(tiny, folder, *ALL), "--seed", "4", "--resume_from_checkpoint", "last"]))
+    assert (folder / "calibration.json").read_bytes() == before
+
+
+def test_a_finished_run_resumed_gives_the_same_report(done, capsys):
+    folder, report = done
+    argv = json.loads((folder / "settings.json").read_text())
+    again = finetune(
+        parse_config(arguments(argv["model_name_or_path"], folder, *ALL, "--label_smoothing_factor", "0.1", "--with_baseline",
+                               "--num_train_epochs", "2", "--save_strategy", "no", "--resume_from_checkpoint", "last"))
+    )  # fmt: skip
+    assert again.rows == report.rows
+    assert "is complete" in capsys.readouterr().out
+
+
+def test_dry_run_checks_and_writes_nothing(tiny, tmp_path, capsys):
+    assert finetune(parse_config(arguments(tiny, tmp_path / "out", *ALL, "--dry_run"))) is None
+    assert "256 train, 150 validation, 210 test" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_baked_temperature_is_in_the_saved_weights(tiny, tmp_path):
+    argv = arguments(tiny, tmp_path, *ALL, "--max_steps", "4", "--save_strategy", "no", "--bake_temperature")
+    report = finetune(parse_config(argv))
+    model = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    trainer = tf.Trainer(
+        model=model, args=tf.TrainingArguments(str(tmp_path / "x"), use_cpu=True, report_to=[], disable_tqdm=True)
+    )
+    from hf_ls.data.classification import load_snippets, tokenise
+    from hf_ls.metrics.core import PredictionStatistics
+
+    test = load_snippets().splits["test"].select(range(210))
+    tokens = tokenise(tf_dataset(test), tf.AutoTokenizer.from_pretrained(tmp_path), 32)["train"]
+    trainer.data_collator = tf.DataCollatorWithPadding(tf.AutoTokenizer.from_pretrained(tmp_path))
+    logits = trainer.predict(tokens.remove_columns("labels")).predictions
+    assert report.published == "baseline + temperature"
+    assert report.rows[1].value("nll") == pytest.approx(
+        PredictionStatistics.from_logits(logits, test["label"]).nll.mean(), abs=1e-5
+    )
+
+
+def tf_dataset(part):
+    from datasets import DatasetDict
+
+    return DatasetDict(train=part)
+
+
+def test_lora_trains_adapters_and_the_head(tiny, tmp_path):
+    report = finetune(
+        parse_config(arguments(tiny, tmp_path, *ALL, "--max_steps", "3", "--save_strategy", "no", "--peft", "lora"))
+    )
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+    assert report.training["peft"] == "lora"
+
+
+def test_the_last_push_carries_our_card_and_no_baseline(tiny, tmp_path, monkeypatch):
+    pushes = []
+
+    def upload(self, *, repo_id, folder_path, ignore_patterns, **kwargs):
+        kept = filter_repo_objects(
+            [str(p.relative_to(folder_path)) for p in Path(folder_path).rglob("*")], ignore_patterns=ignore_patterns
+        )
+        pushes.append((repo_id, Path(folder_path, "README.md").read_text(), set(kept)))
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **kwargs: RepoUrl(f"https://huggingface.co/{name}"))
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    push = ["--push_to_hub", "--hub_model_id", "me/tiny", "--label_smoothing_factor", "0.1", "--with_baseline"]
+    report = finetune(parse_config(arguments(tiny, tmp_path, *ALL, "--max_steps", "2", "--save_strategy", "no", *push)))
+    repo_id, card, files = pushes[-1]
+    assert repo_id == report.model_name == "me/tiny"
+    assert card == model_card(report)
+    assert {"README.md", "calibration.json", "model.safetensors", "plots/reliability.png"} <= files
+    assert not {name for name in files if name.startswith(("baseline/", "checkpoint", "predictions", "training_args"))}
+
+
+def test_early_stopping_ends_the_run_and_keeps_the_best_weights(tiny, tmp_path):
+    stop = ["--early_stopping_patience", "2", "--load_best_model_at_end", "--metric_for_best_model", "nll", "--learning_rate", "0.3",
+            "--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy", "steps", "--save_steps", "2", "--save_total_limit", "1"]  # fmt: skip
+    finetune(parse_config(arguments(tiny, tmp_path, *ALL, "--max_steps", "60", *stop)))
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    evaluated = {r["step"]: r["eval_nll"] for r in state["log_history"] if "eval_nll" in r}
+    assert state["best_global_step"] == min(evaluated, key=evaluated.get)
+    assert state["global_step"] == state["best_global_step"] + 4 < 60
+    results = json.loads((tmp_path / "eval_results.json").read_text())
+    assert results["eval_nll"] == pytest.approx(min(evaluated.values()), rel=1e-6)
+
+
+def test_evaluation_only_and_nothing_asked(tiny, tmp_path):
+    report = finetune(parse_config(arguments(tiny, tmp_path / "eval", "--do_eval")))
+    assert (report.dataset["split"], len(report.rows)) == ("validation", 1)
+    with pytest.raises(ValueError, match="do_train"):
+        finetune(parse_config(arguments(tiny, tmp_path / "none")))
+
+
+def test_wrong_settings_end_with_one_sentence():
+    code, output = script(["--dataset_name", "snippets", "--learning_rat", "1"], check=False)
+    assert code == 1
+    assert (
+        output.strip()
+        .splitlines()[-1]
+        .startswith("error: expected known settings, got --learning_rat (did you mean 'learning_rate'?)")
+    )
+    assert "Traceback" not in output
+
+
+def test_two_processes_take_the_step_of_one(tiny, tmp_path):
+    step = ["--do_train", "--max_steps", "1", "--optim", "sgd", "--learning_rate", "1", "--max_grad_norm", "0", "--save_strategy", "no",
+            "--label_smoothing_factor", "0.1", "--lr_scheduler_type", "constant",
+            "--model_config_overrides", '{"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}']  # fmt: skip
+    script(arguments(tiny, tmp_path / "one", *step))
+    script([*arguments(tiny, tmp_path / "two", *step), "--per_device_train_batch_size", "8"], processes=2)
+    start = load_file(f"{tiny}/model.safetensors")
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    gradient, difference = (
+        torch.cat([(a[k].double() - b[k].double()).flatten() for k in a]) for a, b in ((start, one), (one, two))
+    )
+    assert float(difference.norm() / gradient.norm()) < 1e-6
+    losses = [json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"][0] for name in ("one", "two")]
+    assert losses[1]["loss"] == pytest.approx(losses[0]["loss"], rel=1e-6)
+    assert losses[1]["nll"] == pytest.approx(losses[0]["nll"], rel=1e-6)
+
+
+def test_two_processes_report_the_numbers_of_one(tiny, tmp_path):
+    fixed = ["--do_eval", "--do_predict"]
+    script(arguments(tiny, tmp_path / "one", *fixed))
+    script(arguments(tiny, tmp_path / "two", *fixed), processes=2)
+    for split in ("eval", "test"):
+        one, two = (json.loads((tmp_path / name / f"{split}_results.json").read_text()) for name in ("one", "two"))
+        for name in ("loss", "nll", "brier", "ece", "accuracy", "signed_gap"):
+            assert two[f"{split}_{name}"] == pytest.approx(one[f"{split}_{name}"], abs=1e-9)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_resumes_to_the_same_bits(tiny, tmp_path, processes):
+    """SIGKILL in mid-epoch, after some checkpoint but between two: dropout, data order and Adam must all come back."""
+    run = [*ALL, "--num_train_epochs", "3", "--save_strategy", "steps", "--save_steps", "5", "--label_smoothing_factor", "0.1",
+           "--save_total_limit", "1", "--per_device_train_batch_size", str(16 // processes)]  # fmt: skip
+    script(arguments(tiny, tmp_path / "whole", *run), processes)
+    killed = tmp_path / "killed"
+    process = script(arguments(tiny, killed, *run), processes, wait=False)
+    deadline = time.monotonic() + 200
+    while last_complete_checkpoint(killed) is None and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.005)
+    family = psutil.Process(process.pid)
+    for member in [*family.children(recursive=True), family]:  # torchrun's workers have sessions of their own
+        member.kill()
+    process.wait()
+    assert last_complete_checkpoint(killed), "the run ended before its first checkpoint"
+    assert not (killed / "calibration.json").exists()
+    _, output = script([*arguments(tiny, killed, *run), "--resume_from_checkpoint", "last"], processes)
+    assert "resuming from" in output
+    assert (killed / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    whole, resumed = (CalibrationReport.load(folder / "calibration.json") for folder in (tmp_path / "whole", killed))
+    assert whole.rows == resumed.rows

@@ -1,0 +1,33 @@
+"""A tokenizer of numbered words with a chat template, and conversations in it."""
+
+from __future__ import annotations
+
+import tokenizers
+import torch
+import transformers as tf
+from datasets import Dataset
+from head_models import VOCAB
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}w3 {% generation %}{{ m.content }} </s>{% endgeneration %} "
+    "{% else %}w4 {{ m.content }} {% endif %}{% endfor %}"
+)
+
+
+def tokenizer():
+    words = {"<pad>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, VOCAB)}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return tf.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", chat_template=TEMPLATE)
+
+
+def words(length, seed):
+    g = torch.Generator().manual_seed(seed)
+    return " ".join(f"w{i}" for i in torch.randint(5, VOCAB, (length,), generator=g))
+
+
+def conversations():
+    def talk(i):
+        return [{"role": role, "content": words(3 + i % 4, 10 * i + j)} for j, role in enumerate(("user", "assistant") * 2)]
+
+    return Dataset.from_dict({"messages": [talk(i) for i in range(8)]})
