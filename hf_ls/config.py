@@ -204,7 +204,9 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
         [*from_file, *argv], return_remaining_strings=True, look_for_args_file=False
     )
     if rest:
-        raise ValueError(f"expected known settings, got {rest[0]}{nearest(rest[0].lstrip('-').split('=')[0], known)}; see --help")
+        raise ValueError(
+            f"expected known settings, got {rest[0].split('=')[0]}{nearest(rest[0].lstrip('-').split('=')[0], known)}; see --help"
+        )
     config = Config(*parsed)
     _check(config)
     return config

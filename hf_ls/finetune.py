@@ -35,7 +35,8 @@ from hf_ls.loading import Data, check_tokens, load_data, load_distillation_teach
 from hf_ls.manifest import Manifest
 from hf_ls.outcome import OUTCOME, Outcome, evaluate_classes, evaluate_tokens, run_name, write_metrics
 from hf_ls.pictures import PENULTIMATE, penultimate
-from hf_ls.publish import check_push, folder_of, publish
+from hf_ls.privacy import token_in_environment
+from hf_ls.publish import check_push, folder_of, publish, push
 from hf_ls.report import REPORT, SETTINGS, CalibrationReport
 from hf_ls.sequence_data import token_counts
 from hf_ls.smoothing import Smoothing
@@ -57,6 +58,11 @@ def finetune(config: Config, callbacks: Sequence[Any] = ()) -> CalibrationReport
 
     Raises: ValueError for settings, data or checkpoints which cannot give an honest result.
     """
+    with token_in_environment(config.training):
+        return _finetune(config, callbacks)
+
+
+def _finetune(config: Config, callbacks: Sequence[Any]) -> CalibrationReport | None:
     training = config.training
     if not (training.do_train or training.do_eval or training.do_predict):
         raise ValueError(
@@ -80,7 +86,12 @@ def finetune(config: Config, callbacks: Sequence[Any] = ()) -> CalibrationReport
     del model
     with _recorded(config, manifest):
         runs = _runs(config, data, tokens, tokenizer, callbacks, manifest)
-        return publish(config, data, runs) if training.should_save else None
+        if not training.should_save:
+            return None
+        report = publish(config, data, runs)
+        if training.push_to_hub:
+            push(config, manifest.files())
+        return report
 
 
 def _runs(
@@ -204,8 +215,9 @@ def _run(
     config: Config, data: Data, tokens: DatasetDict, tokenizer: Any, manifest: Manifest, more: Sequence[Any] = ()
 ) -> Outcome:
     """Train one model (or take up where it stopped), evaluate it, save it."""
+    # The Trainer would push all that is in the folder, whosever it is; `push` sends what may leave, once all is written.
     training, patience, folder, task = (
-        config.training,
+        _with_training(config, push_to_hub=False).training,
         config.run.early_stopping_patience,
         folder_of(config),
         TASKS[config.run.task],
@@ -235,17 +247,25 @@ def _run(
         result = trainer.train(resume_from_checkpoint=_checkpoint(training, folder, trainer.smoothing, model))
         write_metrics(trainer, "train", result.metrics)
         if trainer.is_world_process_zero():
-            write_atomically(folder / TRAINER_STATE_NAME, json.dumps(asdict(trainer.state), indent=2, sort_keys=True) + "\n")
+            write_atomically(folder / TRAINER_STATE_NAME, json.dumps(_state(trainer), indent=2, sort_keys=True) + "\n")
     if task.per_token:
         outcome = evaluate_tokens(trainer, tokens, data.splits, config.run.text_metrics, has_classes=task.has_classes)
     else:
         outcome = evaluate_classes(trainer, tokens)
     _save_model(trainer, folder)
+    if config.training.push_to_hub and outcome.split is None:
+        trainer.create_model_card(model_name=(training.hub_model_id or folder.absolute().name).split("/")[-1])
     if training.should_save:
         if task.has_classes and not task.per_token and outcome.split is not None:
             _save_penultimate(trainer, tokens[outcome.split], folder)
         outcome.save(folder)
     return outcome
+
+
+def _state(trainer: Any) -> dict[str, Any]:
+    """The Trainer's state, the best checkpoint by its name."""
+    best = trainer.state.best_model_checkpoint
+    return asdict(trainer.state) | {"best_model_checkpoint": Path(best).name if best else None}
 
 
 def _save_model(trainer: Any, folder: Path) -> None:
@@ -265,8 +285,6 @@ def _save_model(trainer: Any, folder: Path) -> None:
         for file in sorted(path for path in made.rglob("*") if path.is_file()):
             move(file, folder / file.relative_to(made))
         shutil.rmtree(made)
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
 
 
 def _save_penultimate(trainer: Any, tokens: Dataset, folder: Path) -> None:

@@ -20,6 +20,7 @@ FOLDER = "folder"  # deleted when nothing is left in it
 CHECKPOINT = "checkpoint"  # a folder this run has begun to fill: until its files are listed, all in it is the run's
 _WHOLE = (TEMPORARY_FOLDER, CHECKPOINT)
 _SHOWN = 5
+_PATIENCE = 10.0  # seconds: the workers of a killed run hold its lock until they notice
 
 
 class Manifest:
@@ -96,7 +97,7 @@ class Manifest:
         Raises: ValueError while another run works in the folder.
         """
         remedy = "wait for the run which works in that folder, or give another output_dir"
-        with locked(self.folder / MANIFEST, remedy, patience=10):
+        with locked(self.folder / MANIFEST, remedy, patience=_PATIENCE):
             found = self._read()
             if found != self.kinds:
                 raise ValueError(
