@@ -156,7 +156,9 @@ class RunArguments:
         default=None, metadata=about("Stop after so many evaluations without a better metric_for_best_model.")
     )
     dry_run: bool = field(default=False, metadata=about("Check settings, data and model, then stop before training."))
-    overwrite_output_dir: bool = field(default=False, metadata=about("Delete an earlier run in output_dir."))
+    overwrite_output_dir: bool = field(
+        default=False, metadata=about("Delete the earlier run in output_dir; refused where anything else is in it.")
+    )
 
     def __post_init__(self) -> None:
         if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
