@@ -1,26 +1,25 @@
-"""The settings of label smoothing beside the Trainer's own.
-
-Owns: `LabelSmoothingArguments`, its seq2seq form, and what follows from them alone: the `Smoothing`, a metric's direction.
-Does not own: training (`trainer`) or the command line (`config`).
-"""
+"""The settings of label smoothing beside the Trainer's own, and what follows from them alone: smoothing, objective, teacher, mixup."""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field, fields
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
+from hf_ls.losses.adaptive import OnlineLabelSmoothing
+from hf_ls.losses.objectives import Objective
 from hf_ls.losses.smoothing import Schedule, Smoothing
 from hf_ls.metrics.direction import is_lower_better
-from hf_ls.trainer.criterion import Criterion, parse_params
+from hf_ls.trainer.criterion import Criterion, check_combined, parse_params, techniques
 from hf_ls.trainer.distillation import Distillation
 from hf_ls.trainer.mixup import Mixup
-from hf_ls.trainer.softening import check_combined, techniques
 
 LogitsFree = Literal["auto", "on", "off"]
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
+# The beginnings of the names of all settings which decide the training loss.
+_LOSS = ("label_smoothing_", "distillation_", "mixup_")
 # How the loss is computed, not which: a run without smoothing goes the way of the run beside it.
 _WAY_OF_COMPUTING = ("label_smoothing_logits_free",)
 
@@ -126,11 +125,35 @@ def without_smoothing(args: Arguments) -> Arguments:
     stays: it says how the loss is computed, not which. What else the arguments hold stays; the given ones are not changed.
     """
     plain = copy.copy(args)
-    softening = ("distillation_", "mixup_", "label_smoothing_")
     for setting in fields(plain):
-        if setting.name.startswith(softening) and setting.name not in _WAY_OF_COMPUTING:
+        if setting.name.startswith(_LOSS) and setting.name not in _WAY_OF_COMPUTING:
             setattr(plain, setting.name, setting.default)
     return plain
+
+
+def loss_settings(args: TrainingArguments) -> dict[str, Any]:
+    """The settings which decide the training loss, by name; two trainings with the same ones minimise the same."""
+    return {setting.name: getattr(args, setting.name) for setting in fields(args) if setting.name.startswith(_LOSS)}
+
+
+def criterion_of(
+    args: TrainingArguments, smoothing: Smoothing, objective: Objective | OnlineLabelSmoothing | None = None
+) -> Criterion:
+    """The objective which the arguments name, or the given one.
+
+    Raises: ValueError as `Criterion`, and for a given objective beside another one, or beside parameters, in the arguments.
+    """
+    name = getattr(args, "label_smoothing_objective", "smoothed_ce")
+    params = parse_params(getattr(args, "label_smoothing_objective_params", None))
+    if objective is None:
+        return Criterion(smoothing, name, params)
+    found = Criterion(smoothing, objective)
+    if params or name not in ("smoothed_ce", found.name):
+        raise ValueError(
+            f"expected one objective, got objective={objective!r} and label_smoothing_objective={name!r}"
+            f"{f' with {params}' if params else ''}; set only one of them"
+        )
+    return found
 
 
 def distillation_of(args: TrainingArguments) -> Distillation:
@@ -162,15 +185,20 @@ def techniques_of(args: LabelSmoothingArguments) -> list[str]:
     Raises: ValueError as `Smoothing`, `Criterion`, `Distillation` and `Mixup`.
     """
     smoothing = smoothing_of(args)
-    criterion = Criterion(smoothing, args.label_smoothing_objective, parse_params(args.label_smoothing_objective_params))
+    criterion = criterion_of(args, smoothing)
     return techniques(smoothing, criterion, distillation_of(args) if args.distillation_teacher else None, mixup_of(args))
 
 
 def check_direction(args: TrainingArguments) -> None:
     """Refuse to keep the checkpoint with the greatest error, as stock names do: all but "...loss" are greater-is-better there.
 
-    Raises: ValueError when `metric_for_best_model` is lower-is-better and `greater_is_better` is True.
+    Raises: ValueError when `metric_for_best_model` is lower-is-better and `greater_is_better` is True, and for `signed_gap`.
     """
+    if f"_{args.metric_for_best_model}".endswith("_signed_gap"):
+        raise ValueError(
+            f"expected a metric_for_best_model with a better end, got {args.metric_for_best_model!r}: its target is 0, so that the "
+            "greatest is the most over-confident checkpoint and the least the most under-confident one; use 'nll', 'brier' or 'ece'"
+        )
     if args.greater_is_better and is_lower_better(args.metric_for_best_model):
         raise ValueError(
             f"expected greater_is_better=False for metric_for_best_model={args.metric_for_best_model!r}, got True (plain "

@@ -1,16 +1,19 @@
 """What one training item costs: the smoothed cross entropy, another objective, or an adaptive epsilon.
 
-Owns: the choice of the objective by name, its terms per item, and the state of online label smoothing in checkpoints.
-Does not own: the objectives (`objectives`, `adaptive`), weighting and reduction (`trainer`), the logits-free loop (`linear`).
+Beside it: the state of online label smoothing in checkpoints, the terms of the loss as the log shows them, and which techniques
+make the training target softer. Label smoothing, its adaptive forms, the objectives which press confidence down, distillation and
+mixup all do the same thing to the target: together they overshoot, and no result can be credited to one of them.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load, save
 from torch import Tensor
 from transformers import TrainerCallback
@@ -21,10 +24,14 @@ from hf_ls.losses.adaptive import OnlineLabelSmoothing, adaptive_smoothed_terms,
 from hf_ls.losses.cross_entropy import SmoothedTerms, smoothed_terms
 from hf_ls.losses.objectives import OBJECTIVES, Objective, check_smoothing, masked_objective
 from hf_ls.losses.smoothing import Smoothing
+from hf_ls.trainer.distillation import Distillation
+from hf_ls.trainer.mixup import Mixup
 
 ADAPTIVE = ("graduated", "instance", "online")
 NAMES = (*OBJECTIVES, *ADAPTIVE)
 _ONLINE_STATE = "online_label_smoothing.safetensors"
+_SMOOTHED = ("smoothed_ce", "generalised_smoothing")  # objectives which are label smoothing, no second technique
+_TERMS = ("nll", "smoothing_term", "distillation_term")  # the last only with a teacher
 
 
 class Criterion:
@@ -43,7 +50,7 @@ class Criterion:
         objective: str | Objective | OnlineLabelSmoothing = "smoothed_ce",
         params: dict[str, Any] | None = None,
     ) -> None:
-        self.online = objective if isinstance(objective, OnlineLabelSmoothing) else None
+        self._given_online = self.online = objective if isinstance(objective, OnlineLabelSmoothing) else None
         self.name = "online" if self.online else objective.name if isinstance(objective, Objective) else str(objective)
         self.params = dict(params or {})
         self.objective = objective if isinstance(objective, Objective) else None
@@ -74,6 +81,10 @@ class Criterion:
         if self.plain or objective is None:
             return None
         return lambda logits, labels: objective(logits, labels, smoothing)
+
+    def restart(self) -> None:
+        """Forget the state of a training before: online label smoothing by name starts afresh, an object goes on."""
+        self.online = self._given_online
 
     def build(self, num_classes: int) -> None:
         """Make the state of online label smoothing once the number of classes is known.
@@ -144,6 +155,80 @@ class OnlineState(TrainerCallback):
         if args.should_save:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             write_atomically(folder / _ONLINE_STATE, save(self.criterion.online.state_dict()))
+
+
+class LoggedTerms:
+    """Sums of the terms of one training, nats; every process adds the same steps."""
+
+    def __init__(self) -> None:
+        self._since: Tensor | None = None  # the terms, and the items which they are of
+        self._first_step = 0
+        self._nll, self._steps, self._items = 0.0, 0, 0.0
+
+    def add(self, terms: Tensor, items: Tensor, step: int) -> None:
+        """Count a micro-batch, whose terms have their share of the step `step`; items: how many the step has, in all processes."""
+        found = torch.cat([terms.detach(), items.sum().to(terms).reshape(1)])
+        if self._since is None:  # the first since the last log
+            self._since, self._first_step = torch.zeros_like(found), step
+        self._since += found
+
+    def take(self, step: int, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The means over the steps since the last call, by name; empty if there was none, NaN where no item was counted.
+
+        All processes together.
+        """
+        if self._since is None:
+            return {}
+        steps = max(1, step - self._first_step)
+        *means, items = (gather(self._since[None]).mean(0) / steps).tolist()
+        self._nll, self._steps, self._since = self._nll + means[0] * steps, self._steps + steps, None
+        self._items += items
+        return dict(zip(_TERMS, means if items else [math.nan] * len(means), strict=False))
+
+    def summary(self) -> dict[str, float]:
+        """`train_nll`, the mean NLL over all steps taken so far, NaN without an item; of how many steps; empty without any."""
+        if not self._steps:
+            return {}
+        return {"train_nll": self._nll / self._steps if self._items else math.nan, "steps": self._steps}
+
+
+def techniques(
+    smoothing: Smoothing,
+    criterion: Criterion,
+    distillation: Distillation | None = None,
+    mixup: Mixup | None = None,
+) -> list[str]:
+    """The target-softening techniques in effect, each in a few words; empty for the plain cross entropy.
+
+    >>> techniques(Smoothing(0.1), Criterion(Smoothing(0.1)), mixup=Mixup(0.2))
+    ['label smoothing (ε = 0.1)', 'embedding mixup (α = 0.2, one λ per batch)']
+    """
+    found = []
+    final = smoothing.schedule.final_epsilon if smoothing.schedule else 0.0
+    if smoothing.epsilon or final:
+        schedule = f", {smoothing.schedule.kind} schedule" if smoothing.schedule else ""
+        found.append(f"label smoothing (ε = {smoothing.epsilon:g}{schedule})")
+    if criterion.name in ADAPTIVE:
+        found.append(f"{criterion.name} label smoothing")
+    elif criterion.name not in _SMOOTHED:
+        found.append(criterion.name)
+    if distillation is not None:
+        found.append(f"distillation (α = {distillation.alpha:g}, T = {distillation.temperature:g})")
+    if mixup is not None:
+        found.append(f"embedding mixup (α = {mixup.alpha:g}, one λ per {mixup.per})")
+    return found
+
+
+def check_combined(found: list[str], allowed: bool) -> None:
+    """Refuse two target-softening techniques at once.
+
+    Raises: ValueError naming them and the switch.
+    """
+    if len(found) > 1 and not allowed:
+        raise ValueError(
+            f"expected one target-softening technique, got {' and '.join(found)}: each of them makes the model less confident; "
+            "drop all but one, or set allow_combined_softening=True to train with both"
+        )
 
 
 def parse_params(text: str | None) -> dict[str, Any]:
