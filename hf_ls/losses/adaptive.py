@@ -1,13 +1,13 @@
-"""Smoothing which follows the model: epsilon from its confidence, and a target learned from its predictions.
+"""Smoothing which follows the model: epsilon per item from its confidence, and a target learned from its predictions.
 
-Owns: graduated and instance-wise epsilon per token; online label smoothing with its K² state.
-Does not own: schedules by training step (`smoothing.Schedule`), checkpoints and epochs (`trainer`).
+Graduated and instance-wise epsilon are formulas; online label smoothing has a state of K² numbers, whose epochs and checkpoints
+the Trainer drives. An epsilon which follows the training step is `smoothing.Schedule`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
@@ -42,7 +42,9 @@ def graduated_epsilon(
     if any(low >= high for low, high in pairwise(edges)):
         raise ValueError(f"expected thresholds increasing inside (0, 1), got {tuple(thresholds)}; sort them")
     if len(values) != len(thresholds) + 1 or not all(0 <= value < 1 for value in values):
-        raise ValueError(f"expected {len(thresholds) + 1} values in [0, 1), got {tuple(values)}; one epsilon per bucket")
+        raise ValueError(
+            f"expected {len(thresholds) + 1} values with 0 <= epsilon < 1, got {tuple(values)}; one epsilon per bucket"
+        )
     boundaries = torch.tensor(thresholds, dtype=confidence.dtype, device=confidence.device)
     epsilons = torch.tensor(values, dtype=confidence.dtype, device=confidence.device)
     return epsilons[torch.bucketize(confidence, boundaries, right=True)]
@@ -95,9 +97,10 @@ def adaptive_smoothed_terms(
         value = _confidence(logits, half.nll, confidence).masked_fill(labels == ignore_index, 0)
         epsilon = epsilon_of_confidence(value)
         if epsilon.shape != labels.shape or not bool(((epsilon >= 0) & (epsilon <= 1)).all()):
+            inside = f" from {float(epsilon.min())} to {float(epsilon.max())}" if epsilon.numel() else ""
             raise ValueError(
-                f"expected epsilons {tuple(labels.shape)} in [0, 1], got {tuple(epsilon.shape)} or values "
-                "outside; epsilon_of_confidence maps each confidence to one epsilon"
+                f"expected epsilons {tuple(labels.shape)} in [0, 1], got {tuple(epsilon.shape)}{inside}; "
+                "epsilon_of_confidence maps each confidence to one epsilon"
             )
     return SmoothedTerms(half.nll, half.smoothing_term * (2 * epsilon))
 
@@ -113,6 +116,30 @@ def _confidence(logits: Tensor, nll: Tensor, kind: Confidence) -> Tensor:
     # With a single possible class the entropy is 0 of 0: certain.
     largest = possible.sum(-1).to(nll.dtype).log().clamp_min(torch.finfo(nll.dtype).tiny)
     return (1 - entropy / largest).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class OnlineSettings:
+    """Online label smoothing before the number of classes is known.
+
+    Args:
+        alpha: weight of the hard label, 0 to 1; 0.5 in the paper.
+
+    Raises: ValueError for alpha outside [0, 1].
+    """
+
+    alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"expected alpha in [0, 1], got {self.alpha}; it is the weight of the hard label, 0.5 in the paper")
+
+    def build(self, num_classes: int) -> OnlineLabelSmoothing:
+        """The state for this number of classes.
+
+        Raises: ValueError above 4096 classes.
+        """
+        return OnlineLabelSmoothing(num_classes, alpha=self.alpha)
 
 
 class OnlineLabelSmoothing(nn.Module):
@@ -151,8 +178,7 @@ class OnlineLabelSmoothing(nn.Module):
                 f"expected 2 to {MAX_ONLINE_CLASSES} classes for online label smoothing, got {num_classes}: "
                 "its state has K² entries; use Smoothing(prior=unigram_prior(...)) for a vocabulary"
             )
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"expected alpha in [0, 1], got {alpha}; it is the weight of the hard label, 0.5 in the paper")
+        OnlineSettings(alpha)
         if prior is None:
             prior = torch.full((num_classes,), 1 / num_classes, dtype=torch.float64)
         rows = Smoothing(prior=prior).prior_for(torch.arange(num_classes), num_classes, torch.float64)
