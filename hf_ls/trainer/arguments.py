@@ -1,10 +1,10 @@
-"""The settings of label smoothing beside the Trainer's own, and what follows from them alone: smoothing, objective, teacher, mixup."""
+"""The settings of label smoothing beside the Trainer's own, and what follows from them alone: what a training minimises."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeVar, get_args
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
@@ -179,6 +179,39 @@ def mixup_of(args: TrainingArguments) -> Mixup | None:
     return Mixup(args.mixup_alpha, args.mixup_per)  # type: ignore[arg-type]
 
 
+class Loss(NamedTuple):
+    """What the arguments describe: what a training minimises."""
+
+    smoothing: Smoothing
+    criterion: Criterion
+    distillation: Distillation | None
+    mixup: Mixup | None
+
+
+def loss_of(
+    args: TrainingArguments,
+    smoothing: Smoothing | None = None,
+    objective: Objective | OnlineLabelSmoothing | None = None,
+    teacher: bool = False,
+) -> Loss:
+    """What the arguments describe now; ε from the arguments, the rest of a given smoothing as it is.
+
+    Raises: ValueError as `Smoothing`, `criterion_of` and `Mixup`, for a teacher which is named and not there, and for two
+    target-softening techniques.
+    """
+    smoothing = smoothing_of(args) if smoothing is None else replace(smoothing, epsilon=args.label_smoothing_factor)
+    named = getattr(args, "distillation_teacher", None)
+    if named and not teacher:
+        raise ValueError(
+            f"expected teacher=model with distillation_teacher={named!r}, got none; load it with "
+            "hf_ls.trainer.distillation.load_teacher and pass it to the trainer"
+        )
+    distillation = distillation_of(args) if teacher else None
+    found = Loss(smoothing, criterion_of(args, smoothing, objective), distillation, mixup_of(args))
+    check_combined(techniques(*found), getattr(args, "allow_combined_softening", False))
+    return found
+
+
 def techniques_of(args: LabelSmoothingArguments) -> list[str]:
     """The target-softening techniques which the arguments put in effect, in words, for a card.
 
@@ -196,11 +229,45 @@ def check_direction(args: TrainingArguments) -> None:
     """
     if f"_{args.metric_for_best_model}".endswith("_signed_gap"):
         raise ValueError(
-            f"expected a metric_for_best_model with a better end, got {args.metric_for_best_model!r}: its target is 0, so that the "
-            "greatest is the most over-confident checkpoint and the least the most under-confident one; use 'nll', 'brier' or 'ece'"
+            f"expected a metric_for_best_model with a better end, got {args.metric_for_best_model!r}: its target is 0, so that "
+            "its ends are the most over- and the most under-confident checkpoint; use 'nll', 'brier' or 'ece'"
         )
     if args.greater_is_better and is_lower_better(args.metric_for_best_model):
         raise ValueError(
             f"expected greater_is_better=False for metric_for_best_model={args.metric_for_best_model!r}, got True (plain "
             "TrainingArguments guess it from the name); use LabelSmoothingArguments or set greater_is_better=False"
+        )
+
+
+def check_given(args: TrainingArguments, smoothing: Any, compute_loss_func: Any) -> None:
+    """Refuse what contradicts itself among the arguments of a Trainer.
+
+    Raises: ValueError for a loss function, two epsilons, and as `check_direction`; TypeError for another kind of smoothing.
+    """
+    if compute_loss_func is not None:
+        raise ValueError(
+            "expected no compute_loss_func, got one: a stock Trainer lets it silently replace label smoothing; remove it, "
+            "or use it with transformers.Trainer and hf_ls.SmoothedCrossEntropy"
+        )
+    check_direction(args)
+    if smoothing is None:
+        return
+    if not isinstance(smoothing, Smoothing):
+        raise TypeError(f"expected smoothing as a hf_ls.Smoothing, got {type(smoothing).__name__}; pass Smoothing(0.1)")
+    if args.label_smoothing_factor not in (0.0, smoothing.epsilon):
+        raise ValueError(
+            f"expected one epsilon, got label_smoothing_factor={args.label_smoothing_factor} and smoothing={smoothing}; "
+            "set only one"
+        )
+
+
+def check_search(compute_objective: Any, direction: Any) -> None:
+    """Refuse to maximise what a search minimises unless it is told otherwise, the unsmoothed `eval_loss`.
+
+    Raises: ValueError for another direction than "minimize" without an objective.
+    """
+    if compute_objective is None and direction != "minimize":
+        raise ValueError(
+            f"expected compute_objective with direction={direction!r}, got none: eval_loss is lower-is-better; pass e.g. "
+            "compute_objective=lambda metrics: metrics['eval_accuracy']"
         )

@@ -1,7 +1,7 @@
 """What one micro-batch says, read once: its labels, which of them count and how much, and what the model gets.
 
-Everything in a `Batch` and everything which goes from it into a model is a copy: models write into what they are given (FSMT turns
-ignored labels into padding in place), and the caller's batch is read again for its labels, its metrics and its predictions.
+Everything in a `Batch` and everything which goes from it into a model is a copy: models write into what they are given (FSMT
+turns ignored labels into padding in place), and the caller's batch is read again for its labels, metrics and predictions.
 """
 
 from __future__ import annotations
@@ -121,6 +121,15 @@ class Batch:
         """How many items the optimizer step has, as far as is known: its count, or that of this batch."""
         return self.count if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=self.labels.device)
 
+    def named(self, error: ValueError, step: int, process: int) -> ValueError:
+        """An error about NaN logits with the batch which has them; any other error as it is."""
+        if "NaN" not in str(error):
+            return error
+        ids = self.others.get("input_ids")
+        first = ids[0, :8].tolist() if isinstance(ids, Tensor) and ids.dim() == 2 and len(ids) else None
+        begins = "" if first is None else f", whose first row begins with the ids {first}"
+        return ValueError(f"{error} (step {step}, process {process}, a micro-batch of {len(self.labels)} rows{begins})")
+
     def for_model(self, model: nn.Module) -> dict[str, Any]:
         """Fresh inputs for one forward which returns logits: no labels, and decoder inputs where the model needs them."""
         inputs = copied(self.others)
@@ -166,9 +175,25 @@ class Batch:
         return replace(self, labels=labels, weight=weight, given=cut(target), others=others)
 
 
+def check_class_weight(class_weight: Tensor | None, classes: int) -> None:
+    """Refuse class weights for another number of classes than the logits have.
+
+    Raises: ValueError.
+    """
+    if class_weight is not None and len(class_weight) != classes:
+        raise ValueError(f"expected class_weight [{classes}], one weight per logit, got {tuple(class_weight.shape)}")
+
+
 def copied(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs with every tensor in them copied, in lists, tuples and mappings too."""
     return {name: recursively_apply(Tensor.clone, value) for name, value in inputs.items()}
+
+
+def with_named_labels(inputs: dict[str, Any], label_names: Sequence[str]) -> dict[str, Any]:
+    """The inputs with their labels under the name by which a Trainer asks for them, where they come as `shift_labels` alone."""
+    if inputs.get(SHIFTED) is None or not label_names or inputs.get(label_names[0]) is not None:
+        return inputs
+    return {**inputs, label_names[0]: nn.functional.pad(inputs[SHIFTED], (1, 0), value=IGNORE_INDEX)[:, :-1]}
 
 
 def virtual_tokens(model: nn.Module) -> int:

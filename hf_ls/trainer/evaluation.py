@@ -1,12 +1,13 @@
 """What an evaluation measures: unsmoothed, over all items at once, the same on any number of processes.
 
-`item_statistics` reduces logits to four numbers per item before anything is gathered; `Evaluation` adds them up. Which batches are
-evaluated, and what is gathered, is the Trainer's part (`mixin`).
+`item_statistics` reduces logits to four numbers per item before anything is gathered; `Evaluation` adds them up. Which batches
+are evaluated, and what is gathered, is the Trainer's part (`mixin`).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,15 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import unwrap_model
 
+from hf_ls.calibration.token_temperature import TokenTemperature
 from hf_ls.common.models import IGNORE_INDEX, output_embedding
+from hf_ls.losses._rows import Observer
 from hf_ls.losses.smoothing import Smoothing
 from hf_ls.metrics.ceiling import ceiling_warning
 from hf_ls.metrics.streaming import StreamingCalibration
 from hf_ls.metrics.tokens import TokenCalibration
-from hf_ls.trainer.batch import Batch
+from hf_ls.trainer.batch import Batch, copied
+from hf_ls.trainer.logits_free import LogitsFreeHead
 
 METRICS = ("nll", "brier", "ece", "accuracy", "signed_gap", "perplexity", "eos_nll", "eos_ece")
 # At a vocabulary of 128k this is 32 rows in float64: 32 MiB however long the batch is.
@@ -38,20 +42,54 @@ class Evaluation:
         reached: whether any batch came through our `prediction_step`.
     """
 
-    def __init__(self, eos_token_id: int | None = None, token_counts: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        eos_token_id: int | None = None,
+        token_counts: np.ndarray | None = None,
+        temperature: float = 1.0,
+        fit: TokenTemperature | None = None,
+    ) -> None:
         self.sums = StreamingCalibration()
         self.tokens: TokenCalibration | None = None
         self.pending: tuple[Tensor, Tensor] | None = None
         self.rows = self.examples = 0
         self.labelled = self.reached = False
         self._eos_token_id, self._token_counts = eos_token_id, token_counts
+        self._temperature, self._fit = temperature, fit
         self._inverse_classes, self._spans = 0.0, False
 
-    def loss(self, items: Tensor, batch: Batch, classes: int) -> Tensor:
-        """Keep the items of a batch and return their mean NLL, NaN where no label counts.
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Keep the items of a batch and return their mean NLL, NaN where no label counts; 0 while a temperature is fitted."""
+        if self._fit is not None:
+            self._fit.update(logits, batch.labels)
+            return logits.new_zeros(())
+        return self._keep(item_statistics(logits, batch.labels, temperature=self._temperature), batch, logits.shape[-1])
 
-        What is kept are rows [..., 6]: four numbers, the label, and 1/K of its logits. Ids below 2**53 are exact.
-        """
+    def loss_without_logits(
+        self, head: LogitsFreeHead, model: nn.Module, inputs: dict[str, Any], batch: Batch, observer: Observer | None
+    ) -> tuple[Tensor, Any]:
+        """As `loss`, from a forward without logits, with its outputs."""
+        found: list[Tensor] = []
+
+        def each(logits: Tensor, y: Tensor) -> None:
+            if observer is not None:
+                observer(logits, y)
+            if self._fit is not None:
+                self._fit.update(logits, y)
+            else:
+                found.append(item_statistics(logits, y, temperature=self._temperature))
+
+        with torch.no_grad():
+            outputs = head(model, inputs, batch.labels, Smoothing(0.0), observer=each).outputs
+        if self._fit is not None:
+            return batch.weight.new_zeros(()), outputs
+        items = batch.weight.new_full((*batch.labels.shape, 4), math.nan)
+        if found:  # without any label too: the other processes gather theirs
+            items[batch.kept] = torch.cat(found)
+        return self._keep(items, batch, head.head.weight.shape[0]), outputs
+
+    def _keep(self, items: Tensor, batch: Batch, classes: int) -> Tensor:
+        # Rows [..., 6]: four numbers, the label, and 1/K of its logits. Ids below 2**53 are exact.
         inverse = torch.full_like(items[..., :1], 1 / classes)
         self.pending = torch.cat([items, batch.labels.unsqueeze(-1).to(items.dtype), inverse], -1), batch.labels
         self._spans = batch.spans
@@ -83,6 +121,27 @@ class Evaluation:
                 if group["name"] == "end of sequence":
                     found |= {"eos_nll": group["nll"], "eos_ece": group["ece"]}
         return {name: found[name] for name in METRICS if name in found}
+
+    def add_to(self, metrics: dict[str, Any], prefix: str) -> None:
+        """Put what was measured among the metrics of a Trainer; a loss of labels none of which counts is NaN, not 0."""
+        found = self.metrics()
+        if found or self.labelled:
+            metrics[f"{prefix}_loss"] = found.get("nll", math.nan)
+        for name, value in found.items():
+            metrics.setdefault(f"{prefix}_{name}", value)
+
+    def missing(self, trainer: type) -> str | None:
+        """Why an evaluation with labels has no calibration metrics, in a sentence; None where it has, or has no labels."""
+        if len(self.sums):
+            return None
+        if not self.reached:
+            name = next(kind.__name__ for kind in trainer.__mro__ if "prediction_step" in vars(kind))
+            return (
+                f"No calibration metrics: prediction_step of {name} does not call super().prediction_step, so that its loss is "
+                "another one; put LabelSmoothingMixin before that class"
+            )
+        ignored = f"No label counted in this evaluation: all are {IGNORE_INDEX}, ignored; its loss is NaN"
+        return ignored if self.labelled else None
 
     def ceiling_warning(self, smoothing: Smoothing) -> str | None:
         """One sentence when the ε at the end of training asks for less confidence than the model is right; else None.
@@ -129,6 +188,21 @@ def item_statistics(logits: Tensor, labels: Tensor, *, ignore_index: int = -100,
         confidence = (top - log_normaliser).exp()
         out[chunk] = torch.stack([confidence, (prediction == y[chunk]).to(dtype), nll, 1 - 2 * (-nll).exp() + squares], -1)
     return out.reshape(*labels.shape, 4)
+
+
+def beside_loss(loss: Tensor, outputs: Any) -> Any:
+    """Outputs of a model without labels as it returns them with labels: a Trainer takes `outputs[1:]` of a tuple."""
+    return outputs if isinstance(outputs, dict) else (loss, outputs) if isinstance(outputs, Tensor) else (loss, *outputs)
+
+
+def for_prediction(model: Any) -> Callable[..., Any]:
+    """The model for a prediction without labels; a bare tensor in a tuple, of which a Trainer takes the first element."""
+
+    def forward(**inputs: Any) -> Any:
+        outputs = model(**copied(inputs))
+        return (outputs,) if isinstance(outputs, Tensor) else outputs
+
+    return forward
 
 
 def end_of_sequence(model: nn.Module, tokenizer: Any = None) -> int | None:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import unwrap_model
@@ -25,7 +26,7 @@ from hf_ls.losses._rows import Observer
 from hf_ls.losses.cross_entropy import logits_of, smoothed_terms
 from hf_ls.losses.linear import LinearTerms, linear_smoothed_terms
 from hf_ls.losses.smoothing import Smoothing
-from hf_ls.trainer.batch import copied
+from hf_ls.trainer.batch import Batch, copied
 
 # What a config calls the number which multiplies, divides or caps the logits.
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere; FalconH1; MuseGlimmer
@@ -194,6 +195,20 @@ class LogitsFreeHead:
 
         with _forward_of(self.head, head_forward), _forward_of(self.model, model_forward):
             yield
+
+
+def head_for(wrapped: nn.Module, model: nn.Module, small: Batch) -> tuple[LogitsFreeHead | None, str | None]:
+    """The head of a model after its probe on a small batch, or the reason why it cannot be used. All processes together.
+
+    One process on the other path would leave the rest alone in collective forwards: the reason of any is that of all.
+    """
+    head, error = None, None
+    try:
+        head = LogitsFreeHead(wrapped)
+        head.probe(model, small.for_model(model), small.labels)
+    except ValueError as found:
+        error = str(found)
+    return head, next((reason for reason in gather_object([error]) if reason is not None), None)
 
 
 @contextmanager

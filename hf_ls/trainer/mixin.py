@@ -1,8 +1,8 @@
 """Trainer integration: one loss path for every epsilon, exact counting, honest evaluation.
 
-`LabelSmoothingMixin` is the whole of it, in the order of a run: settings, what a batch costs, evaluation, search and card. What can
-be said without a Trainer stands beside it: a batch (`batch`), the objective (`criterion`), the sums of an evaluation (`evaluation`),
-whether a model's loss is ours (`shift`), the loss without logits (`logits_free`).
+`LabelSmoothingMixin` is the whole of it, in the order of a run: settings, what a batch costs, evaluation, search and card. What
+can be said without a Trainer stands beside it: a batch (`batch`), the objective (`criterion`), the sums of an evaluation
+(`evaluation`), whether a model's loss is ours (`shift`), the loss without logits (`logits_free`).
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Callable
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -22,32 +22,24 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
 from hf_ls.calibration.token_temperature import TokenTemperature
-from hf_ls.common.models import IGNORE_INDEX, output_embedding
+from hf_ls.common.models import output_embedding
 from hf_ls.losses._rows import Observer, observe
 from hf_ls.losses.adaptive import OnlineLabelSmoothing
-from hf_ls.losses.cross_entropy import SmoothedTerms, check_no_probabilities, logits_of
+from hf_ls.losses.cross_entropy import check_no_probabilities, logits_of
 from hf_ls.losses.objectives import Objective
 from hf_ls.losses.smoothing import Smoothing
 from hf_ls.metrics.tokens import TokenCalibration
-from hf_ls.trainer.arguments import (
-    LabelSmoothingArguments,
-    check_direction,
-    criterion_of,
-    distillation_of,
-    loss_settings,
-    mixup_of,
-    smoothing_of,
-)
-from hf_ls.trainer.batch import SHIFTED, Batch, copied, virtual_tokens
+from hf_ls.trainer.arguments import LabelSmoothingArguments, check_given, check_search, loss_of, loss_settings
+from hf_ls.trainer.batch import SHIFTED, Batch, check_class_weight, copied, virtual_tokens, with_named_labels
 from hf_ls.trainer.card import write_card
-from hf_ls.trainer.criterion import LoggedTerms, OnlineState, check_combined, techniques
-from hf_ls.trainer.distillation import Teacher
-from hf_ls.trainer.evaluation import Evaluation, end_of_sequence, item_statistics
-from hf_ls.trainer.logits_free import LogitsFreeHead
+from hf_ls.trainer.criterion import LoggedTerms, OnlineState, check_one_loss
+from hf_ls.trainer.distillation import teacher_for
+from hf_ls.trainer.evaluation import Evaluation, beside_loss, end_of_sequence, for_prediction
+from hf_ls.trainer.logits_free import LogitsFreeHead, head_for
 from hf_ls.trainer.mixup import check_mixable
-from hf_ls.trainer.processes import gather_once, reshard, without_repeats
+from hf_ls.trainer.processes import forget_preparation, gather_once, reshard, without_repeats
 from hf_ls.trainer.shift import check_supported, counts_first_label, model_loss_gap, resolve_shift, router_loss
-from hf_ls.trainer.spans import check_both_positions, check_span_settings, is_span_task, span_loss_gap, span_terms
+from hf_ls.trainer.spans import check_both_positions, check_span_settings, is_span_task, span_loss_gap
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +61,7 @@ class LabelSmoothingMixin(Trainer):
         teacher: a model for distillation; see `distillation.Distillation` and the arguments `distillation_*`.
 
     Attributes:
-        smoothing, criterion, distillation, mixup: of the training under way or the last one; the last two None where there is none.
+        smoothing, criterion, distillation, mixup: of the last training, or the one under way.
         temperature: divides the logits of the evaluation statistics, and of nothing else.
         token_counts: how often each token id is a training label [V]; evaluations of tokens then have frequency groups.
         token_calibration: the sums of the last evaluation of labels [B, T]; None before.
@@ -111,29 +103,15 @@ class LabelSmoothingMixin(Trainer):
         training_args = next((a for a in (*args, *kwargs.values()) if isinstance(a, TrainingArguments)), None)
         if training_args is None:
             training_args = kwargs["args"] = self._arguments_class(output_dir="trainer_output")
-        check_one_loss(type(self), self._replaced)
-        if kwargs.get("compute_loss_func") is not None:
-            raise ValueError(
-                "expected no compute_loss_func, got one: a stock Trainer lets it silently replace label smoothing; remove it, "
-                "or use it with transformers.Trainer and hf_ls.SmoothedCrossEntropy"
-            )
-        check_direction(training_args)
-        if smoothing is not None and not isinstance(smoothing, Smoothing):
-            raise TypeError(f"expected smoothing as a hf_ls.Smoothing, got {type(smoothing).__name__}; pass Smoothing(0.1)")
+        check_one_loss(type(self), LabelSmoothingMixin, self._replaced)
+        check_given(training_args, smoothing, kwargs.get("compute_loss_func"))
         self.class_weight = class_weight
         self._given_smoothing, self._given_objective, self._given_shift = smoothing, objective, shift_labels
         self._has_teacher, self._teacher = teacher is not None, None
-        self._shift = shift_labels
-        self._checked_shifted = shift_labels is not None
+        self._shift, self._checked_shifted = shift_labels, shift_labels is not None
         self._head: LogitsFreeHead | None = None
         self._head_sought = False
-        self._terms = LoggedTerms()
-        self._spans = False
-        if smoothing is not None and training_args.label_smoothing_factor not in (0.0, smoothing.epsilon):
-            raise ValueError(
-                f"expected one epsilon, got label_smoothing_factor={training_args.label_smoothing_factor} and "
-                f"smoothing={smoothing}; set only one"
-            )
+        self._terms, self._spans = LoggedTerms(), False
         epsilon = training_args.label_smoothing_factor if smoothing is None else smoothing.epsilon
         training_args.label_smoothing_factor = epsilon
         self._read_settings(training_args)
@@ -147,59 +125,23 @@ class LabelSmoothingMixin(Trainer):
         self._spans = is_span_task(self.model, self.label_names)
         check_supported(self.model, self.label_names, self.class_weight, spans=self._spans)
         check_span_settings(self)
-        self._teacher = None if teacher is None else self._check_teacher(teacher)
+        self._teacher = None if teacher is None else teacher_for(self.model, teacher, self._logits_free)
         if self.mixup is not None:
             check_mixable(self.model)
         if self.get_sp_size() > 1:
             raise ValueError("expected no sequence parallelism, got sp_size > 1: there the Trainer reduces the model's own loss")
         self._online_state = OnlineState(self.criterion)
-        self._register_online_state()
+        self._online_state.register(self.callback_handler.callbacks, self.criterion)
 
     # Settings: read from the arguments again before each training, so that a search over epsilon is not in vain.
 
     def _read_settings(self, args: TrainingArguments) -> None:
-        """Make what the arguments describe now: smoothing, objective, distillation, mixup.
-
-        Raises: ValueError as those, and for two target-softening techniques.
-        """
-        self.smoothing = smoothing_of(args)
-        if self._given_smoothing is not None:
-            self.smoothing = replace(self._given_smoothing, epsilon=args.label_smoothing_factor)
-        self.criterion = criterion_of(args, self.smoothing, self._given_objective)
+        """Make what the arguments describe now; raises as `loss_of`."""
+        settled = loss_of(args, self._given_smoothing, self._given_objective, self._has_teacher)
+        self.smoothing, self.criterion, self.distillation, self.mixup = settled
         self._logits_free = getattr(args, "label_smoothing_logits_free", "auto")
-        named = getattr(args, "distillation_teacher", None)
-        if named and not self._has_teacher:
-            raise ValueError(
-                f"expected teacher=model with distillation_teacher={named!r}, got none; load it with "
-                "hf_ls.trainer.distillation.load_teacher and pass it to the trainer"
-            )
-        self.distillation, self.mixup = (distillation_of(args) if self._has_teacher else None), mixup_of(args)
-        found = techniques(self.smoothing, self.criterion, self.distillation, self.mixup)
-        check_combined(found, getattr(args, "allow_combined_softening", False))
         check_span_settings(self)
         self._settings = loss_settings(args)
-
-    def _register_online_state(self) -> None:
-        state, callbacks = self._online_state, self.callback_handler.callbacks
-        state.criterion = self.criterion
-        if state in callbacks:
-            callbacks.remove(state)
-        if self.criterion.name == "online":  # first: its file must be there before a checkpoint is marked complete
-            callbacks.insert(0, state)
-
-    def _check_teacher(self, teacher: nn.Module) -> Teacher:
-        has_head = output_embedding(self.model) is not None
-        if has_head and self._logits_free == "on":
-            raise ValueError(
-                "expected label_smoothing_logits_free 'auto' or 'off' with a teacher, got 'on': distillation compares whole "
-                "distributions; set 'auto'"
-            )
-        if has_head and self._logits_free == "auto":
-            logger.warning(
-                "The training loss is taken from the logits of %s: distillation compares whole distributions",
-                type(self.model).__name__,
-            )
-        return Teacher(teacher, self.model)
 
     # What a batch costs.
 
@@ -208,7 +150,7 @@ class LabelSmoothingMixin(Trainer):
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | float | None = None,
+        num_items_in_batch: Any = None,
         **kwargs: Any,
     ) -> Any:
         """The smoothed loss in training, the plain NLL in evaluation; nats per item. No tensor of `inputs` is changed.
@@ -232,21 +174,14 @@ class LabelSmoothingMixin(Trainer):
             try:
                 loss, outputs = self._training_loss(head, model, batch, num_items_in_batch)
             except ValueError as error:
-                raise _named(error, self.state.global_step, self.args.process_index, batch) from error
-        return (loss, _beside_loss(loss, outputs)) if return_outputs else loss
+                raise batch.named(error, self.state.global_step + 1, self.args.process_index) from error
+        return (loss, beside_loss(loss, outputs)) if return_outputs else loss
 
     def _read(self, inputs: dict[str, Any]) -> Batch:
-        return Batch.read(
-            inputs,
-            self.label_names,
-            shift=bool(self._shift),
-            class_weight=self.class_weight,
-            prompt=virtual_tokens(self.model),
-        )
+        shift, prompt = bool(self._shift), virtual_tokens(self.model)
+        return Batch.read(inputs, self.label_names, shift=shift, class_weight=self.class_weight, prompt=prompt)
 
-    def _training_loss(
-        self, head: LogitsFreeHead | None, model: nn.Module, batch: Batch, num_items_in_batch: Any
-    ) -> tuple[Tensor, Any]:
+    def _training_loss(self, head: LogitsFreeHead | None, model: nn.Module, batch: Batch, num_items_in_batch: Any) -> Any:
         """The loss with its terms logged, and the outputs; with a head from a forward without logits."""
         if head is not None:
             return self._logits_free_loss(head, model, batch, num_items_in_batch)
@@ -269,20 +204,15 @@ class LabelSmoothingMixin(Trainer):
         self, logits: Tensor, batch: Batch, teacher_logits: Tensor | None, num_items_in_batch: Any, share: Tensor | None = None
     ) -> Tensor:
         """The parts of the training loss in the order of the log, each item counted by its share; [2], [3] with a teacher."""
-        smoothing, labels = self.smoothing.at(self.state.global_step, self.state.max_steps), batch.labels
-        terms: tuple[Tensor, ...] = (
-            span_terms(logits, labels, smoothing, batch.others) if batch.spans else self.criterion.terms(logits, labels, smoothing)
-        )
-        if self.distillation is not None and teacher_logits is not None:
-            terms = self.distillation.terms(SmoothedTerms(*terms), logits, teacher_logits, labels)
+        smoothing = self.smoothing.at(self.state.global_step, self.state.max_steps)
+        terms = self.criterion.parts(logits, batch, smoothing, self.distillation, teacher_logits)
         weight, per_count = batch.factors(num_items_in_batch, self._loss_scale(), terms[0].dtype)
         weight = weight if share is None else weight * share
         return torch.stack([(part * weight).sum() * per_count for part in terms])
 
-    def _logits_free_loss(
-        self, head: LogitsFreeHead, model: nn.Module, batch: Batch, num_items_in_batch: Any
-    ) -> tuple[Tensor, Any]:
+    def _logits_free_loss(self, head: LogitsFreeHead, model: nn.Module, batch: Batch, num_items_in_batch: Any) -> Any:
         smoothing = self.smoothing.at(self.state.global_step, self.state.max_steps)
+        check_class_weight(self.class_weight, head.head.weight.shape[0])
         weight, per_count = batch.factors(num_items_in_batch, self._loss_scale(), batch.weight.dtype)
         found = head(
             model, batch.for_model(self.model), batch.labels, smoothing, objective=self.criterion.for_rows(smoothing),
@@ -295,36 +225,14 @@ class LabelSmoothingMixin(Trainer):
 
     def _evaluation_loss(self, head: LogitsFreeHead | None, model: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
         """The mean NLL of a batch, its items kept for the metrics; the sums of a fitted temperature instead while one is."""
-        fit, labels = self._fit, batch.labels
-        if fit is not None:
-            labels = without_repeats(self.accelerator, labels, self._copies())
-        if head is None:
-            outputs = model(**batch.for_model(self.model))
-            logits = self._logits_of(outputs, batch)
-            if fit is not None:
-                fit.update(logits, labels)
-                return logits.new_zeros(()), outputs
-            items, classes = item_statistics(logits, labels, temperature=self.temperature), logits.shape[-1]
-        else:
-            found: list[Tensor] = []
-            observer, temperature = self._observer, self.temperature
-
-            def each(logits: Tensor, y: Tensor) -> None:
-                if observer is not None:
-                    observer(logits, y)
-                if fit is not None:
-                    fit.update(logits, y)
-                else:
-                    found.append(item_statistics(logits, y, temperature=temperature))
-
-            with torch.no_grad():
-                outputs = head(model, batch.for_model(self.model), labels, Smoothing(0.0), observer=each).outputs
-            if fit is not None:
-                return torch.zeros((), device=labels.device), outputs
-            items, classes = batch.weight.new_full((*labels.shape, 4), math.nan), head.head.weight.shape[0]
-            if found:  # without any label too: the other processes gather theirs
-                items[batch.kept] = torch.cat(found)
-        return (self._evaluation or Evaluation()).loss(items, batch, classes), outputs
+        evaluation = self._evaluation or Evaluation(temperature=self.temperature)
+        if self._fit is not None:
+            batch = replace(batch, labels=without_repeats(self.accelerator, batch.labels, self._copies()))
+        inputs = batch.for_model(self.model)
+        if head is not None:
+            return evaluation.loss_without_logits(head, model, inputs, batch, self._observer)
+        outputs = model(**inputs)
+        return evaluation.loss(self._logits_of(outputs, batch), batch), outputs
 
     def _logits_of(self, outputs: Any, batch: Batch) -> Tensor:
         """The logits, shown to the observer; refused while they may be probabilities, or where the class weights do not fit."""
@@ -332,10 +240,7 @@ class LabelSmoothingMixin(Trainer):
         if not self._saw_logits and logits.shape[:-1] == batch.labels.shape:
             check_no_probabilities(logits[batch.kept])
             self._saw_logits = int(batch.kept.sum()) >= 4  # fewer rows say too little: look at the next batch again
-        if self.class_weight is not None and len(self.class_weight) != logits.shape[-1]:
-            raise ValueError(
-                f"expected class_weight [{logits.shape[-1]}], one weight per logit, got {tuple(self.class_weight.shape)}"
-            )
+        check_class_weight(self.class_weight, logits.shape[-1])
         if self._observer is not None:
             observe(self._observer, logits[batch.kept], batch.labels[batch.kept])
         return logits
@@ -379,29 +284,17 @@ class LabelSmoothingMixin(Trainer):
             self._shift = shift
 
     def _find_head(self, model: nn.Module, batch: Batch) -> LogitsFreeHead | None:
-        """Once per training, all processes together: the head which gives losses instead of logits, or None and the reason in
-        the log.
-
-        Raises: ValueError with the reason under `label_smoothing_logits_free="on"`.
-        """
+        """Once per training, all processes together: the head which gives losses instead of logits; why none, in the log."""
         if self._head_sought or self._logits_free == "off" or self.criterion.objective is None or self._spans:
             return self._head
         if not any(gather_object([batch.tells])):
             return None  # nothing to compare: ask the next batch
         self._head_sought = True
-        small = (batch if batch.tells else batch.with_some_label()).small()
-        head, error = None, None
-        try:
-            head = LogitsFreeHead(model)
-            head.probe(self.model, small.for_model(self.model), small.labels)
-        except ValueError as found:
-            error = found
-        # One process on the other path would leave the rest alone in collective forwards.
-        reason = next((r for r in gather_object([None if error is None else str(error)]) if r is not None), None)
+        head, reason = head_for(model, self.model, (batch if batch.tells else batch.with_some_label()).small())
         if reason is None:
             self._head = head
         elif self._logits_free == "on":
-            raise ValueError(f"{reason}; set label_smoothing_logits_free='auto'") from error
+            raise ValueError(f"{reason}; set label_smoothing_logits_free='auto'")
         elif batch.labels.dim() == 2 and output_embedding(model) is not None:  # others have no large logits to avoid
             logger.warning("The loss is taken from the logits of %s: %s", type(self.model).__name__, reason)
         return self._head
@@ -412,41 +305,27 @@ class LabelSmoothingMixin(Trainer):
         """Σ w over the accumulated batches of all processes, by our own shift rule."""
         if self._evaluation is not None or not batch_samples:
             return None
-        self._ignore_repeats(batch_samples)
+        last, copies = batch_samples[-1], self._copies()  # the Trainer trains on the batches of this very list
+        for name in (*self.label_names, SHIFTED):
+            if isinstance(last.get(name), Tensor):
+                last = {**last, name: without_repeats(self.accelerator, last[name], copies)}
+        batch_samples[-1] = last
         self._check_against_model(batch_samples)  # the shift decides what counts
         count = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
         for inputs in batch_samples:
             count = count + self._read(inputs).count.to(device)
         if self.accelerator.num_processes > 1:
             count = self.accelerator.gather(count[None]).sum(0)
-        return count / self._copies()
-
-    def _ignore_repeats(self, batches: list[dict[str, Any]]) -> None:
-        """Ignore the labels of rows which fill the last batch, in the caller's list: it trains on those very batches."""
-        last = batches[-1]
-        labels = {name: last[name] for name in (*self.label_names, SHIFTED) if isinstance(last.get(name), Tensor)}
-        batches[-1] = {**last} | {name: without_repeats(self.accelerator, y, self._copies()) for name, y in labels.items()}
+        return count / copies
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the terms of the loss (nats, means over the steps since the last log) to each training log, and `train_nll` to its
         summary: `train_loss` does not compare between ε, `train_nll` does. Both are means over the steps of this call of
         `train`; after a resume `train_nll_steps` says how many those are. NaN where no label counted."""
         if "loss" in logs or "train_loss" in logs:
-            found = self._terms.take(self.state.global_step, self.accelerator.gather)
-            summary = self._terms.summary()
-            if "loss" in logs and found:
-                logs |= found
-                if math.isnan(found["nll"]):
-                    logs["loss"] = math.nan
-                    logger.warning("No label counted in the steps up to %d: all are ignored; nothing is trained", self.state.global_step)
-                if self.smoothing.schedule is not None:
-                    logs["epsilon"] = self.smoothing.at(self.state.global_step - 1, self.state.max_steps).epsilon
-            if "train_loss" in logs and summary:
-                logs["train_nll"] = summary["train_nll"]
-                if math.isnan(summary["train_nll"]):
-                    logs["train_loss"] = math.nan
-                if summary["steps"] < self.state.global_step:
-                    logs["train_nll_steps"] = summary["steps"]
+            self._terms.add_to(logs, self.state.global_step, self.accelerator.gather)
+            if "nll" in logs and self.smoothing.schedule is not None:
+                logs["epsilon"] = self.smoothing.at(self.state.global_step - 1, self.state.max_steps).epsilon
         super().log(logs, *args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -495,7 +374,9 @@ class LabelSmoothingMixin(Trainer):
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(f"expected temperature > 0, got {self.temperature}; set trainer.temperature to 1.0 for none")
         standalone = not self.is_in_train and self.model_wrapped is self.model
-        self._evaluation = Evaluation(end_of_sequence(self.model, self.processing_class), self.token_counts)
+        self._evaluation = Evaluation(
+            end_of_sequence(self.model, self.processing_class), self.token_counts, self.temperature, self._fit
+        )
         # Seq2SeqTrainer gathers the examples repeated to fill the last batch too, so that its metrics count them twice; the
         # Trainer counts the copies of tensor parallelism.
         self.gather_function = self._gather_once
@@ -503,41 +384,21 @@ class LabelSmoothingMixin(Trainer):
             output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         finally:
             self._measured, self._evaluation = self._evaluation, None
-            if standalone:
-                self._forget_evaluation_preparation()
+            if standalone and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # those prepare by sharding
+                forget_preparation(self.accelerator, self.model)
             if not self.is_in_train:
                 reshard(self.model)
-        metrics, found = {} if output.metrics is None else output.metrics, self._measured.metrics()
-        if self._fit is None:
-            self._say_what_is_missing(self._measured, found)
-        if found or self._measured.labelled:
-            metrics[f"{metric_key_prefix}_loss"] = found.get("nll", math.nan)
         if self._measured.tokens is not None and len(self._measured.tokens):
             self.token_calibration = self._measured.tokens
-        for name, value in found.items():
-            metrics.setdefault(f"{metric_key_prefix}_{name}", value)
+        if self._fit is None and output.metrics is not None:
+            self._measured.add_to(output.metrics, metric_key_prefix)
+            warning = self._measured.missing(type(self))
+            if warning and self.is_world_process_zero():
+                logger.warning(warning)
         return output
 
-    def _say_what_is_missing(self, measured: Evaluation, found: dict[str, float]) -> None:
-        if found or not self.is_world_process_zero():
-            return
-        if not measured.reached:
-            name = next(kind.__name__ for kind in type(self).__mro__ if "prediction_step" in vars(kind))
-            logger.warning(
-                "No calibration metrics: prediction_step of %s does not call super().prediction_step; put LabelSmoothingMixin "
-                "before that class",
-                name,
-            )
-        elif measured.labelled:
-            logger.warning("No label counted in this evaluation: all are ignored (%d); its loss is NaN", IGNORE_INDEX)
-
     def prediction_step(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-        **kwargs: Any,
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None, **kwargs: Any
     ) -> Any:
         """As `Trainer.prediction_step`, keeping four numbers per item for the exact calibration sums.
 
@@ -546,15 +407,15 @@ class LabelSmoothingMixin(Trainer):
         evaluation = self._evaluation
         if self._spans:
             check_both_positions(inputs)
-        if inputs.get(SHIFTED) is not None and inputs.get(self.label_names[0]) is None:  # the Trainer asks for labels by name
-            labels = nn.functional.pad(inputs[SHIFTED], (1, 0), value=IGNORE_INDEX)[:, :-1]
-            inputs = {**inputs, self.label_names[0]: labels}
+        inputs = with_named_labels(inputs, self.label_names)
         labelled = all(inputs.get(name) is not None for name in self.label_names)
         if evaluation is not None:
             evaluation.pending, evaluation.rows = None, find_batch_size(inputs) or 0
             evaluation.reached, evaluation.labelled = True, evaluation.labelled or labelled
         theirs = dict(inputs) if labelled else copied(inputs)
-        result = super().prediction_step(model if labelled else _untouched(model), theirs, prediction_loss_only, ignore_keys, **kwargs)
+        result = super().prediction_step(
+            model if labelled else for_prediction(model), theirs, prediction_loss_only, ignore_keys, **kwargs
+        )
         if evaluation is None or self._fit is not None:
             return result
         if evaluation.pending is None and labelled:
@@ -599,15 +460,6 @@ class LabelSmoothingMixin(Trainer):
         finally:
             self._fit = None
 
-    def _forget_evaluation_preparation(self) -> None:
-        """Let a later train() wrap the model: accelerate >= 1.14 takes a model prepared for evaluation as prepared for good
-        and leaves it out of DDP, so that the processes drift apart in silence."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return  # prepared by sharding, which training shares
-        self.accelerator._models = [m for m in self.accelerator._models if m is not self.model]
-        if getattr(self.model, "_is_accelerate_prepared", False):
-            self.model._is_accelerate_prepared = False
-
     # Search, and the card.
 
     def _hp_search_setup(self, trial: Any) -> None:
@@ -622,30 +474,17 @@ class LabelSmoothingMixin(Trainer):
             )
         if trial is not None or self._settings != loss_settings(self.args):
             self._read_settings(self.args)
-            self._register_online_state()
+            self._online_state.register(self.callback_handler.callbacks, self.criterion)
 
-    def hyperparameter_search(
-        self,
-        hp_space: Any = None,
-        compute_objective: Callable[[dict[str, float]], float] | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
+    def hyperparameter_search(self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, but without `compute_objective` the objective is the unsmoothed `eval_loss`, lower is better.
 
         (The stock one adds up all metrics, here NLL and accuracy. Smoothed losses of two epsilons do not compare.)
 
         Raises: ValueError for direction="maximize" without `compute_objective`.
         """
-        direction = args[1] if len(args) > 1 else kwargs.get("direction", "minimize")
-        if compute_objective is None:
-            if direction != "minimize":
-                raise ValueError(
-                    f"expected compute_objective with direction={direction!r}, got none: eval_loss is lower-is-better; pass e.g. "
-                    "compute_objective=lambda metrics: metrics['eval_accuracy']"
-                )
-            compute_objective = _eval_loss
-        return super().hyperparameter_search(hp_space, compute_objective, *args, **kwargs)
+        check_search(compute_objective, args[1] if len(args) > 1 else kwargs.get("direction", "minimize"))
+        return super().hyperparameter_search(hp_space, compute_objective or itemgetter("eval_loss"), *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write `README.md`, arguments as in the Trainer below this mixin, and thereby in `push_to_hub` and the saving of TRL.
@@ -659,54 +498,3 @@ class LabelSmoothingMixin(Trainer):
 
 class LabelSmoothingTrainer(LabelSmoothingMixin, Trainer):
     """`transformers.Trainer` with label smoothing done right; see `LabelSmoothingMixin`."""
-
-
-def check_one_loss(kind: type, replaced: tuple[type, ...]) -> None:
-    """Refuse a Trainer class with a second `compute_loss`, which would be left out or take the place of ours in silence.
-
-    One in front of the mixin (a subclass of ours too) may add to the loss: it has to call `super().compute_loss`.
-
-    Raises: ValueError naming the class and the way out.
-    """
-    order = kind.__mro__
-    ours = order.index(LabelSmoothingMixin)
-    for place, parent in enumerate(order):
-        function = vars(parent).get("compute_loss")
-        if function is None or parent in replaced or parent.__module__.startswith("hf_ls."):
-            continue
-        if place < ours and "compute_loss" in getattr(inspect.unwrap(function), "__code__", compile("compute_loss", "", "eval")).co_names:
-            continue
-        what = "would never be called" if place > ours else "calls no super().compute_loss and so would replace label smoothing"
-        raise ValueError(
-            f"expected one loss, got a compute_loss in {parent.__name__} too, which {what}; drop it: class weights are "
-            "class_weight=..., smoothing is label_smoothing_factor; for a term of your own put LabelSmoothingMixin behind that "
-            "class and add the term to super().compute_loss(...)"
-        )
-
-
-def _named(error: ValueError, step: int, process: int, batch: Batch) -> ValueError:
-    """The error with the batch which has no finite loss; any other error as it is."""
-    if "NaN" not in str(error):
-        return error
-    ids = batch.others.get("input_ids")
-    first = f", whose first row begins with the ids {ids[0, :8].tolist()}" if isinstance(ids, Tensor) and ids.dim() == 2 else ""
-    return ValueError(f"{error} (step {step + 1}, process {process}, a micro-batch of {len(batch.labels)} rows{first})")
-
-
-def _beside_loss(loss: Tensor, outputs: Any) -> Any:
-    """Outputs of a model without labels as it returns them with labels: a Trainer takes `outputs[1:]` of a tuple."""
-    return outputs if isinstance(outputs, dict) else (loss, outputs) if isinstance(outputs, Tensor) else (loss, *outputs)
-
-
-def _untouched(model: Any) -> Callable[..., Any]:
-    """The model for a prediction without labels; a bare tensor in a tuple, of which a Trainer takes the first element."""
-
-    def forward(**inputs: Any) -> Any:
-        outputs = model(**copied(inputs))
-        return (outputs,) if isinstance(outputs, Tensor) else outputs
-
-    return forward
-
-
-def _eval_loss(metrics: dict[str, float]) -> float:
-    return metrics["eval_loss"]

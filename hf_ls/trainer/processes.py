@@ -50,6 +50,16 @@ def gather_once(accelerator: Accelerator, items: Any, copies: int = 1) -> Any:
     return recursively_apply(once, accelerator.gather(items))
 
 
+def forget_preparation(accelerator: Any, model: Any) -> None:
+    """Let a later training wrap a model which was prepared for evaluation.
+
+    accelerate >= 1.14 takes it as prepared for good and leaves it out of DDP, so that the processes drift apart in silence.
+    """
+    accelerator._models = [prepared for prepared in accelerator._models if prepared is not model]
+    if getattr(model, "_is_accelerate_prepared", False):
+        model._is_accelerate_prepared = False
+
+
 def reshard(model: nn.Module) -> None:
     """Give back the weights which FSDP2 keeps gathered after a forward (head, last norm, root).
 

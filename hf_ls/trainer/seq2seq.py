@@ -1,6 +1,6 @@
 """Encoder-decoder models: generation and calibration in one evaluation.
 
-Text metrics are the user's `compute_metrics`; here are the confidence of a generated sequence and what counts as equal to its labels.
+Text metrics are the user's `compute_metrics`; here are the confidence of a generated sequence and what equals its labels.
 """
 
 from __future__ import annotations

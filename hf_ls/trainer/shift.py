@@ -1,7 +1,7 @@
 """Which label a logit predicts, and whether a model's loss is a cross entropy at all.
 
-Here are the refusal of unsuitable tasks, decoder inputs, and the first-batch check against the model's own loss; `batch` reads the
-labels, `spans` holds the check of start and end positions.
+Here are the refusal of unsuitable tasks, decoder inputs, and the first-batch check against the model's own loss; `batch` reads
+the labels, `spans` holds the check of start and end positions.
 
 The rule is explicit. A batch with `shift_labels` is aligned already. Else labels are shifted if the model's own loss is
 the cross entropy with a shift, and not if it is the one without; a model whose loss is neither is refused.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import unwrap_model
 
-from hf_ls.common.models import IGNORE_INDEX, base_model, in_eval_mode, output_embedding
+from hf_ls.common.models import IGNORE_INDEX, base_model, in_eval_mode
 from hf_ls.losses.cross_entropy import check_no_probabilities, logits_of, shift_if, smoothed_terms
 from hf_ls.losses.smoothing import Smoothing
 

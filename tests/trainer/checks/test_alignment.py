@@ -174,6 +174,7 @@ def test_trap_06_epsilon_to_zero_is_the_models_own_loss(tmp_path, name, logits_f
 
 
 @pytest.mark.parametrize("name", WRONG)
+@pytest.mark.stock
 def test_trap_06_stock_shift_goes_by_the_class_name(tmp_path, name):
     model, rows = CAUSAL[name][0](), rows_for(name)
     expected = own_loss(model, rows)

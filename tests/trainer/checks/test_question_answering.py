@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
-from helpers import VOCAB, Rows, arguments, collate, one_step, ours, span_rows
+from helpers import VOCAB, Rows, arguments, collate, one_step, span_rows
 from transformers.trainer_callback import PrinterCallback
 
 from hf_ls import LabelSmoothingArguments, LabelSmoothingTrainer, Smoothing
