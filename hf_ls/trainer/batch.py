@@ -20,7 +20,7 @@ from hf_ls.losses.cross_entropy import check_range, item_weights, shift_if
 from hf_ls.trainer.shift import decoder_inputs
 from hf_ls.trainer.spans import positions_in
 
-# What context parallelism and padding-free collators call labels which are aligned with the logits already.
+# What padding-free collators call labels which are aligned with the logits already.
 SHIFTED = "shift_labels"
 # Labels in the first-batch checks: enough to tell one position from the next, few enough for their logits to be small.
 PROBE_LABELS = 64

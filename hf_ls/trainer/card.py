@@ -70,7 +70,7 @@ accuracy, ece (15 equal-width bins) and brier (sum over classes, 0 to 2) are of 
 """  # noqa: E501, one paragraph of Markdown is one line
 
 
-def write_card(trainer: Any, given: Mapping[str, Any]) -> None:
+def write_trainer_card(trainer: Any, given: Mapping[str, Any]) -> None:
     """Write `README.md` into the output folder; nothing is looked up on the network.
 
     The stock card drops every metric which is no accuracy, F1, BLEU or ROUGE, writes NumPy scalars as Python objects which

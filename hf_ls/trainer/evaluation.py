@@ -25,7 +25,7 @@ from hf_ls.metrics.tokens import TokenCalibration
 from hf_ls.trainer.batch import Batch, copied
 from hf_ls.trainer.logits_free import LogitsFreeHead
 
-METRICS = ("nll", "brier", "ece", "accuracy", "signed_gap", "perplexity", "eos_nll", "eos_ece")
+_METRICS = ("nll", "brier", "ece", "accuracy", "signed_gap", "perplexity", "eos_nll", "eos_ece")
 # At a vocabulary of 128k this is 32 rows in float64: 32 MiB however long the batch is.
 _CHUNK_ELEMENTS = 1 << 22
 
@@ -108,7 +108,7 @@ class Evaluation:
             self.tokens.update(gathered[..., :4], np.nan_to_num(gathered[..., 4], nan=IGNORE_INDEX).astype(np.int64))
 
     def metrics(self) -> dict[str, float]:
-        """`METRICS` as far as they were measured; empty without a label which counts.
+        """The metrics as far as they were measured; empty without a label which counts.
 
         Labels [B, T] also give `perplexity`, and those of language models `eos_nll` and `eos_ece` of the end-of-sequence token.
         """
@@ -120,7 +120,7 @@ class Evaluation:
             for group in self.tokens.groups():
                 if group["name"] == "end of sequence":
                     found |= {"eos_nll": group["nll"], "eos_ece": group["ece"]}
-        return {name: found[name] for name in METRICS if name in found}
+        return {name: found[name] for name in _METRICS if name in found}
 
     def add_to(self, metrics: dict[str, Any], prefix: str) -> None:
         """Put what was measured among the metrics of a Trainer; a loss of labels none of which counts is NaN, not 0."""

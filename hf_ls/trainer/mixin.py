@@ -31,13 +31,13 @@ from hf_ls.losses.smoothing import Smoothing
 from hf_ls.metrics.tokens import TokenCalibration
 from hf_ls.trainer.arguments import LabelSmoothingArguments, check_given, check_search, loss_of, loss_settings
 from hf_ls.trainer.batch import SHIFTED, Batch, check_class_weight, copied, virtual_tokens, with_named_labels
-from hf_ls.trainer.card import write_card
+from hf_ls.trainer.card import write_trainer_card
 from hf_ls.trainer.criterion import LoggedTerms, OnlineState, check_one_loss
 from hf_ls.trainer.distillation import teacher_for
 from hf_ls.trainer.evaluation import Evaluation, beside_loss, end_of_sequence, for_prediction
 from hf_ls.trainer.logits_free import LogitsFreeHead, head_for
 from hf_ls.trainer.mixup import check_mixable
-from hf_ls.trainer.processes import forget_preparation, gather_once, reshard, without_repeats
+from hf_ls.trainer.processes import check_parallelism, forget_preparation, gather_once, reshard, without_repeats
 from hf_ls.trainer.shift import check_supported, counts_first_label, model_loss_gap, resolve_shift, router_loss
 from hf_ls.trainer.spans import check_both_positions, check_span_settings, is_span_task, span_loss_gap
 
@@ -57,7 +57,7 @@ class LabelSmoothingMixin(Trainer):
         class_weight: [K]; each example counts w_y times.
         objective: an `Objective` or `OnlineLabelSmoothing` in place of the one named in the arguments.
         shift_labels: whether position t predicts label t+1; None asks the model's own loss on the first batch. A batch
-            with a `shift_labels` column (context parallelism, padding-free collators) is aligned already.
+            with a `shift_labels` column (padding-free collators) is aligned already.
         teacher: a model for distillation; see `distillation.Distillation` and the arguments `distillation_*`.
 
     Attributes:
@@ -69,8 +69,8 @@ class LabelSmoothingMixin(Trainer):
     Extractive question answering needs nothing else: each row has two labels, `start_positions` and `end_positions`, see `spans`.
 
     Raises: ValueError for `compute_loss_func`, a second `compute_loss`, two different epsilons, two target-softening techniques,
-    tasks without one label per prediction (multi-label, regression, CTC), and a model whose own loss is no cross entropy of its
-    logits.
+    tasks without one label per prediction (multi-label, regression, CTC), sequences cut among processes, and a model whose own
+    loss is no cross entropy of its logits.
     """
 
     _arguments_class: type[TrainingArguments] = LabelSmoothingArguments
@@ -128,8 +128,7 @@ class LabelSmoothingMixin(Trainer):
         self._teacher = None if teacher is None else teacher_for(self.model, teacher, self._logits_free)
         if self.mixup is not None:
             check_mixable(self.model)
-        if self.get_sp_size() > 1:
-            raise ValueError("expected no sequence parallelism, got sp_size > 1: there the Trainer reduces the model's own loss")
+        check_parallelism(self.get_sp_size(), self.get_cp_size())
         self._online_state = OnlineState(self.criterion)
         self._online_state.register(self.callback_handler.callbacks, self.criterion)
 
@@ -255,7 +254,7 @@ class LabelSmoothingMixin(Trainer):
 
     def _copies(self) -> int:
         """How many processes in a row see the same batch."""
-        return self.get_tp_size() * self.get_cp_size()
+        return self.get_tp_size()
 
     def _check_against_model(self, batches: list[dict[str, Any]]) -> None:
         """Once: find the shift from the model's own loss and refuse a model whose loss is another quantity.
@@ -493,7 +492,7 @@ class LabelSmoothingMixin(Trainer):
         that of the report, with its intervals; else it states the last evaluation and the smoothing which training used.
         """
         if self.is_world_process_zero():
-            write_card(self, inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments)
+            write_trainer_card(self, inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments)
 
 
 class LabelSmoothingTrainer(LabelSmoothingMixin, Trainer):

@@ -373,3 +373,10 @@ def test_trainers_whose_evaluation_counts_no_row_keep_the_order_of_the_dataset(t
     kept = ours(tmp_path, trainer.model, Rows(rows[::2]), per_device_eval_batch_size=2).evaluate()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(kept["eval_loss"], rel=1e-6)
     assert trainer.predict(Rows(rows)).predictions.shape == (9, CLASSES)
+
+
+@pytest.mark.parametrize(("size", "name"), [("get_sp_size", "sequence"), ("get_cp_size", "context")])
+def test_sequences_are_not_cut_among_processes(tmp_path, monkeypatch, size, name):
+    monkeypatch.setattr(tf.Trainer, size, lambda self: 2)
+    with pytest.raises(ValueError, match=f"expected no {name} parallelism, got .* = 2"):
+        ours(tmp_path, tiny_llama())
