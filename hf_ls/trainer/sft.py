@@ -1,7 +1,6 @@
 """Supervised fine-tuning with TRL: one forward a step, no logits, TRL's own metrics.
 
-Owns: `LabelSmoothingSFTTrainer`, `LabelSmoothingSFTConfig`, and entropy and top-1 accuracy from logits seen in pieces.
-Does not own: the loss (`trainer`, `head`), data preparation (TRL).
+TRL prepares the data; here are the Trainer, its config, and entropy and top-1 accuracy from logits seen in pieces.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from hf_ls.trainer.arguments import LabelSmoothingArguments
 from hf_ls.trainer.mixin import LabelSmoothingMixin
@@ -54,6 +53,7 @@ class LabelSmoothingSFTTrainer(LabelSmoothingMixin, SFTTrainer):  # type: ignore
     """
 
     _arguments_class: type[TrainingArguments] = LabelSmoothingSFTConfig
+    _replaced = (Trainer, SFTTrainer)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = next((a for a in (*args, *kwargs.values()) if isinstance(a, TrainingArguments)), None)
@@ -74,7 +74,7 @@ class LabelSmoothingSFTTrainer(LabelSmoothingMixin, SFTTrainer):  # type: ignore
         """As `LabelSmoothingMixin.compute_loss`, adding to TRL's metrics."""
         # As TRL: without a cache packed sequences are kept apart; vision-language models take the router flag only so.
         inputs = {**inputs, "use_cache": False} | ({"output_router_logits": True} if self.aux_loss_enabled else {})
-        seen = TokenMetrics(self._labels(inputs).device)
+        seen = TokenMetrics(self.accelerator.device)
         self._observer = seen
         try:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)
