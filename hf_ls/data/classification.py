@@ -187,7 +187,7 @@ def _integer_labels(splits: DatasetDict, column: str) -> tuple[DatasetDict, tupl
         )
     if isinstance(feature, ClassLabel):
         names = tuple(feature.names)
-        check_distinct(names, f"column {column!r}")
+        check_distinct(names, f"train, column {column!r}")
         gaps = [split for split, part in splits.items() if None in part.unique(column)]
         if gaps:
             raise ValueError(f"expected a label in every row, got missing labels in {gaps}; fill them in, or drop those rows")
@@ -198,7 +198,7 @@ def _integer_labels(splits: DatasetDict, column: str) -> tuple[DatasetDict, tupl
         if not {"train", "validation"} <= set(splits):
             raise ValueError(f"expected labels in train and validation, got -1 labels in {hidden}; choose a labelled split")
         return splits, names
-    classes = classes_of(splits["train"].unique(column), f"column {column!r} of train")
+    classes = classes_of(splits["train"].unique(column), f"train, column {column!r}")
     if len(classes) < 2:
         raise ValueError(f"expected at least 2 classes in train, got {classes}; check label_column")
     ids, names = {folded(value): i for i, value in enumerate(classes)}, tuple(map(class_name, classes))

@@ -89,7 +89,7 @@ def _typed(splits: DatasetDict) -> DatasetDict:
             if all(matches) and any(chunk.null_count < len(chunk) for chunk in chunks):
                 features[column] = Value(kind)
                 break
-    return splits.cast(features)
+    return splits if features == next(iter(splits.values())).features else splits.cast(features)
 
 
 def read_hub(name: str, config: str | None = None) -> DatasetDict:

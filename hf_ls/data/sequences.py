@@ -149,11 +149,11 @@ def _integer_tags(splits: DatasetDict, column: str) -> tuple[DatasetDict, tuple[
     seen = {split: {tag for tags in part["tags"] for tag in tags} - {IGNORE_INDEX} for split, part in splits.items()}
     if isinstance(named, ClassLabel):
         classes, names = list(range(named.num_classes)), tuple(named.names)
-        check_distinct(names, f"column {column!r}")
+        check_distinct(names, f"train, column {column!r}")
     else:
         if any(isinstance(tag, float | bool) for tag in seen["train"]):
             raise ValueError(f"expected tags as words or integers, got {named} in column {column!r}; set tags_column")
-        classes = classes_of(seen["train"], f"column {column!r} of train")
+        classes = classes_of(seen["train"], f"train, column {column!r}")
         names = tuple(map(class_name, classes))
     if len(classes) < 2:
         raise ValueError(f"expected at least 2 tags in train, got {classes}; check tags_column")
