@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 from hf_ls.common.text import one_line
-from hf_ls.metrics.ceiling import ceiling_warning
+from hf_ls.metrics.ceiling import ceiling_warning, last_epsilon
 from hf_ls.metrics.direction import is_lower_better
 from hf_ls.metrics.intervals import wilson_interval
 from hf_ls.report.calibration_report import CalibrationReport, CalibrationRow
@@ -99,14 +99,11 @@ def warnings(report: CalibrationReport) -> list[str]:
     for row in report.rows:
         if not row.epsilon or row.temperature != 1:
             continue
-        if (
-            report.smoothing["prior"] == "uniform"
-            and report.smoothing["schedule"] is None
-            and row.epsilon == report.smoothing["epsilon"]
-        ):
+        if report.smoothing["prior"] == "uniform" and row.epsilon == report.smoothing["epsilon"]:
+            epsilon = last_epsilon(row.epsilon, report.smoothing["schedule"])
             size = report.dataset.get("n_sequences") or judged.n
             classes, who = len(report.label_names), f"row '{one_line(judged.name)}'"
-            warning = ceiling_warning(row.epsilon, convention, judged.value("accuracy"), size, classes, who)
+            warning = ceiling_warning(epsilon, convention, judged.value("accuracy"), size, classes, who)
             found += [warning] if warning else []
         interval = _gap_interval(report, row)
         if row is not judged and interval is not None and interval[1] < 0:
