@@ -14,11 +14,9 @@ import numpy as np
 
 from hf_ls.compare.contrasts import (
     BASELINE,
-    CONTRASTED,
     METRICS,
     TEST,
     Comparison,
-    Contrast,
     Measurement,
     Result,
     Variant,
@@ -26,12 +24,11 @@ from hf_ls.compare.contrasts import (
 )
 from hf_ls.compare.verdict import judge
 from hf_ls.metrics.core import rmsce_debiased, smooth_ece
-from hf_ls.metrics.direction import is_lower_better
-from hf_ls.metrics.paired import RESAMPLED, Difference, Resamples, holm, seed_difference, seed_interval
+from hf_ls.metrics.paired import COMPARED, RESAMPLED, Contrast, Resamples, holm, seed_difference, seed_interval
 from hf_ls.metrics.validation import check_count
 
 __all__ = [
-    "BASELINE", "CONTRASTED", "METRICS", "TEST", "Comparison", "Contrast", "Measurement", "Result", "Variant", "Verdict",
+    "BASELINE", "METRICS", "TEST", "Comparison", "Contrast", "Measurement", "Result", "Variant", "Verdict",
     "compare",
 ]  # fmt: skip
 
@@ -86,16 +83,16 @@ def compare(results: Sequence[Result], *, level: float = 0.95, repetitions: int 
         for reference in (Variant(BASELINE, 0.0, False), Variant(BASELINE, 0.0, True)):
             if reference not in variants:
                 continue
-            for metric in (*CONTRASTED, *extra):
+            for metric in (*COMPARED, *extra):
                 values = {m.variant: m.per_seed for m in measurements if (m.set, m.metric) == (name, metric)}
-                differences = {
-                    v: resamples.difference(rows[v], rows[reference], metric, level)
-                    if metric in RESAMPLED
-                    else seed_difference(values[v], values[reference], level)
-                    for v in variants
-                    if v != reference
-                }
-                contrasts += _corrected(differences, reference, name, metric)
+                found = {}
+                for v in (v for v in variants if v != reference):
+                    names = {"row": v.label, "against": reference.label, "set": name}
+                    if metric in RESAMPLED:
+                        found[v] = resamples.difference(rows[v], rows[reference], metric, level, **names)
+                    else:
+                        found[v] = seed_difference(metric, values[v], values[reference], level, **names)
+                contrasts += _corrected(found)
     by_label = {v.label: [cells[v, s] for s in seeds] for v in variants}
     validation = {label: [float(r.validation_nll) for r in own] for label, own in by_label.items()}
     smoothed = [v for v in variants if v.name != BASELINE]
@@ -203,14 +200,8 @@ def _measure(
     return measurements
 
 
-def _corrected(differences: dict[Variant, Difference], reference: Variant, name: str, metric: str) -> list[Contrast]:
+def _corrected(contrasts: dict[Variant, Contrast]) -> list[Contrast]:
     """Return the contrasts with one reference; the smoothed variants are one family for Holm's correction."""
-    family = [v for v in differences if v.name != BASELINE]
-    p_holm = dict(zip(family, holm([differences[v].p for v in family]), strict=True))
-    return [
-        Contrast(
-            variant=v, reference=reference, set=name, metric=metric, lower_is_better=is_lower_better(metric),
-            p_holm=p_holm.get(v, d.p), **dataclasses.asdict(d),
-        )
-        for v, d in differences.items()
-    ]  # fmt: skip
+    family = [v for v in contrasts if v.name != BASELINE]
+    p_holm = dict(zip(family, holm([contrasts[v].p for v in family]), strict=True))
+    return [dataclasses.replace(contrast, p_holm=p_holm.get(v, contrast.p)) for v, contrast in contrasts.items()]

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_ls.metrics.core import PredictionStatistics
+from hf_ls.metrics.paired import Contrast
 
 Kind = Literal["smooth", "temperature", "no_difference"]
 
@@ -26,7 +27,6 @@ TEST = "test"
 METRICS = (
     "accuracy", "nll", "brier", "ece", "null_ece", "null_ece_q95", "smooth_ece", "rmsce_debiased", "aurc", "e_aurc", "signed_gap",
 )  # fmt: skip
-CONTRASTED = ("accuracy", "nll", "brier", "ece", "aurc", "e_aurc")
 
 
 @dataclass(frozen=True, order=True)
@@ -106,43 +106,6 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Contrast:
-    """One metric of a variant less that of a reference, on the same examples with the same seeds.
-
-    per_seed: the difference variant − reference for each of `Comparison.seeds`. mean: over seeds.
-    per_seed_low, per_seed_high: for each seed, the paired interval over examples (None for task metrics).
-    seed_low, seed_high: t interval over seeds, for these examples; None with one seed.
-    low, high: the interval which covers both, examples and seeds; with one seed, examples only; None for a task
-        metric with one seed. p: its two-sided p-value. p_holm: corrected for the number of smoothed variants which
-        are set against this reference (1 for the baseline's temperature).
-    lower_is_better: of the metric.
-    """
-
-    variant: Variant
-    reference: Variant
-    set: str
-    metric: str
-    lower_is_better: bool
-    per_seed: list[float]
-    mean: float
-    low: float | None
-    high: float | None
-    p: float | None
-    p_holm: float | None
-    seed_low: float | None
-    seed_high: float | None
-    per_seed_low: list[float] | None
-    per_seed_high: list[float] | None
-
-    def finding(self, level: float = 0.95, *, corrected: bool = True) -> Literal["better", "worse", "none"]:
-        """Whether the variant is measurably better or worse than the reference, by p_holm (or p) ≤ 1 − level."""
-        p = self.p_holm if corrected else self.p
-        if p is None or self.low is None or self.high is None or p > 1.0 - level:
-            return "none"
-        return "better" if (self.low + self.high < 0) == self.lower_is_better else "worse"
-
-
-@dataclass(frozen=True)
 class Verdict:
     """What to do, and why.
 
@@ -193,8 +156,8 @@ class Comparison:
 
     def contrast(self, variant: Variant, reference: Variant, metric: str, set: str = TEST) -> Contrast:
         """The contrast of a metric. Raises: ValueError if there is none."""
-        wanted = (variant, reference, metric, set)
-        found = [c for c in self.contrasts if (c.variant, c.reference, c.metric, c.set) == wanted]
+        wanted = (variant.label, reference.label, metric, set)
+        found = [c for c in self.contrasts if (c.row, c.against, c.metric, c.set) == wanted]
         if not found:
             pair = f"{variant.label!r} less {reference.label!r}"
             raise ValueError(
@@ -228,10 +191,7 @@ class Comparison:
             fields["variants"] = [Variant(**v) for v in fields["variants"]]
             fields["picked"] = Variant(**fields["picked"]) if fields["picked"] else None
             fields["measurements"] = [Measurement(**m | {"variant": Variant(**m["variant"])}) for m in fields["measurements"]]
-            fields["contrasts"] = [
-                Contrast(**c | {"variant": Variant(**c["variant"]), "reference": Variant(**c["reference"])})
-                for c in fields["contrasts"]
-            ]
+            fields["contrasts"] = [Contrast(**c) for c in fields["contrasts"]]
             fields["verdict"] = Verdict(**fields["verdict"] | {"variant": Variant(**fields["verdict"]["variant"])})
             return cls(**fields)
         except (TypeError, KeyError) as error:

@@ -56,7 +56,7 @@ def ceiling_warning(
     verb, at_most = ("lies", "at most") if len(above) == 1 else ("lie", "for the least of them at most")
     return (
         f"epsilon {', '.join(f'{value:g}' for value in above)} {verb} above the confidence ceiling {ceiling:.3f} "
-        f"[{low:.3f}, {high:.3f}] (error {1 - accuracy:.3f} of {who}, n = {n:,.0f}, K = {num_classes:,}): a model which fits such "
-        f"targets is {at_most} {1 - above[0] * _moved(num_classes, convention):.3f} sure and right more often; use an epsilon "
+        f"[{low:.3f}, {high:.3f}] (error {1 - accuracy:.3f} of {who}, n = {n:,.0f}, K = {num_classes:,}): a model which fits "
+        f"such targets is {at_most} {1 - above[0] * _moved(num_classes, convention):.3f} sure and right more often; use an epsilon "
         "below the ceiling, or none and temperature scaling"
     )

@@ -1,11 +1,8 @@
-"""Differences between variants that were measured on the same examples with the same seeds, and how sure they are.
+"""Differences between models measured on the same examples, how sure they are, and the one rule of "measurably better".
 
-Owns the paired bootstrap (one draw of examples, or of whole clusters, serves every variant and seed), the t interval
-over seeds, the interval which covers both, and the Holm correction. Does not own the metrics (`metrics.core`), the
-interval of an ECE (`metrics.intervals`), or what is compared with what (`comparison`).
-
-Example i counts w_i ~ Poisson(1) times in a replicate, so that memory does not grow with n. Source: Hanley and MacGibbon
-2006; Cameron, Gelbach and Miller 2008 for clusters.
+One draw of examples, or of whole clusters such as sequences, serves every model (paired bootstrap). Example i counts
+w_i ~ Poisson(1) times in a replicate, so that memory does not grow with n. Source: Hanley and MacGibbon 2006; Cameron, Gelbach
+and Miller 2008 for clusters.
 """
 
 from __future__ import annotations
@@ -13,34 +10,70 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtr, stdtrit
 
-from hf_ls.metrics.core import PredictionStatistics, aurc, bin_index, e_aurc
+from hf_ls.metrics.core import N_BINS, PredictionStatistics, aurc, bin_index, direction, e_aurc
 from hf_ls.metrics.intervals import ece_interval, null_gaps, wilson_interval
 from hf_ls.metrics.ties import tie_groups
-from hf_ls.metrics.tokens import N_BINS
 from hf_ls.metrics.validation import Floats, Integers
 
 RESAMPLED = ("accuracy", "nll", "brier", "signed_gap", "aurc", "e_aurc", "ece")
+COMPARED = ("accuracy", "nll", "brier", "ece", "aurc", "e_aurc")  # the difference of two signed gaps says nothing
+Finding = Literal["better", "worse", "none"]
 _UNITS = 4096  # examples or clusters per block of weights: 33 MB at 1000 repetitions
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean over seeds of paired differences; the fields are those of `comparison.Contrast`."""
+    """One metric of a row less that of another row, both measured on the same examples.
 
-    per_seed: list[float]
-    mean: float
+    metric: its name. row, against: the names of the rows. value: row − against, in the unit of the metric.
+    low, high: the paired interval (95 % unless another level is said), over examples, or over sequences for tokens; both None
+    where none is known.
+    """
+
+    metric: str
+    row: str
+    against: str
+    value: float
     low: float | None
     high: float | None
+
+    @property
+    def finding(self) -> Finding:
+        """Whether the row is measurably better or worse: its paired interval leaves 0 out. "none": no difference shown."""
+        way = direction(self.metric)
+        if self.low is None or self.high is None or self.low <= 0 <= self.high or way == "zero":
+            return "none"
+        return "better" if (self.high < 0) == (way == "lower") else "worse"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast(Difference):
+    """A mean over seeds of differences on the same examples with the same seeds, for rows which were trained several times.
+
+    set: the examples. value, low, high: of the mean; the interval covers examples and seeds, with one seed examples only, and is
+        None for a task metric with one seed. p: its two-sided p-value. p_holm: corrected for the number of smoothed variants
+        which are set against this row (1 for the baseline's temperature).
+    per_seed: one difference a seed. per_seed_low, per_seed_high: their paired intervals over examples (None for task metrics).
+    seed_low, seed_high: t interval over seeds, for these examples; None with one seed.
+    """
+
+    set: str
     p: float | None
-    seed_low: float | None
-    seed_high: float | None
+    p_holm: float | None = None
+    per_seed: list[float]
     per_seed_low: list[float] | None
     per_seed_high: list[float] | None
+    seed_low: float | None
+    seed_high: float | None
+
+    def corrected(self, level: float = 0.95) -> Finding:
+        """The finding, if it holds after the correction for several variants too: p_holm ≤ 1 − level."""
+        return self.finding if self.p_holm is not None and self.p_holm <= 1.0 - level else "none"
 
 
 def ranking_influence(confidence: Floats, correct: Any) -> tuple[Floats, Floats]:
@@ -129,8 +162,8 @@ class Resamples:
     def _widening(self) -> float:
         return float(np.sqrt(self.units / max(self.units - 1, 1)))
 
-    def difference(self, models: Sequence[int], references: Sequence[int], metric: str, level: float) -> Difference:
-        """Return models − references, each a list with one model per seed, for one metric.
+    def difference(self, models: Sequence[int], references: Sequence[int], metric: str, level: float, **names: str) -> Contrast:
+        """Return models − references, each a list with one model per seed, for one metric; names: row, against and set.
 
         Per seed: the percentile interval of the paired difference; for ece the basic one, because both values are biased.
         Over examples and seeds: mean ± t·sqrt(v_e + v_s), where v_e is the bootstrap variance of the mean over seeds when
@@ -142,22 +175,37 @@ class Resamples:
         values = self.values[list(models), column] - self.values[list(references), column]
         draws = self.draws[list(models), :, column] - self.draws[list(references), :, column]
         ends = np.quantile(draws, [(1.0 - level) / 2, (1.0 + level) / 2], axis=1)
-        centre = values.mean()
         if metric == "ece":
             ends = 2 * values - ends[::-1]
-            centre = 2 * centre - draws.mean()
-        over_examples = float(draws.mean(axis=0).var()) * self._widening**2
-        seed_low, seed_high = seed_interval(values, level)
-        low, high, p = _combined(float(centre), over_examples, self.units, values, level)
-        return Difference(values.tolist(), float(values.mean()), low, high, p, seed_low, seed_high, *ends.tolist())
+        low, high, p = _over_examples(metric, values, draws, self.units, level)
+        return _contrast(metric, values, (low, high, p), ends.tolist(), level, names)
 
 
-def seed_difference(values: Sequence[float], references: Sequence[float], level: float) -> Difference:
+def seed_difference(metric: str, values: Sequence[float], references: Sequence[float], level: float, **names: str) -> Contrast:
     """Return values − references, one of each per seed, of a metric known only as a number: all intervals are over seeds."""
     per_seed = np.asarray(values, dtype=np.float64) - np.asarray(references, dtype=np.float64)
     low, high = seed_interval(per_seed, level)
     p = None if low is None else _combined(float(per_seed.mean()), 0.0, 2, per_seed, level)[2]
-    return Difference(per_seed.tolist(), float(per_seed.mean()), low, high, p, low, high, None, None)
+    return _contrast(metric, per_seed, (low, high, p), [None, None], level, names)
+
+
+def _contrast(metric: str, values: Floats, whole: Any, ends: Any, level: float, names: dict[str, str]) -> Contrast:
+    """Put a contrast together: values [S], (low, high, p) of their mean, and the ends of the interval of each."""
+    low, high, p = whole
+    seed_low, seed_high = seed_interval(values, level)
+    return Contrast(
+        metric, names.get("row", ""), names.get("against", ""), float(values.mean()), low, high, set=names.get("set", ""),
+        p=p, per_seed=values.tolist(), per_seed_low=ends[0], per_seed_high=ends[1], seed_low=seed_low, seed_high=seed_high,
+    )  # fmt: skip
+
+
+def _over_examples(metric: str, values: Floats, draws: Floats, units: int, level: float) -> tuple[float, float, float]:
+    """Return (low, high, p) of the mean of paired differences [S], which become draws [S, R] when the units are drawn anew."""
+    centre = float(values.mean())
+    if metric == "ece":  # both values are biased upward, and so are their draws
+        centre = 2 * centre - float(draws.mean())
+    widening = units / max(units - 1, 1)
+    return _combined(centre, float(draws.mean(axis=0).var()) * widening, units, values, level)
 
 
 def seed_interval(values: Any, level: float) -> tuple[float | None, float | None]:
@@ -165,7 +213,7 @@ def seed_interval(values: Any, level: float) -> tuple[float | None, float | None
     values = np.asarray(values, dtype=np.float64)
     if values.size < 2:
         return None, None
-    half = student.ppf((1.0 + level) / 2, values.size - 1) * values.std(ddof=1) / np.sqrt(values.size)
+    half = stdtrit(values.size - 1, (1.0 + level) / 2) * values.std(ddof=1) / np.sqrt(values.size)
     return float(values.mean() - half), float(values.mean() + half)
 
 
@@ -191,8 +239,8 @@ def _combined(centre: float, over_examples: float, units: int, values: Floats, l
         return centre, centre, 1.0 if centre == 0.0 else 0.0
     shares = over_examples**2 / max(units - 1, 1) + (over_seeds**2 / (values.size - 1) if values.size > 1 else 0.0)
     freedom = variance**2 / shares
-    half = float(student.ppf((1.0 + level) / 2, freedom)) * variance**0.5
-    return centre - half, centre + half, float(2 * student.sf(abs(centre) / variance**0.5, freedom))
+    half = float(stdtrit(freedom, (1.0 + level) / 2)) * variance**0.5
+    return centre - half, centre + half, float(2 * stdtr(freedom, -abs(centre) / variance**0.5))
 
 
 def _point(stats: PredictionStatistics) -> list[float]:

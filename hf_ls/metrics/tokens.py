@@ -16,13 +16,12 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hf_ls.metrics.core import ReliabilityBins, bin_index
+from hf_ls.metrics.core import N_BINS, ReliabilityBins, bin_index
 from hf_ls.metrics.intervals import calibrated_hits, ece_interval, wilson_interval
 from hf_ls.metrics.streaming import StreamingCalibration, check_bins
 from hf_ls.metrics.ties import aurc_from_groups
 from hf_ls.metrics.validation import Floats, Integers, check_count
 
-N_BINS = 15
 # What is added up per group, per sequence and per replicate: n, correct, nll, brier, and confidence − correct per bin.
 # Float64 holds counts exactly up to 2**53.
 _COUNT, _CORRECT, _NLL, _BRIER, _GAP = 0, 1, 2, 3, slice(4, 4 + N_BINS)

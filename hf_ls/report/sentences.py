@@ -10,7 +10,7 @@ from typing import Literal
 
 from hf_ls.common.text import one_line
 from hf_ls.metrics.ceiling import ceiling_warning, last_epsilon
-from hf_ls.metrics.direction import is_lower_better
+from hf_ls.metrics.core import direction
 from hf_ls.metrics.intervals import wilson_interval
 from hf_ls.report.calibration_report import CalibrationReport, CalibrationRow
 
@@ -151,7 +151,7 @@ def _finding(smoothed: CalibrationRow, rival: CalibrationRow, metric: str) -> Fi
         return "unknown"
     if ours[0] <= theirs[1] and theirs[0] <= ours[1]:
         return "overlap"
-    return "better" if (ours[1] < theirs[0]) == is_lower_better(metric) else "worse"
+    return "better" if (ours[1] < theirs[0]) == (direction(metric) == "lower") else "worse"
 
 
 def _apart(smoothed: CalibrationRow, rival: CalibrationRow, metrics: list[str]) -> list[str]:

@@ -55,7 +55,7 @@ class CalibratedEvaluation(Trainer):
     _statistics: StreamingCalibration | None = None
     _tokens: TokenCalibration | None = None
     _fit: TokenTemperature | None = None
-    _judged = 0  # items of the last evaluation, or its sequences of tokens
+    _judged: tuple[float, int] | None = None  # accuracy and items of the last evaluation, or its sequences of tokens
     _classes = 0  # logits of one item there; where the batches differ in it, the fewest, which allow the largest epsilon
     _warned_of_ceiling = False
     _pending: tuple[Tensor, Tensor] | None = None  # items [..., 4] and aligned labels [...] of the batch under way
@@ -201,10 +201,10 @@ class CalibratedEvaluation(Trainer):
         found = statistics.compute() if len(statistics) else {}
         if found:
             metrics[f"{metric_key_prefix}_loss"] = found["nll"]
-            self._judged = len(statistics)
+            self._judged = found["accuracy"], len(statistics)
         tokens = self._tokens
         if tokens is not None and len(tokens):
-            self.token_calibration, self._judged = tokens, tokens.sequences
+            self.token_calibration, self._judged = tokens, (found["accuracy"], tokens.sequences)
             found["perplexity"] = math.exp(found["nll"]) if found["nll"] < 709 else math.inf
             for group in tokens.groups():
                 if group["name"] == "end of sequence":
@@ -216,11 +216,10 @@ class CalibratedEvaluation(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As `Trainer.evaluate`, with a warning, once, when ε asks for less confidence than the model is right."""
-        self._judged = 0
+        self._judged = None
         metrics = super().evaluate(*args, **kwargs)
-        accuracy = metrics.get(f"{kwargs.get('metric_key_prefix', 'eval')}_accuracy")
-        if accuracy is not None and self._judged:
-            self._warn_of_ceiling(accuracy, self._judged)
+        if self._judged is not None:
+            self._warn_of_ceiling(*self._judged)
         return metrics
 
     def _warn_of_ceiling(self, accuracy: float, n: int) -> None:

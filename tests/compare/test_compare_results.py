@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-import hf_ls
 from hf_ls.compare.cells import Cell
 from hf_ls.compare.results import Predictions, clearly_worse
 

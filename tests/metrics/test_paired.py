@@ -58,7 +58,7 @@ def test_per_seed_interval_is_the_paired_bootstrap_of_scipy():
     ).confidence_interval
     ours = difference.per_seed_low[0], difference.per_seed_high[0]
     assert ours == pytest.approx((theirs.low, theirs.high), abs=0.06 * (theirs.high - theirs.low))
-    assert difference.per_seed[0] == difference.mean == pytest.approx((one.nll - two.nll).mean(), abs=1e-12)
+    assert difference.per_seed[0] == difference.value == pytest.approx((one.nll - two.nll).mean(), abs=1e-12)
     assert (difference.seed_low, difference.seed_high) == (None, None)
 
 
@@ -73,7 +73,7 @@ def test_equal_models_differ_by_exactly_nothing():
     resamples = Resamples([model(), model()], None, repetitions=200, seed=0)
     for name in RESAMPLED:
         difference = resamples.difference([0], [1], name, 0.95)
-        assert (difference.mean, difference.low, difference.high, difference.p) == (0.0, 0.0, 0.0, 1.0)
+        assert (difference.value, difference.low, difference.high, difference.p) == (0.0, 0.0, 0.0, 1.0)
 
 
 def test_influence_is_what_one_more_row_adds():
@@ -157,9 +157,9 @@ def test_seed_interval_equals_scipy_and_one_seed_has_none():
     low, high = seed_interval(numbers, 0.9)
     assert (low, high) == pytest.approx(tuple(theirs.confidence_interval(0.9)))
     assert seed_interval([0.2], 0.9) == (None, None)
-    difference = seed_difference([1.2, 1.5, 1.3, 1.35], [1.0] * 4, 0.95)
+    difference = seed_difference("f1", [1.2, 1.5, 1.3, 1.35], [1.0] * 4, 0.95)
     assert difference.p == pytest.approx(theirs.pvalue) and difference.per_seed == pytest.approx(numbers)
-    alone = seed_difference([1.2], [1.0], 0.95)
+    alone = seed_difference("f1", [1.2], [1.0], 0.95)
     assert (alone.low, alone.high, alone.p) == (None, None, None)
 
 
