@@ -40,9 +40,10 @@ def compare(results: Sequence[Result], *, level: float = 0.95, repetitions: int 
     "smooth" if the picked one is measurably better than the baseline and than the baseline + temperature in NLL, or in
     accuracy with an NLL which is measurably worse than neither; else "temperature" if baseline + temperature is measurably
     better than the baseline in NLL; else "no_difference". "Measurably" means that the two-sided p-value of the contrast,
-    over examples and seeds, is at most 1 − level. It is not corrected there: one variant is tested, picked on other data,
-    and two ways to be better with half of 1 − level each make a wrong "smooth" no likelier than 1 − level. The table of
-    all ε is corrected (`Contrast.p_holm`).
+    over examples and seeds, is at most 1 − level, which is to say that its interval leaves 0 out. It is not corrected there:
+    one variant is tested, picked on other data, and two ways to be better with half of 1 − level each make a wrong "smooth" no
+    likelier than 1 − level. The table of all ε is corrected (`Contrast.p_holm`). "not_learnt" where neither the baseline nor the
+    picked variant has learnt (`metrics.ceiling.has_learnt`), which needs `Result.labels`.
 
     level: of all intervals. repetitions: bootstrap replicates. seed: of their weights.
 
@@ -96,6 +97,7 @@ def compare(results: Sequence[Result], *, level: float = 0.95, repetitions: int 
     by_label = {v.label: [cells[v, s] for s in seeds] for v in variants}
     validation = {label: [float(r.validation_nll) for r in own] for label, own in by_label.items()}
     smoothed = [v for v in variants if v.name != BASELINE]
+    labels = (first.labels or {}).get(TEST)
     comparison = Comparison(
         seeds=seeds,
         variants=variants,
@@ -109,6 +111,7 @@ def compare(results: Sequence[Result], *, level: float = 0.95, repetitions: int 
         measurements=measurements,
         contrasts=contrasts,
         verdict=Verdict("no_difference", Variant(BASELINE, 0.0, False), None, "", [], []),
+        class_counts=None if labels is None else np.bincount(np.unique(labels, return_inverse=True)[1].ravel()).tolist(),
     )
     return dataclasses.replace(comparison, verdict=judge(comparison))
 

@@ -15,10 +15,11 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_ls.metrics.ceiling import has_learnt
 from hf_ls.metrics.core import PredictionStatistics
 from hf_ls.metrics.paired import Contrast
 
-Kind = Literal["smooth", "temperature", "no_difference"]
+Kind = Literal["smooth", "temperature", "no_difference", "not_learnt"]
 
 BASELINE = "baseline"
 TEST = "test"
@@ -72,7 +73,8 @@ class Result:
     statistics: set name -> per-prediction statistics in the order of that set. "test" is judged, others are columns.
     cluster: set name -> the sentence (integer) of each token [n], resampled together; None: each prediction its own.
     extra: set name -> {task metric: value}, e.g. {"test": {"exact_match": 0.8}}.
-    labels: set name -> labels [n], compared only, so that a set in another order is refused; None: not checked.
+    labels: set name -> labels [n], so that a set in another order is refused, and a model which has not learnt is seen; None:
+        neither is checked.
     """
 
     variant: Variant
@@ -109,7 +111,7 @@ class Measurement:
 class Verdict:
     """What to do, and why.
 
-    kind: "smooth", "temperature" (use temperature scaling instead) or "no_difference".
+    kind: "smooth", "temperature" (use temperature scaling instead), "no_difference", or "not_learnt" (no advice).
     variant: what to use: the picked smoothed variant, the baseline with temperature, or the baseline.
     epsilon: of the picked variant if kind is "smooth", else None.
     sentence: the verdict in one plain sentence. evidence: sentences with the numbers behind it.
@@ -132,6 +134,7 @@ class Comparison:
     clusters: set name -> number of clusters which were resampled, for sets with clusters.
     level, repetitions: of all intervals. temperatures, validation_nll: variant label -> value per seed.
     picked: the smoothed variant with the lowest mean validation NLL; None if none was compared.
+    class_counts: of the labels of "test"; None where they are not known.
     """
 
     seeds: list[int]
@@ -146,6 +149,7 @@ class Comparison:
     measurements: list[Measurement]
     contrasts: list[Contrast]
     verdict: Verdict
+    class_counts: list[int] | None = None
 
     def measurement(self, variant: Variant, metric: str, set: str = TEST) -> Measurement:
         """The measurement of a metric. Raises: ValueError if there is none."""
@@ -174,6 +178,15 @@ class Comparison:
         """For each seed: is the ECE no larger than 95 % of those of a calibrated model (the consistency test)?"""
         value, limit = (self.measurement(variant, metric, set).per_seed for metric in ("ece", "null_ece_q95"))
         return [bool(v <= q) for v, q in zip(value, limit, strict=True)]
+
+    def learnt(self, variant: Variant) -> bool:
+        """Whether a variant is measurably better on "test" than knowing only how frequent each class is; True if not known."""
+        if self.class_counts is None:
+            return True
+        accuracy, nll = (self.measurement(variant, metric) for metric in ("accuracy", "nll"))
+        if accuracy.per_seed_low is None or nll.per_seed_high is None:
+            return True
+        return has_learnt(float(np.mean(accuracy.per_seed_low)), float(np.mean(nll.per_seed_high)), self.class_counts)
 
     def to_json(self) -> str:
         """The comparison as JSON text."""

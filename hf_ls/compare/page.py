@@ -26,6 +26,7 @@ HEADLINES = {
     "smooth": "Smooth",
     "temperature": "Use temperature scaling instead",
     "no_difference": "No measurable difference",
+    "not_learnt": "The models have not learnt",
 }
 # Metric, heading; lower is better for all but accuracy and the signed gap.
 COLUMNS = (

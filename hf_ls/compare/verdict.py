@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from hf_ls.compare.contrasts import BASELINE, TEST, Comparison, Kind, Variant, Verdict
+from hf_ls.metrics.ceiling import constant_scores
 from hf_ls.metrics.paired import Finding
 
 _BASELINE, _TEMPERED = Variant(BASELINE, 0.0, False), Variant(BASELINE, 0.0, True)
@@ -19,8 +20,11 @@ def judge(comparison: Comparison) -> Verdict:
     """Return the verdict on a comparison; `comparison.compare` states the rule."""
     rivals = [v for v in (_BASELINE, _TEMPERED) if v in comparison.variants]
     picked = comparison.picked
+    judged = [*rivals, *([picked] if picked else [])]
     kind: Kind = "no_difference"
-    if picked is not None and _beats(comparison, picked, rivals):
+    if not any(comparison.learnt(variant) for variant in judged):
+        kind = "not_learnt"
+    elif picked is not None and _beats(comparison, picked, rivals):
         kind = "smooth"
     elif len(rivals) == 2 and _finding(comparison, _TEMPERED, _BASELINE, "nll") == "better":
         kind = "temperature"
@@ -32,7 +36,9 @@ def judge(comparison: Comparison) -> Verdict:
                 for reference in references
                 for metric in (("nll", "accuracy") if variant == picked else ("nll",))
             ]
-    evidence += _calibration(comparison, [*rivals, *([picked] if picked else [])])
+    evidence += _calibration(comparison, judged)
+    if kind == "not_learnt":
+        return Verdict(kind, _BASELINE, None, _unlearnt(comparison), evidence, _caveats(comparison))
     if kind == "smooth" and picked is not None:
         return Verdict(kind, picked, picked.epsilon, _smooth_sentence(comparison, picked), evidence, _caveats(comparison))
     if kind == "temperature":
@@ -41,6 +47,15 @@ def judge(comparison: Comparison) -> Verdict:
         return Verdict(kind, _TEMPERED, None, sentence, evidence, _caveats(comparison))
     sentence = "No measurable difference in favour of smoothing or temperature scaling: keep the baseline."
     return Verdict(kind, _BASELINE, None, sentence, evidence, _caveats(comparison))
+
+
+def _unlearnt(comparison: Comparison) -> str:
+    accuracy, nll = constant_scores(comparison.class_counts or [1])
+    return (
+        f"No verdict, the models have not learnt: no accuracy is measurably above {accuracy:.3f}, the share of the most frequent "
+        f"class of {TEST}, and no NLL below {nll:.3f}, that of the class shares alone. Check labels and learning rate, or train "
+        "longer."
+    )
 
 
 def _finding(c: Comparison, variant: Variant, reference: Variant, metric: str) -> Finding:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from hf_ls.metrics.intervals import wilson_interval
 
 
@@ -57,6 +59,34 @@ def ceiling_warning(
     return (
         f"epsilon {', '.join(f'{value:g}' for value in above)} {verb} above the confidence ceiling {ceiling:.3f} "
         f"[{low:.3f}, {high:.3f}] (error {1 - accuracy:.3f} of {who}, n = {n:,.0f}, K = {num_classes:,}): a model which fits "
-        f"such targets is {at_most} {1 - above[0] * _moved(num_classes, convention):.3f} sure and right more often; use an epsilon "
-        "below the ceiling, or none and temperature scaling"
+        f"such targets is {at_most} {1 - above[0] * _moved(num_classes, convention):.3f} sure and right more often; use an "
+        "epsilon below the ceiling, or none and temperature scaling"
     )
+
+
+def constant_scores(class_counts: Sequence[float]) -> tuple[float, float]:
+    """(accuracy, NLL in nats) of a model which knows nothing but how frequent each class is among these labels.
+
+    The share of the most frequent class, and the entropy of the shares.
+
+    >>> tuple(round(score, 3) for score in constant_scores([90, 5, 5]))
+    (0.9, 0.394)
+
+    Raises: ValueError without any label.
+    """
+    counts = np.asarray(class_counts, dtype=np.float64)
+    if not counts.sum() > 0:
+        raise ValueError(f"expected at least one label, got the counts {counts.tolist()}; count the evaluated split")
+    shares = counts[counts > 0] / counts.sum()
+    return float(shares.max()), float(-(shares * np.log(shares)).sum())
+
+
+def has_learnt(accuracy_low: float, nll_high: float, class_counts: Sequence[float]) -> bool:
+    """Whether predictions are measurably better than `constant_scores`: in accuracy, or in NLL where one class is most labels.
+
+    accuracy_low, nll_high: the worse ends of their 95 % intervals. Labels of a single class tell nothing, and give True.
+
+    Raises: ValueError as `constant_scores`.
+    """
+    accuracy, nll = constant_scores(class_counts)
+    return accuracy == 1 or accuracy_low > accuracy or nll_high < nll

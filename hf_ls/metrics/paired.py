@@ -7,17 +7,20 @@ and Miller 2008 for clusters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise, product
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import stdtr, stdtrit
 
 from hf_ls.metrics.core import N_BINS, PredictionStatistics, aurc, bin_index, direction, e_aurc
 from hf_ls.metrics.intervals import ece_interval, null_gaps, wilson_interval
 from hf_ls.metrics.ties import tie_groups
+from hf_ls.metrics.tokens import TokenCalibration
 from hf_ls.metrics.validation import Floats, Integers
 
 RESAMPLED = ("accuracy", "nll", "brier", "signed_gap", "aurc", "e_aurc", "ece")
@@ -76,6 +79,85 @@ class Contrast(Difference):
         return self.finding if self.p_holm is not None and self.p_holm <= 1.0 - level else "none"
 
 
+@dataclass(frozen=True)
+class Draws:
+    """What some metrics of one model are, and what they become when its examples are drawn anew.
+
+    examples: a fingerprint of the examples, their order and the weights of the draws: models with the same one are paired, in
+    whatever process or week they were measured. units: number of examples or clusters. values: by metric. draws: float64 [R].
+    """
+
+    examples: str
+    units: int
+    values: dict[str, float]
+    draws: dict[str, Floats]
+
+
+def draws_of_examples(stats: PredictionStatistics, labels: Any, *, repetitions: int = 1000, seed: int = 0) -> Draws:
+    """The draws of `COMPARED` for the predictions of labels [n], each example a unit."""
+    resamples = Resamples([stats], None, repetitions=repetitions, seed=seed)
+    columns = {metric: RESAMPLED.index(metric) for metric in COMPARED}
+    return Draws(
+        fingerprint(labels, repetitions, seed),
+        resamples.units,
+        {metric: float(resamples.values[0, column]) for metric, column in columns.items()},
+        {metric: resamples.draws[0, :, column] for metric, column in columns.items()},
+    )
+
+
+def draws_of_tokens(tokens: TokenCalibration) -> Draws:
+    """The draws of accuracy, nll, brier and ece, whole sequences drawn; the number of tokens in each draw tells the examples."""
+    count, values, draws = tokens.draws()
+    return Draws(fingerprint(count), tokens.sequences, values, draws)
+
+
+def fingerprint(*values: Any) -> str:
+    """A hash of arrays, numbers and texts in order."""
+    parts = [repr((array.dtype.kind, array.shape)).encode() + array.tobytes() for array in map(np.asarray, values)]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def differences(rows: Mapping[str, Sequence[Draws]], *, level: float = 0.95) -> list[Difference]:
+    """Every row less every earlier one, in each metric which both have on the same examples; name of a row -> its draws.
+
+    The interval is that of `Resamples.difference` with one seed. Rows which were measured on other examples, or drawn with other
+    weights, have no difference, since marginal intervals decide nothing.
+    """
+    found = []
+    for against, row in combinations(rows, 2):
+        for ours, theirs in product(rows[row], rows[against]):
+            if (ours.examples, ours.units) != (theirs.examples, theirs.units):
+                continue
+            for metric in (metric for metric in ours.draws if metric in theirs.draws):
+                value = np.array([ours.values[metric] - theirs.values[metric]])
+                drawn = (ours.draws[metric] - theirs.draws[metric])[None]
+                low, high, _ = _over_examples(metric, value, drawn, ours.units, level)
+                found.append(Difference(metric, row, against, float(value[0]), low, high))
+    return found
+
+
+def draws_as_arrays(rows: Mapping[str, Sequence[Draws]]) -> dict[str, NDArray[Any]]:
+    """Draws as arrays for `numpy.savez`; `draws_from_arrays` reads them."""
+    flat = [(row, draws) for row, several in rows.items() for draws in several]
+    arrays: dict[str, NDArray[Any]] = {"rows": np.array([row for row, _ in flat], dtype=np.str_)}
+    for i, (_, d) in enumerate(flat):
+        arrays[f"examples_{i}"], arrays[f"units_{i}"] = np.array(d.examples), np.array(d.units)
+        arrays[f"metrics_{i}"], arrays[f"values_{i}"] = np.array(list(d.values)), np.array(list(d.values.values()))
+        arrays[f"draws_{i}"] = np.stack([d.draws[metric] for metric in d.values])
+    return arrays
+
+
+def draws_from_arrays(arrays: Mapping[str, NDArray[Any]]) -> dict[str, list[Draws]]:
+    """What `draws_as_arrays` was given."""
+    rows: dict[str, list[Draws]] = {}
+    for i, row in enumerate(arrays["rows"].tolist()):
+        names = arrays[f"metrics_{i}"].tolist()
+        values = dict(zip(names, arrays[f"values_{i}"].tolist(), strict=True))
+        drawn = dict(zip(names, arrays[f"draws_{i}"], strict=True))
+        rows.setdefault(row, []).append(Draws(str(arrays[f"examples_{i}"]), int(arrays[f"units_{i}"]), values, drawn))
+    return rows
+
+
 def ranking_influence(confidence: Floats, correct: Any) -> tuple[Floats, Floats]:
     """Return the influence of each row [n] on `aurc` and on `e_aurc`: what n times its weight adds to the metric, to first order.
 
@@ -111,7 +193,8 @@ class Resamples:
         unit = np.arange(n) if cluster is None else np.unique(np.asarray(cluster), return_inverse=True)[1].ravel()
         self.units, self.clustered = int(unit.max()) + 1, cluster is not None
         self._cells, self._seed = cells, seed
-        self._nulls = [null_gaps(c.confidence, bin_index(c.confidence, N_BINS), N_BINS, repetitions, seed) for c in cells]
+        self._repetitions = repetitions
+        self._nulls: dict[int, Floats] = {}
         ranking = [ranking_influence(stats.confidence, stats.correct) for stats in cells]
         self.values = np.array([_point(stats) for stats in cells])
         order = np.argsort(unit, kind="stable")
@@ -146,7 +229,7 @@ class Resamples:
             share = np.bincount(index, minlength=N_BINS) / len(stats)
             gap = np.bincount(index, weights=stats.confidence - stats.correct, minlength=N_BINS) / len(stats)
             noise = (self.gap_draws[model] - gap) * self._widening
-            null = self._nulls[model][: len(draws)]
+            null = self._null(model)[: len(draws)]
             if self.clustered and np.abs(noise).sum(axis=1).mean() > np.abs(null).sum(axis=1).mean():
                 null = noise  # tokens of one sequence are off together: that alone is no evidence
             return ece_interval(gap, share, noise, null, level=level, seed=self._seed)
@@ -155,8 +238,14 @@ class Resamples:
 
     def null_ece(self, model: int) -> tuple[float, float]:
         """Return the mean and the 95 % quantile of the ECE of a calibrated model with these confidences."""
-        draws = np.abs(self._nulls[model]).sum(axis=1)
+        draws = np.abs(self._null(model)).sum(axis=1)
         return float(draws.mean()), float(np.quantile(draws, 0.95))
+
+    def _null(self, model: int) -> Floats:
+        if model not in self._nulls:
+            c = self._cells[model].confidence
+            self._nulls[model] = null_gaps(c, bin_index(c, N_BINS), N_BINS, self._repetitions, self._seed)
+        return self._nulls[model]
 
     @property
     def _widening(self) -> float:

@@ -250,6 +250,24 @@ class TokenCalibration:
         ends["ece"] = np.array(ece_interval(own, share, noise, null, seed=self.seed))
         return ends
 
+    def draws(self) -> tuple[Floats, dict[str, float], dict[str, Floats]]:
+        """Return the number of tokens [R] in each replicate which holds one, and accuracy, nll, brier and ece: values, and [R].
+
+        The weights depend on the rank of a sequence and the seed alone: two models which were given the same sequences in one
+        order have the same numbers of tokens, and the difference of their replicates is a paired one.
+
+        Raises:
+            ValueError: no tokens yet.
+        """
+        known, total = self._cells.compute(N_BINS), self._total()
+        sums = self._all_replicates()
+        sums = sums[sums[:, _COUNT] > 0]
+        values, draws = {"accuracy": known["accuracy"]}, {"accuracy": sums[:, _CORRECT] / sums[:, _COUNT]}
+        for name, column in (("nll", _NLL), ("brier", _BRIER)):
+            values[name], draws[name] = float(total[column] / total[_COUNT]), sums[:, column] / sums[:, _COUNT]
+        values["ece"], draws["ece"] = known["ece"], np.abs(sums[:, _GAP]).sum(axis=1) / sums[:, _COUNT]
+        return sums[:, _COUNT], values, draws
+
     def groups(self) -> list[dict[str, Any]]:
         """Return {"kind", "name", "n", "accuracy", "nll", "perplexity", "brier", "ece", "signed_gap"} of each group.
 

@@ -239,3 +239,25 @@ def test_the_verdict_is_right_in_18_of_20_constructed_cases(draw):
             wrong[name] = (case.truth, found)
     print(f"\ndraw {draw}: {20 - len(wrong)} of 20 right; wrong (truth, verdict): {wrong}")
     assert len(wrong) <= 2
+
+
+def test_models_which_have_not_learnt_get_no_advice():
+    """Two sure models at chance: temperature scaling improves the NLL measurably, and would be advised."""
+    rng = np.random.default_rng(0)
+    labels, logits = rng.integers(0, 3, 600), 4 * rng.normal(size=(600, 3))
+    results = [
+        Result(
+            Variant(name, e, t != 1), 0, t, 1.1, {"test": PredictionStatistics.from_logits(s * logits / t, labels)}, labels=known
+        )
+        for known in ({"test": labels},)
+        for name, e, s in (("baseline", 0.0, 1.0), ("smoothed", 0.1, 0.5))
+        for t in (1.0, 40.0 * s)
+    ]
+    found = compare(results, repetitions=100)
+    assert (found.verdict.kind, found.verdict.epsilon, found.class_counts) == ("not_learnt", None, np.bincount(labels).tolist())
+    assert found.verdict.sentence.startswith("No verdict, the models have not learnt: no accuracy is measurably above 0.3")
+    assert compare([dataclasses.replace(r, labels=None) for r in results], repetitions=100).verdict.kind == "temperature"
+    assert Comparison.from_json(found.to_json()) == found
+    one_learnt = PredictionStatistics.from_logits(9 * np.eye(3)[labels] + logits, labels)
+    better = [dataclasses.replace(r, statistics={"test": one_learnt}) if r.variant.epsilon else r for r in results]
+    assert compare(better, repetitions=100).verdict.kind == "smooth"
