@@ -48,10 +48,23 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def output_embedding(model: nn.Module) -> nn.Module | None:
-    """The layer which makes the logits of a language model, or None for other models."""
+    """The layer which makes the logits of a language model, or None for other models.
+
+    Some models which generate name none (BLIP): theirs is that of the one language model in them.
+    """
     from transformers.modeling_utils import unwrap_model
 
-    find = getattr(unwrap_model(model), "get_output_embeddings", None)
+    inner: Any = unwrap_model(model)
+    found = _named_output_embedding(inner)
+    generates = getattr(base_model(inner), "can_generate", None)
+    if found is not None or not callable(generates) or not generates():
+        return found
+    below = {id(head): head for part in inner.modules() if (head := _named_output_embedding(part)) is not None}
+    return next(iter(below.values())) if len(below) == 1 else None
+
+
+def _named_output_embedding(model: Any) -> nn.Module | None:
+    find = getattr(model, "get_output_embeddings", None)
     return find() if callable(find) else None
 
 

@@ -18,7 +18,7 @@ from transformers.modeling_utils import unwrap_model
 from hf_ls.common.models import IGNORE_INDEX
 from hf_ls.losses.cross_entropy import check_range, item_weights, shift_if
 from hf_ls.trainer.shift import decoder_inputs
-from hf_ls.trainer.spans import positions_in
+from hf_ls.trainer.spans import POSITIONS, positions_in
 
 # What padding-free collators call labels which are aligned with the logits already.
 SHIFTED = "shift_labels"
@@ -135,9 +135,16 @@ class Batch:
         inputs = copied(self.others)
         return inputs if self.spans else decoder_inputs(model, inputs, self.given.clone())
 
+    def label_inputs(self) -> dict[str, Tensor]:
+        """Fresh labels as the model's own loss takes them; an ignored position of an answer lies beyond every text."""
+        if self.spans:
+            sides = self.given.masked_fill(self.given == IGNORE_INDEX, 1 << 30).unbind(1)
+            return {name: side.clone() for name, side in zip(POSITIONS, sides, strict=True)}
+        return {name: self.given.clone() for name in self.names}
+
     def with_labels(self, model: nn.Module) -> dict[str, Any]:
-        """Fresh inputs for one forward which returns the model's own loss too; of one label input."""
-        return self.for_model(model) | {name: self.given.clone() for name in self.names}
+        """Fresh inputs for one forward which returns the model's own loss too."""
+        return self.for_model(model) | self.label_inputs()
 
     def with_some_label(self) -> Batch:
         """The batch with class 0 as every label, for a process without any which must take part in collective forwards."""

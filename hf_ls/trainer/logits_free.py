@@ -11,6 +11,7 @@ graph there. Outside of that call the model is untouched: generation, evaluation
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,20 +19,15 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 from transformers.modeling_utils import unwrap_model
 
-from hf_ls.common.models import in_eval_mode, output_embedding
+from hf_ls.common.models import base_model, in_eval_mode, output_embedding
 from hf_ls.losses._rows import Observer, RowLoss
 from hf_ls.losses.cross_entropy import logits_of, smoothed_terms
 from hf_ls.losses.linear import LinearTerms, linear_smoothed_terms
 from hf_ls.losses.smoothing import Smoothing
 from hf_ls.trainer.batch import Batch, copied
-
-# What a config calls the number which multiplies, divides or caps the logits.
-MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere; FalconH1; MuseGlimmer
-DIVISORS = ("logits_scaling",)  # Granite
-CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma; RecurrentGemma; xLSTM
+from hf_ls.trainer.own_loss import added_loss, without_cross_entropy
 
 
 class HeadLoss(NamedTuple):
@@ -44,11 +40,11 @@ class HeadLoss(NamedTuple):
 
 
 class PostProcessing(NamedTuple):
-    """What a model does to x = h·Wᵀ + b: logits = c·tanh(s·x/c) + final bias."""
+    """What a model does to x = h·Wᵀ + b: logits = c·tanh(s·x/c) + final bias. Measured, see `measured`."""
 
-    logit_scale: float  # s > 0
-    softcap: float | None  # c > 0
-    final_bias: Tensor | None  # [K]
+    logit_scale: float = 1.0  # s > 0
+    softcap: float | None = None  # c > 0
+    final_bias: Tensor | None = None  # [K]
 
     def apply(self, x: Tensor) -> Tensor:
         """The logits which the model makes of x [..., K]."""
@@ -60,24 +56,24 @@ class PostProcessing(NamedTuple):
 class LogitsFreeHead:
     """The language-model head of a model, ready to return losses instead of logits.
 
-    Exact for an output embedding which is a plain linear layer, tied or not, whose logits are only scaled, soft-capped
-    or biased afterwards. `probe` makes sure of that; call it before the first use.
+    Exact for an output embedding which is a linear layer, tied or not, whose logits are only scaled, soft-capped or biased
+    afterwards. `probe` measures how and makes sure of that; call it before the first use.
 
     Raises: ValueError with the reason when the head of the model cannot be used; the caller then takes the dense path.
     """
 
     def __init__(self, model: nn.Module) -> None:
         """Take the head of `model`, wrapped or not."""
-        if _is_compiled(model):
+        if is_compiled(model):
             raise ValueError("expected an eager model, got a compiled one; torch.compile keeps the logits path")
         if isinstance(model, nn.DataParallel):
             raise ValueError("expected one device per process, got nn.DataParallel; launch with torchrun or accelerate")
         self.model = unwrap_model(model)
         head = output_embedding(model)
         if head is None:
-            raise ValueError(f"expected a language-model head, got none in {type(self.model).__name__}; its logits are small")
+            raise ValueError(f"expected a language-model head, got none in {type(self.model).__name__}")
         self.head = _plain_linear(head)
-        self.post_processing = _post_processing(self.model)
+        self.post_processing = PostProcessing()
 
     def __call__(
         self,
@@ -90,16 +86,20 @@ class LogitsFreeHead:
         token_weight: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
         observer: Observer | None = None,
+        added: tuple[int, ...] = (),
+        share: float = 1.0,
     ) -> HeadLoss:
-        """One forward of `model` on inputs without labels, with the smoothed loss of the head, in nats.
+        """One forward of `model` with the smoothed loss of the head, in nats.
 
-        loss = Σ w·loss / num_items_in_batch, or / Σ w without a count. Shapes: labels [B, T] aligned with the logits
+        loss = Σ w·loss / num_items_in_batch, or / Σ w without a count; + share · what the model's own loss adds. Shapes: labels [B, T] aligned with the logits
         (shifted already for a causal model), token_weight [B, T].
 
         Args:
             model: this head's model as wrapped by DDP or FSDP, or itself.
             objective: another loss per row, as in `linear.linear_smoothed_cross_entropy`.
             observer: sees the logits and labels of the kept items, a chunk at a time.
+            added: which calls of cross entropy to silence in the model's own loss (`own_loss.OwnLoss.calls`), whose labels are
+                then among the inputs; () for inputs without labels.
 
         Raises: ValueError when the head is not called exactly once with one hidden state per label; as
         `linear.linear_smoothed_terms`.
@@ -114,15 +114,16 @@ class LogitsFreeHead:
                     "leave `logits_to_keep` out of the batch"
                 )
             scale, softcap, final_bias = self.post_processing
-            terms = linear_smoothed_terms(
-                hidden,
-                self.head.weight,
-                labels,
-                RowLoss(smoothing, objective, logit_scale=scale, softcap=softcap, observer=observer),
-                bias=_one_bias(self.head.bias, final_bias, scale),
-                token_weight=token_weight,
-                num_items_in_batch=num_items_in_batch,
-            )
+            with torch._C.DisableTorchFunction():  # an objective may be a cross entropy of its own
+                terms = linear_smoothed_terms(
+                    hidden,
+                    self.head.weight,
+                    labels,
+                    RowLoss(smoothing, objective, logit_scale=scale, softcap=softcap, observer=observer),
+                    bias=_one_bias(self.head.bias, final_bias, scale),
+                    token_weight=token_weight,
+                    num_items_in_batch=num_items_in_batch,
+                )
             found.append(terms)
             # Empty, but in the graph of the loss: FSDP and ZeRO hang their backward hooks on what a module returns.
             return terms.loss.reshape(1)[:0].reshape(0, *hidden.shape[1:-1], self.head.weight.shape[0]).to(hidden.dtype)
@@ -133,61 +134,82 @@ class LogitsFreeHead:
             logits = logits_of(outputs)
             if logits.numel() or not isinstance(outputs, dict):
                 raise ValueError(f"expected a ModelOutput with empty logits, got {type(outputs).__name__} {tuple(logits.shape)}")
-            outputs["loss"] = found[0].loss + logits.sum().to(found[0].loss.dtype)
+            own = added_loss(outputs, logits, labels, whole=False) if added else 0.0
+            outputs["loss"] = found[0].loss + logits.sum().to(found[0].loss.dtype) + share * own
             return outputs
 
-        with self._replaced(head_forward, with_loss):
+        with self._replaced(head_forward, with_loss), without_cross_entropy(added):
             outputs = model(**inputs)
         return HeadLoss(outputs["loss"], found[0].nll, found[0].smoothing_term, outputs)
 
     @torch.no_grad()
-    def probe(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> None:
-        """Compare with the model's own logits, in evaluation mode and without random numbers: three small forwards.
+    def probe(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, added: tuple[int, ...] = ()) -> None:
+        """Measure and compare with the model's own logits, in evaluation mode, without random numbers: small forwards.
 
         First what the model makes of known logits, whatever its weights (a new head's are so small that a factor would
         not be seen); then the loss of its hidden states against that of its own logits. Shapes: labels [B, T] aligned.
 
+        Args:
+            added: as in the call.
+
         Raises: ValueError with the reason when they differ.
         """
         with in_eval_mode(model):
-            own = logits_of(model(**copied(inputs)))
-            known, processed = self._known_logits(model, inputs)
-            if processed.shape != known.shape:
-                raise ValueError(f"expected logits {tuple(known.shape)} as the head makes them, got {tuple(processed.shape)}")
+            with without_cross_entropy(added):
+                own = logits_of(model(**copied(inputs)))
+            self.post_processing = self._measure(model, inputs, added)
             smoothing = Smoothing(0.5)
             try:
-                here = self(model, copied(inputs), labels, smoothing)
+                here = self(model, copied(inputs), labels, smoothing, added=added)
             except (RuntimeError, IndexError, TypeError) as error:
                 raise ValueError(
                     f"expected a forward which can do with empty logits, got {type(error).__name__}: {error}"
                 ) from error
-        if own.shape[-1] != self.head.weight.shape[0]:
-            raise ValueError(f"expected {self.head.weight.shape[0]} logits as the head has rows, got {own.shape[-1]}")
-        tolerance = 2e-2 if known.dtype in (torch.float16, torch.bfloat16) else 1e-4
-        exact = torch.promote_types(processed.dtype, torch.float32)
-        _check_close("logits after the head", self.post_processing.apply(known.to(exact)), processed.to(exact), tolerance)
+        tolerance = 2e-2 if own.dtype in (torch.float16, torch.bfloat16) else 1e-4
         dense = smoothed_terms(own, labels, smoothing)
         _check_close("nll", here.nll, dense.nll, tolerance)
         _check_close("smoothing term", here.smoothing_term, dense.smoothing_term, tolerance)
 
-    def _known_logits(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Made-up logits in [−8, 8] put in the place of the head's, and what the model returns for them."""
+    def _measure(self, model: nn.Module, inputs: Mapping[str, Any], added: tuple[int, ...]) -> PostProcessing:
+        """What the model does to its logits, from what it makes of known ones, whatever its config calls that.
+
+        Known are, in float32 or better even where the model is not: zeros, which show a final bias; ±2¹⁴, at which a soft-cap is
+        its constant; and values in [−8, 8], which show the scale and check the whole.
+
+        Raises: ValueError where that does not explain the logits, or where a trained weight takes part.
+        """
         put: list[Tensor] = []
+        far = 2.0**14
 
         def head_forward(hidden: Tensor) -> Tensor:
-            shape, weight = hidden.shape[:-1], self.head.weight
-            angle = torch.arange(shape.numel() * weight.shape[0], device=hidden.device, dtype=torch.float32)
-            device = hidden.device.type
-            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-            put.append((8 * angle.cos()).reshape(*shape, -1).to(dtype))
+            rows, classes = hidden.shape[:-1].numel(), self.head.weight.shape[0]
+            exact = torch.promote_types(self.head.weight.dtype, torch.float32)
+            known = 8 * torch.arange(rows * classes, device=hidden.device, dtype=exact).cos().reshape(rows, classes)
+            known[0] = 0
+            known[-1, ::2], known[-1, 1::2] = far, -far
+            put.append(known.reshape(*hidden.shape[:-1], classes))
+            torch.set_grad_enabled(True)  # up to the end of `no_grad` in the probe: shows weights which work on the logits
             # The model may change its logits in place.
             return put[0].clone()
 
-        with self._replaced(head_forward, lambda outputs: outputs):
-            outputs = model(**copied(inputs))
+        with torch.no_grad(), self._replaced(head_forward, lambda outputs: outputs), without_cross_entropy(added):
+            processed = logits_of(model(**copied(inputs)))
         if len(put) != 1:
             raise ValueError(f"expected one call of the head in a forward, got {len(put)}; it is not used as a layer")
-        return put[0], logits_of(outputs)
+        if processed.shape != put[0].shape:
+            raise ValueError(f"expected logits {tuple(put[0].shape)} as the head makes them, got {tuple(processed.shape)}")
+        if processed.requires_grad:
+            raise ValueError("expected logits from the head alone, got a trained weight which works on them after it")
+        known, found = (part.detach().to(put[0].dtype).flatten(0, -2) for part in (put[0], processed))
+        if len(known) < 3:
+            raise ValueError(f"expected at least 3 rows of logits to measure what the model does to them, got {len(known)}")
+        scale, softcap, bias = _fit(known, found)
+        own_bias = getattr(base_model(self.model), "final_logits_bias", None)
+        if bias is not None and not (isinstance(own_bias, Tensor) and torch.allclose(own_bias.flatten().to(bias), bias)):
+            raise ValueError("expected `final_logits_bias` as the only bias after the head, got another")
+        post = PostProcessing(scale, softcap, None if bias is None else own_bias.flatten())  # type: ignore[union-attr]
+        _check_close("logits after the head", post.apply(known), found, 2e-2 if processed.dtype.itemsize < 4 else 1e-5)
+        return post
 
     @contextmanager
     def _replaced(self, head_forward: Callable[[Tensor], Tensor], finish: Callable[[Any], Any]) -> Iterator[None]:
@@ -201,15 +223,18 @@ class LogitsFreeHead:
             yield
 
 
-def head_for(wrapped: nn.Module, model: nn.Module, small: Batch) -> tuple[LogitsFreeHead | None, str | None]:
+def head_for(
+    wrapped: nn.Module, model: nn.Module, small: Batch, added: tuple[int, ...] = ()
+) -> tuple[LogitsFreeHead | None, str | None]:
     """The head of a model after its probe on a small batch, or the reason why it cannot be used. All processes together.
+    `added` as in the call of the head.
 
     One process on the other path would leave the rest alone in collective forwards: the reason of any is that of all.
     """
     head, error = None, None
     try:
         head = LogitsFreeHead(wrapped)
-        head.probe(model, small.for_model(model), small.labels)
+        head.probe(model, small.with_labels(model) if added else small.for_model(model), small.labels, added)
     except ValueError as found:
         error = str(found)
     return head, next((reason for reason in gather_object([error]) if reason is not None), None)
@@ -228,14 +253,18 @@ def _forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None
             module.__dict__["forward"] = before
 
 
-def _is_compiled(model: nn.Module) -> bool:
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile runs the model or a part of it."""
     return any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in model.modules())
 
 
 def _plain_linear(head: nn.Module) -> nn.Linear:
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or "forward" in head.__dict__:
+    weights = {name for name, _ in head.named_parameters()} | {name for name, _ in head.named_buffers()}
+    if not isinstance(head, nn.Linear) or "forward" in head.__dict__ or weights - {"weight", "bias"}:
         kind = f"{type(head).__module__}.{type(head).__name__}"
-        raise ValueError(f"expected a plain nn.Linear as output embedding, got {kind}: an adapter, or a quantised head")
+        raise ValueError(
+            f"expected a plain nn.Linear as output embedding, got {kind}: an adapter, weights beside it, or quantised"
+        )
     return head
 
 
@@ -244,24 +273,26 @@ def _check_weight(weight: Tensor) -> None:
         raise ValueError(f"expected a plain tensor as the head's weight, got {type(weight).__name__}: sharded or quantised")
 
 
-def _post_processing(model: nn.Module) -> PostProcessing:
-    config = getattr(model, "config", None)
-    if isinstance(config, PreTrainedConfig):
-        config = config.get_text_config(decoder=True)
-
-    def named(names: tuple[str, ...]) -> list[float]:
-        values = [getattr(config, name, None) for name in names]
-        return [float(value) for value in values if isinstance(value, int | float) and value > 0]
-
-    scale = 1.0
-    for value in named(MULTIPLIERS):
-        scale *= value
-    for value in named(DIVISORS):
-        scale /= value
-    bias, softcap = getattr(model, "final_logits_bias", None), next(iter(named(CAPS)), None)
-    if isinstance(bias, Tensor) and softcap is not None:
-        raise ValueError("expected a final bias or a soft-cap, got both; no model is known which has them")
-    return PostProcessing(scale, softcap, bias.flatten() if isinstance(bias, Tensor) else None)
+def _fit(known: Tensor, found: Tensor) -> tuple[float, float | None, Tensor | None]:
+    """(s, c, final bias) with found = c·tanh(s·known/c) + bias, for rows [N, K] as `_measure` makes them."""
+    bias = found[0] if bool(found[0].any()) else None
+    x, y = known[1:], found[1:] if bias is None else found[1:] - bias
+    if bool((x == y).all()):
+        return 1.0, None, bias
+    cap, line = float(y[-1, 0]), float(y[-1, 0] / x[-1, 0])
+    near = x[:-1].flatten()
+    top = int(near.argmax())
+    slope = float(y[:-1].flatten()[top] / near[top])
+    if not (0 < line < math.inf and 0 < slope < math.inf):
+        raise ValueError("expected logits which grow with those of the head, got others; the model masks or turns them")
+    if abs(line - slope) <= 1e-2 * slope:
+        # Over all of them the rounding of half precision evens out.
+        return float((x * y).double().sum() / (x * x).double().sum()), None, bias
+    share = y[:-1].flatten().double() / cap
+    clear = (share.abs() > 0.2) & (share.abs() < 0.8)  # tanh is neither a line there nor flat: its inverse loses no digits
+    if not bool(clear.any()):
+        clear = share.abs() == share.abs().masked_fill(share.abs() >= 1, 0).amax()
+    return float((cap * share[clear].atanh() / near[clear].double()).mean()), cap, bias
 
 
 def _one_bias(bias: Tensor | None, final_bias: Tensor | None, scale: float) -> Tensor | None:
@@ -276,5 +307,5 @@ def _check_close(what: str, here: Tensor, dense: Tensor, tolerance: float) -> No
     if bool(bad.any()):
         raise ValueError(
             f"expected the {what} of the model's own forward, {float(dense[bad][0]):.6g}, got {float(here[bad][0]):.6g} without "
-            "the logits; the model does something to its logits that its config does not name"
+            "the logits; the model does something else to its logits than to scale, soft-cap or bias them"
         )

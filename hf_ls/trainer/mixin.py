@@ -35,10 +35,11 @@ from hf_ls.trainer.card import write_trainer_card
 from hf_ls.trainer.criterion import LoggedTerms, OnlineState, check_one_loss
 from hf_ls.trainer.distillation import teacher_for
 from hf_ls.trainer.evaluation import Evaluation, beside_loss, end_of_sequence, for_prediction
-from hf_ls.trainer.logits_free import LogitsFreeHead, head_for
+from hf_ls.trainer.logits_free import LogitsFreeHead, head_for, is_compiled
 from hf_ls.trainer.mixup import check_mixable
+from hf_ls.trainer.own_loss import added_loss, without_cross_entropy
 from hf_ls.trainer.processes import check_parallelism, forget_preparation, gather_once, reshard, without_repeats
-from hf_ls.trainer.shift import check_supported, counts_first_label, model_loss_gap, resolve_shift, router_loss
+from hf_ls.trainer.shift import check_supported, counts_first_label, model_loss_gap, resolve_shift
 from hf_ls.trainer.spans import check_both_positions, check_span_settings, is_span_task, span_loss_gap
 
 logger = logging.getLogger(__name__)
@@ -109,6 +110,8 @@ class LabelSmoothingMixin(Trainer):
         self._given_smoothing, self._given_objective, self._given_shift = smoothing, objective, shift_labels
         self._has_teacher, self._teacher = teacher is not None, None
         self._shift, self._checked_shifted = shift_labels, shift_labels is not None
+        # Which calls of cross entropy in the model's own loss are that of the labels, where it adds something to them.
+        self._added: tuple[int, ...] | None = None
         self._head: LogitsFreeHead | None = None
         self._head_sought = False
         self._terms, self._spans = LoggedTerms(), False
@@ -184,9 +187,10 @@ class LabelSmoothingMixin(Trainer):
         """The loss with its terms logged, and the outputs; with a head from a forward without logits."""
         if head is not None:
             return self._logits_free_loss(head, model, batch, num_items_in_batch)
-        inputs = batch.for_model(self.model)
+        inputs, labels = batch.for_model(self.model), batch.label_inputs() if self._added else {}
         mixed = None if self.mixup is None else self.mixup.draw(batch.labels)
-        outputs = model(**inputs) if mixed is None else mixed.forward(model, inputs)
+        with without_cross_entropy(() if is_compiled(model) else self._added or ()):
+            outputs = model(**inputs, **labels) if mixed is None else mixed.forward(model, inputs, **labels)
         logits = self._logits_of(outputs, batch)
         teacher_logits = None if self._teacher is None else self._teacher.logits(batch.for_model(self.model))
         if mixed is None:
@@ -197,7 +201,9 @@ class LabelSmoothingMixin(Trainer):
             terms = self._training_terms(logits, batch, teacher_logits, num_items_in_batch, mixed.share)
             terms = terms + self._training_terms(logits, other, theirs, num_items_in_batch, 1 - mixed.share)
         self._terms.add(terms, batch.items(num_items_in_batch), self.state.global_step)
-        return terms.sum() + self._auxiliary_loss(outputs), outputs
+        if not self._added:
+            return terms.sum(), outputs
+        return terms.sum() + self._added_share() * added_loss(outputs, logits, batch.labels, whole=is_compiled(model)), outputs
 
     def _training_terms(
         self, logits: Tensor, batch: Batch, teacher_logits: Tensor | None, num_items_in_batch: Any, share: Tensor | None = None
@@ -214,13 +220,13 @@ class LabelSmoothingMixin(Trainer):
         check_class_weight(self.class_weight, head.head.weight.shape[0])
         weight, per_count = batch.factors(num_items_in_batch, self._loss_scale(), batch.weight.dtype)
         found = head(
-            model, batch.for_model(self.model), batch.labels, smoothing, objective=self.criterion.for_rows(smoothing),
-            token_weight=None if self.class_weight is None else weight, num_items_in_batch=1 / per_count,
-            observer=self._observer,
+            model, batch.with_labels(self.model) if self._added else batch.for_model(self.model), batch.labels, smoothing,
+            objective=self.criterion.for_rows(smoothing), token_weight=None if self.class_weight is None else weight,
+            num_items_in_batch=1 / per_count, observer=self._observer, added=self._added or (), share=self._added_share(),
         )  # fmt: skip
         terms = torch.stack([(part * weight).sum() * per_count for part in (found.nll, found.smoothing_term)])
         self._terms.add(terms, batch.items(num_items_in_batch), self.state.global_step)
-        return found.loss + self._auxiliary_loss(found.outputs), found.outputs
+        return found.loss, found.outputs
 
     def _evaluation_loss(self, head: LogitsFreeHead | None, model: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
         """The mean NLL of a batch, its items kept for the metrics; the sums of a fitted temperature instead while one is."""
@@ -244,9 +250,9 @@ class LabelSmoothingMixin(Trainer):
             observe(self._observer, logits[batch.kept], batch.labels[batch.kept])
         return logits
 
-    def _auxiliary_loss(self, outputs: Any) -> Tensor | float:
-        """Router losses of mixture-of-experts models, a mean per micro-batch (stock smoothing drops them)."""
-        return router_loss(self.model, outputs) / getattr(self, "current_gradient_accumulation_steps", 1)
+    def _added_share(self) -> float:
+        """The weight of what the model's own loss adds, a mean per micro-batch (stock smoothing drops it)."""
+        return 1 / getattr(self, "current_gradient_accumulation_steps", 1)
 
     def _loss_scale(self) -> int:
         # DDP averages gradients, but the count is global; tensor-parallel ranks see the same batch.
@@ -262,25 +268,28 @@ class LabelSmoothingMixin(Trainer):
         All processes together, since a forward of a sharded model is collective: one without any label joins in with a
         made-up one, and the first process which has labels decides for all.
         """
-        if self._shift is not None:
+        if self._shift is not None and self._added is not None:
             return
         found, raw = next(((b, r) for r in batches if (b := Batch.read(r, self.label_names)).tells), (None, batches[0]))
         batch = found or Batch.read(raw, self.label_names)
-        if batch.aligned and self._checked_shifted:
+        if batch.aligned and self._checked_shifted and self._added is not None:
             return
         if not any(gather_object([found is not None])):
             return  # nothing was learnt: ask the next batch
         batch = Batch.read(self._prepare_inputs(raw), self.label_names)
         batch = (batch if found or batch.spans else batch.with_some_label()).small()
-        # Virtual tokens have no labels in the batch: the model below the prompt has the same shift and loss.
-        model = self.model.get_base_model() if virtual_tokens(self.model) else self.model
-        own = span_loss_gap(model, batch) if batch.spans else model_loss_gap(model, batch)
+        prompt = virtual_tokens(self.model)
+        own = span_loss_gap(self.model, batch) if batch.spans else model_loss_gap(self.model, batch, prompt)
         gap = next(gap for gap in gather_object([own if found else None]) if gap is not None)
-        shift = resolve_shift(self.model, gap, gap.ambiguous and counts_first_label(model, batch))
-        if batch.aligned:
-            self._checked_shifted = True
-        else:
-            self._shift = shift
+        if self._given_shift is None:
+            # Virtual tokens predict the first label too: ask the model below the prompt.
+            model = self.model.get_base_model() if prompt else self.model
+            shift = resolve_shift(self.model, gap, gap.ambiguous and counts_first_label(model, batch))
+            if batch.aligned:
+                self._checked_shifted = True
+            else:
+                self._shift = shift
+        self._added = gap.calls if gap.added else ()
 
     def _find_head(self, model: nn.Module, batch: Batch) -> LogitsFreeHead | None:
         """Once per training, all processes together: the head which gives losses instead of logits; why none, in the log."""
@@ -289,7 +298,8 @@ class LabelSmoothingMixin(Trainer):
         if not any(gather_object([batch.tells])):
             return None  # nothing to compare: ask the next batch
         self._head_sought = True
-        head, reason = head_for(model, self.model, (batch if batch.tells else batch.with_some_label()).small())
+        small = (batch if batch.tells else batch.with_some_label()).small()
+        head, reason = head_for(model, self.model, small, self._added or ())
         if reason is None:
             self._head = head
         elif self._logits_free == "on":
@@ -343,7 +353,7 @@ class LabelSmoothingMixin(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`."""
         if self.model_init is not None:  # which may make another model
-            self._shift, self._checked_shifted = self._given_shift, self._given_shift is not None
+            self._shift, self._checked_shifted, self._added = self._given_shift, self._given_shift is not None, None
         last = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
         self._online_state.resume_from = last or None
         return super().train(resume_from_checkpoint, *args, **kwargs)

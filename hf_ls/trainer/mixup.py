@@ -61,8 +61,10 @@ class MixedBatch(NamedTuple):
             mixed["token_type_ids"] = torch.where(other & (~own | (self._column() < 0.5)), segments[self.partner], segments)
         return mixed
 
-    def forward(self, model: nn.Module, batch: Mapping[str, Any]) -> Any:
-        """The outputs of one forward of `model`, wrapped or not, on the mixed embeddings of a batch without labels.
+    def forward(self, model: nn.Module, batch: Mapping[str, Any], **labels: Any) -> Any:
+        """The outputs of one forward of `model`, wrapped or not, on the mixed embeddings of a batch.
+
+        labels: given to the model as they are, for what its own loss adds.
 
         Raises: ValueError as `inputs`, and for a model which does not look its tokens up exactly once in one layer.
         """
@@ -89,7 +91,7 @@ class MixedBatch(NamedTuple):
         layer = _input_embedding(model)
         handles = [layer.register_forward_pre_hook(own_ids, with_kwargs=True), layer.register_forward_hook(mix)]
         try:
-            outputs = model(**inputs)
+            outputs = model(**inputs, **labels)
         finally:
             for handle in handles:
                 handle.remove()

@@ -8,7 +8,8 @@ precision, with its gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hf_ls.common.models import IGNORE_INDEX
+from hf_ls.common.models import IGNORE_INDEX, base_model
+from hf_ls.losses.cross_entropy import smoothed_terms
+from hf_ls.losses.smoothing import Smoothing
 
 
 class CrossEntropyCall(NamedTuple):
@@ -103,16 +106,42 @@ def without_cross_entropy(calls: tuple[int, ...]) -> Iterator[None]:
         )
 
 
-@torch.no_grad()
-def own_loss(model: nn.Module, inputs: dict[str, Any], labels: list[tuple[Tensor, ...]], means: list[float]) -> OwnLoss:
-    """A model's own loss on a batch with labels, and what it adds to their cross entropy. Two forwards.
+def added_loss(outputs: Any, logits: Tensor, labels: Tensor, *, whole: bool) -> Tensor:
+    """What the model's own loss adds, with its graph, from a forward with labels; nats.
 
     Args:
+        whole: its cross entropy was not silenced (a compiled model's is not): take off that of its logits. Shapes as in
+            `smoothed_terms`.
+    """
+    found = loss_in(outputs)
+    if found is None:
+        raise ValueError("expected a loss from the model's own forward with labels, as in its first batch, got none")
+    if not whole:
+        return found
+    kept = labels != IGNORE_INDEX
+    if not bool(kept.any()):
+        return found.new_zeros(())
+    nll = smoothed_terms(logits, labels, Smoothing(0.0)).nll
+    # The mean over starts and that over ends count alike.
+    return found - (nll.sum(0) / kept.sum(0)).mean() if "start_logits" in outputs else found - nll.sum() / kept.sum()
+
+
+@torch.no_grad()
+def own_loss(
+    model: nn.Module, inputs: Callable[[], dict[str, Any]], labels: list[tuple[Tensor, ...]], means: list[float]
+) -> OwnLoss:
+    """A model's own loss on a batch with labels, and what it adds to their cross entropy. Two forwards, never compiled.
+
+    Args:
+        inputs: makes the batch with its labels afresh for each forward.
         labels: for each cross entropy the kept labels [n], in the alignments which may be; two of them for starts and ends.
         means: the mean NLL which the model's logits have in these alignments, nats, to tell the heads of one model apart.
     """
-    with _CrossEntropies(listen=True) as heard:
-        found = loss_in(model(**inputs))
+    batch, parameters = inputs(), inspect.signature(base_model(model).forward).parameters
+    if not (set(batch) <= set(parameters) or any(p.kind is p.VAR_KEYWORD for p in parameters.values())):
+        return OwnLoss(None, 0.0, (), None)  # it takes no labels
+    with torch.compiler.set_stance("force_eager"), _CrossEntropies(listen=True) as heard:
+        found = loss_in(model(**batch))
     calls: list[int] = []
     for alignments in labels:
         same = [
@@ -125,11 +154,9 @@ def own_loss(model: nn.Module, inputs: dict[str, Any], labels: list[tuple[Tensor
     if len(calls) < len(labels):
         counted = [len(call.labels) for call in heard.calls if call.labels is not None]
         return OwnLoss(None if found is None else float(found), 0.0, (), max(counted, default=None))
-    with without_cross_entropy(tuple(sorted(calls))):
-        added = loss_in(model(**inputs))
-    return OwnLoss(
-        None if found is None else float(found), 0.0 if added is None else float(added), tuple(sorted(calls)), None
-    )
+    with torch.compiler.set_stance("force_eager"), without_cross_entropy(tuple(sorted(calls))):
+        added = loss_in(model(**inputs()))
+    return OwnLoss(None if found is None else float(found), 0.0 if added is None else float(added), tuple(sorted(calls)), None)
 
 
 def _equal(found: Tensor, kept: Tensor) -> bool:

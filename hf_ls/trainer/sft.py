@@ -97,8 +97,7 @@ class LabelSmoothingSFTTrainer(LabelSmoothingMixin, SFTTrainer):  # type: ignore
         **kwargs: Any,
     ) -> Any:
         """As `LabelSmoothingMixin.compute_loss`, adding to TRL's metrics."""
-        # As TRL: without a cache packed sequences are kept apart; vision-language models take the router flag only so.
-        inputs = {**inputs, "use_cache": False} | ({"output_router_logits": True} if self.aux_loss_enabled else {})
+        inputs = self._as_trl(inputs)
         seen = TokenMetrics(self.accelerator.device)
         self._observer = seen
         try:
@@ -120,9 +119,16 @@ class LabelSmoothingSFTTrainer(LabelSmoothingMixin, SFTTrainer):  # type: ignore
             self._total_train_tokens += int(total) // self._tp_size
         metrics["num_tokens"] = [self._total_train_tokens]
 
-    def _auxiliary_loss(self, outputs: Any) -> Tensor | float:
-        if not self.aux_loss_enabled:
-            return 0.0
-        auxiliary = outputs["aux_loss"]
-        self._metrics["train"]["aux_loss"].append(self.accelerator.gather(auxiliary.detach()).mean().item())
-        return self.router_aux_loss_coef * auxiliary / self.current_gradient_accumulation_steps
+    def _check_against_model(self, batches: list[dict[str, Any]]) -> None:
+        super()._check_against_model([self._as_trl(inputs) for inputs in batches])
+
+    def _as_trl(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        # Without a cache packed sequences are kept apart; vision-language models take the router flag only so.
+        return {**inputs, "use_cache": False} | ({"output_router_logits": True} if self.aux_loss_enabled else {})
+
+    def _training_loss(self, *args: Any) -> tuple[Tensor, Any]:
+        loss, outputs = super()._training_loss(*args)
+        if self.aux_loss_enabled:
+            auxiliary = outputs["aux_loss"].detach()
+            self._metrics["train"]["aux_loss"].append(self.accelerator.gather(auxiliary).mean().item())
+        return loss, outputs

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from transformers.modeling_utils import unwrap_model
 from hf_ls.common.models import IGNORE_INDEX, base_model, in_eval_mode
 from hf_ls.losses.cross_entropy import check_no_probabilities, logits_of, shift_if, smoothed_terms
 from hf_ls.losses.smoothing import Smoothing
+from hf_ls.trainer.own_loss import OwnLoss, loss_in, own_loss
 
 if TYPE_CHECKING:
     from hf_ls.trainer.batch import Batch
@@ -31,10 +33,13 @@ _ALIGNING = ("ForCTC", "ForRNNT", "ForTDT")
 class LossGap(NamedTuple):
     """The model's own loss beside the plain NLL without and with the causal shift, nats; None where it cannot be had."""
 
-    own: float | None
+    own: float | None  # without what it adds to the cross entropy
     unshifted: float
     shifted: float | None
     tolerance: float
+    added: float = 0.0
+    calls: tuple[int, ...] = ()  # see `OwnLoss`
+    others: int | None = None  # see `OwnLoss`
 
     def agrees(self, nll: float | None) -> bool:
         """Whether the model's own loss is this NLL, up to rounding."""
@@ -95,9 +100,10 @@ def check_supported(model: nn.Module, label_names: list[str], class_weight: Tens
 def decoder_inputs(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> dict[str, Any]:
     """The inputs with `decoder_input_ids` made from the labels if an encoder-decoder language model lacks them.
 
-    Without labels in its inputs T5 fails misleadingly and BART feeds its source to the decoder in silence.
+    Without labels in its inputs T5 fails misleadingly and BART feeds its source to the decoder in silence. A model which makes
+    them in its forward alone (Whisper, M2M100) is watched once while it does so for labels of ours.
 
-    Raises: ValueError when the model cannot make them.
+    Raises: ValueError when the model does not make them, or not by moving the labels to the right.
     """
     config = getattr(model, "config", None)
     if not getattr(config, "is_encoder_decoder", False) or labels.dim() != 2:
@@ -105,32 +111,99 @@ def decoder_inputs(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> 
     if "decoder_input_ids" in inputs or "decoder_inputs_embeds" in inputs:
         return inputs
     prepare = getattr(unwrap_model(model), "prepare_decoder_input_ids_from_labels", None)
-    if prepare is None:
-        raise ValueError(
-            f"expected decoder_input_ids, got none, and {type(model).__name__} cannot make them from labels; use "
-            "DataCollatorForSeq2Seq(tokenizer, model=model)"
-        )
-    return {**inputs, "decoder_input_ids": prepare(labels=labels)}
+    if prepare is not None:
+        return {**inputs, "decoder_input_ids": prepare(labels=labels)}
+    inner = unwrap_model(model)
+    if inner not in _STARTS:
+        _STARTS[inner] = _watched_start(model, inputs, labels)
+    start, pad = _STARTS[inner]
+    return {**inputs, "decoder_input_ids": _moved_right(labels, start, pad)}
+
+
+# What a model puts before the first label, and what in the place of ignored ones.
+_STARTS: weakref.WeakKeyDictionary[nn.Module, tuple[int, int]] = weakref.WeakKeyDictionary()
+
+
+def _moved_right(labels: Tensor, start: int, pad: int) -> Tensor:
+    moved = nn.functional.pad(labels, (1, 0), value=start)[:, :-1]
+    return moved.masked_fill(moved == IGNORE_INDEX, pad)
 
 
 @torch.no_grad()
-def model_loss_gap(model: nn.Module, batch: Batch) -> LossGap:
-    """Compare the model's own loss on one batch with some label, auxiliary losses taken off, with the NLL of its logits.
+def _watched_start(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> tuple[int, int]:
+    """The first decoder input which the model itself makes of labels, and its input for an ignored label; one forward."""
+    lengths = {value.shape[-1] for value in inputs.values() if isinstance(value, Tensor)}
+    length = next(n for n in range(4, 4 + len(lengths) + 1) if n not in lengths)  # of no other input
+    token = labels[labels != IGNORE_INDEX][:1]
+    known = (token if len(token) else labels.new_zeros(1)).repeat(len(labels), length)
+    known[:, 1] = IGNORE_INDEX
+    seen: list[Tensor] = []
 
-    Two forwards in evaluation mode: no dropout, no random numbers drawn. A batch which has only `shift_labels` is compared
+    def watch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for value in (*args, *(v for name, v in kwargs.items() if name != "labels")):
+            if isinstance(value, Tensor) and value.shape == known.shape and value.dtype == known.dtype:
+                seen.append(value.clone())
+
+    inner = unwrap_model(model)
+    handles = [m.register_forward_pre_hook(watch, with_kwargs=True) for m in inner.modules() if m is not inner]
+    rest = {name: value for name, value in inputs.items() if name != "decoder_attention_mask"}
+    try:
+        with in_eval_mode(model), torch.compiler.set_stance("force_eager"):
+            model(
+                **{name: value.clone() if isinstance(value, Tensor) else value for name, value in rest.items()},
+                labels=known.clone(),
+            )
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = next((ids for ids in seen if not torch.equal(ids, known)), None)
+    name = type(inner).__name__
+    if found is None:
+        raise ValueError(
+            f"expected decoder_input_ids, got none, and {name} makes none of its labels; use a collator which gives "
+            "decoder_input_ids, the labels moved one to the right"
+        )
+    start, pad = int(found[0, 0]), int(found[0, 2])
+    if not torch.equal(found, _moved_right(known, start, pad)):
+        raise ValueError(
+            f"expected {name} to move its labels one to the right for its decoder, got {found[0].tolist()} for "
+            f"{known[0].tolist()}; use a collator which gives decoder_input_ids"
+        )
+    return start, pad
+
+
+@torch.no_grad()
+def model_loss_gap(model: nn.Module, batch: Batch, prompt: int = 0) -> LossGap:
+    """Compare the model's own loss on one batch with some label, what it adds taken off, with the NLL of its logits.
+
+    Three forwards in evaluation mode: no dropout, no random numbers drawn. A batch which has only `shift_labels` is compared
     with the NLL without a further shift.
+
+    Args:
+        prompt: how many virtual tokens stand before the first, in the logits only.
 
     Raises: ValueError/TypeError as `smoothed_terms`, and when the model returns no logits, or probabilities instead.
     """
-    labels = batch.given
+    labels = nn.functional.pad(batch.given, (prompt, 0), value=IGNORE_INDEX) if prompt else batch.given
     with in_eval_mode(model):
         logits = logits_of(model(**batch.for_model(model)))
         check_no_probabilities(logits)
         # Before the model sees the labels: wrong ones end in an index error there, or in a crashed GPU.
-        unshifted = _mean_nll(logits, labels)
-        shifted = _mean_nll(*shift_if(True, logits, labels)) if labels.dim() == 2 and not batch.aligned else None
-        own = own_loss(model, batch.with_labels(model))
-    return LossGap(own, unshifted, shifted, loss_tolerance(model, logits))
+        unshifted, shifted = _mean_nll(logits, labels), None
+        alignments = [labels[labels != IGNORE_INDEX]]
+        if labels.dim() == 2 and not batch.aligned:
+            moved = shift_if(True, logits, labels)[1]
+            shifted = _mean_nll(logits, moved)
+            alignments.append(moved[moved != IGNORE_INDEX])
+        means = [mean for mean in (unshifted, shifted) if mean is not None]
+        own = own_loss(model, lambda: batch.with_labels(model), [tuple(alignments)], means)
+    return loss_gap(own, unshifted, shifted, loss_tolerance(model, logits))
+
+
+def loss_gap(own: OwnLoss, unshifted: float, shifted: float | None, tolerance: float) -> LossGap:
+    """The gap of a model's own loss; where no cross entropy was heard a whole term could hide in a wide tolerance."""
+    value = None if own.value is None else own.value - own.added
+    return LossGap(value, unshifted, shifted, tolerance if own.calls else min(tolerance, 4e-3), own.added, own.calls, own.others)
 
 
 @torch.no_grad()
@@ -143,7 +216,7 @@ def counts_first_label(model: nn.Module, batch: Batch) -> bool:
     first = torch.full_like(labels, IGNORE_INDEX)
     first[:, 0] = labels[labels != IGNORE_INDEX][0]
     with in_eval_mode(model):
-        own = own_loss(model, batch.for_model(model) | {batch.names[0]: first})
+        own = loss_in(model(**batch.for_model(model) | {batch.names[0]: first}))
     return own is not None and math.isfinite(own) and own > 1e-3  # else NaN or 0: a mean over nothing
 
 
@@ -159,6 +232,12 @@ def resolve_shift(model: nn.Module, gap: LossGap, first_counts: bool = False) ->
         raise ValueError(
             f"expected {name} to return a loss to find its label shift, got none; pass shift_labels=True (decoder-only) or False"
         )
+    if gap.others is not None:
+        raise ValueError(
+            f"expected the own loss of {name} to be the cross entropy of the labels in the batch, got one over {gap.others} labels, "
+            "others than those or weighted: context tokens, several tokens per position, or classes of its own weights; use "
+            "transformers.Trainer for that loss, or pass shift_labels=True/False to train with the cross entropy of the labels"
+        )
     if gap.ambiguous:
         return not first_counts
     distances = {False: abs(gap.own - gap.unshifted)}
@@ -172,20 +251,6 @@ def resolve_shift(model: nn.Module, gap: LossGap, first_counts: bool = False) ->
             f"{shifted}; use transformers.Trainer for another loss, or pass shift_labels=True/False to train with cross entropy"
         )
     return shift
-
-
-def own_loss(model: nn.Module, inputs: dict[str, Any]) -> float | None:
-    """The model's own loss without the auxiliary one of its router, nats; None if it returns none."""
-    outputs = model(**inputs)
-    own = outputs.get("loss") if isinstance(outputs, dict) else None
-    return None if own is None else float(own - router_loss(model, outputs))
-
-
-def router_loss(model: Any, outputs: Any) -> Tensor | float:
-    """The auxiliary loss of a mixture-of-experts model as its own loss counts it; 0 for other models."""
-    auxiliary = outputs.get("aux_loss") if isinstance(outputs, dict) else None
-    coefficient = getattr(model.config, "router_aux_loss_coef", None) if auxiliary is not None else None
-    return 0.0 if auxiliary is None or coefficient is None else coefficient * auxiliary
 
 
 def loss_tolerance(model: nn.Module, logits: Tensor) -> float:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from hf_ls.common.models import IGNORE_INDEX, base_model, in_eval_mode
 from hf_ls.losses.cross_entropy import SmoothedTerms, logits_of, smoothed_terms
 from hf_ls.losses.smoothing import Smoothing
-from hf_ls.trainer.shift import LossGap, loss_tolerance, own_loss
+from hf_ls.trainer.own_loss import own_loss
+from hf_ls.trainer.shift import LossGap, loss_gap, loss_tolerance
 
 if TYPE_CHECKING:
     from hf_ls.trainer.batch import Batch
@@ -192,11 +193,9 @@ def span_loss_gap(model: nn.Module, batch: Batch) -> LossGap:
     with in_eval_mode(model):
         logits = logits_of(model(**batch.for_model(model)))
         nll = smoothed_terms(logits, labels, Smoothing(0.0)).nll.sum(0) / kept.sum(0)
-        # T is what the models ignore.
-        sides = labels.masked_fill(~kept, logits.shape[-1]).unbind(1)
-        given = {name: side.clone() for name, side in zip(POSITIONS, sides, strict=True)}
-        own = own_loss(model, batch.for_model(model) | given)
-    return LossGap(own, float(nll.mean()), None, loss_tolerance(model, logits))
+        alignments = [(side[side != IGNORE_INDEX],) for side in labels.unbind(1)]
+        own = own_loss(model, lambda: batch.with_labels(model), alignments, nll.tolist())
+    return loss_gap(own, float(nll.mean()), None, loss_tolerance(model, logits))
 
 
 def _length(inputs: Mapping[str, Any]) -> int:
