@@ -39,7 +39,7 @@ from hf_ls.trainer.logits_free import LogitsFreeHead, head_for, is_compiled
 from hf_ls.trainer.mixup import check_mixable
 from hf_ls.trainer.own_loss import added_loss, without_cross_entropy
 from hf_ls.trainer.processes import check_parallelism, forget_preparation, gather_once, reshard, without_repeats
-from hf_ls.trainer.shift import check_supported, counts_first_label, model_loss_gap, resolve_shift
+from hf_ls.trainer.shift import check_supported, counts_first_label, label_inputs, model_loss_gap, resolve_shift
 from hf_ls.trainer.spans import check_both_positions, check_span_settings, is_span_task, span_loss_gap
 
 logger = logging.getLogger(__name__)
@@ -125,6 +125,7 @@ class LabelSmoothingMixin(Trainer):
         finally:
             training_args.label_smoothing_factor = epsilon
         self.args.label_smoothing_factor = epsilon  # SFTTrainer makes its own arguments from plain ones
+        self.label_names = label_inputs(self.label_names, self.args.label_names)
         self._spans = is_span_task(self.model, self.label_names)
         check_supported(self.model, self.label_names, self.class_weight, spans=self._spans)
         check_span_settings(self)

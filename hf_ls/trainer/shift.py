@@ -53,6 +53,14 @@ class LossGap(NamedTuple):
         return self.agrees(self.unshifted) and self.agrees(self.shifted)
 
 
+def label_inputs(found: list[str], given: list[str] | None) -> list[str]:
+    """The label names to train on: `labels` alone where the Trainer found several and the user named none.
+
+    The others (GraniteDocling's `router_labels`) stay inputs of the model, and what its own loss makes of them is kept.
+    """
+    return ["labels"] if given is None and "labels" in found else found
+
+
 def check_supported(model: nn.Module, label_names: list[str], class_weight: Tensor | None = None, *, spans: bool = False) -> None:
     """Refuse tasks in which label smoothing over one softmax has no meaning; `spans`: two positions are the labels.
 

@@ -47,6 +47,12 @@ _TOKEN = re.compile(r"(token_id|token_index|_id|token_idx|_token)$")
 
 # Where a size follows from others by no name.
 SETTINGS: dict[str, dict[str, Any]] = {
+    "hunyuan_v1_dense": dict(head_dim=8),
+    "hunyuan_v1_moe": dict(head_dim=8),
+    "ministral": dict(head_dim=8),
+    "nemotron": dict(num_key_value_heads=2, head_dim=8),
+    "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
+    "deepseek_v2": dict(num_experts_per_tok=2),
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
     "encoder-decoder": dict(decoder_start_token_id=1),
     "xmod": dict(default_language="en_XX"),
@@ -75,6 +81,8 @@ def shrunk(value: Any, name: str = "", counter: Iterator[int] | None = None) -> 
         return next(counter)
     if isinstance(value, float) and ("dropout" in name or name.endswith(("_pdrop", "layerdrop", "_drop")) or "jitter" in name):
         return 0.0
+    if name == "mrope_section":
+        return [2, 1, 1]  # half of a head of 8
     if isinstance(value, list | tuple) and value and all(type(v) is int for v in value):
         if "token_id" in name or "_ids" in name:
             return [v if v < VOCAB else next(counter) for v in value]

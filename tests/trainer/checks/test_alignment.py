@@ -295,11 +295,30 @@ def test_a_batch_without_labels_gets_made_up_ones_only_for_the_forward():
     assert bool((batch["labels"] == -100).all())
 
 
-def test_an_encoder_decoder_which_cannot_make_decoder_inputs_names_the_collator(monkeypatch):
-    model = tiny_t5()
+def watched(model, monkeypatch):
+    """The model without the method by which most make decoder inputs: its forward does it alone, as in Whisper."""
     monkeypatch.setattr(type(model), "prepare_decoder_input_ids_from_labels", None)
-    with pytest.raises(ValueError, match="DataCollatorForSeq2Seq"):
-        decoder_inputs(model, {"input_ids": torch.ones(1, 3)}, torch.ones(1, 2, dtype=torch.long))
+    return model
+
+
+@pytest.mark.parametrize("make", [tiny_t5, tiny_bart], ids=lambda f: f.__name__)
+def test_decoder_inputs_are_those_which_the_forward_makes(monkeypatch, make):
+    labels = torch.tensor([[7, 8, -100, 9], [9, 8, 7, -100]])
+    inputs = {"input_ids": torch.full((2, 4), 6)}  # of another length than what is watched
+    expected = decoder_inputs(make(), inputs, labels)["decoder_input_ids"]
+    model = watched(make(), monkeypatch)
+    before = torch.get_rng_state()
+    assert torch.equal(decoder_inputs(model, inputs, labels)["decoder_input_ids"], expected)
+    assert torch.equal(torch.get_rng_state(), before)
+    ignored = torch.full((2, 3), -100)
+    assert decoder_inputs(model, inputs, ignored)["decoder_input_ids"].shape == (2, 3)
+
+
+def test_an_encoder_decoder_which_turns_its_labels_is_refused(monkeypatch):
+    model = watched(tiny_t5(), monkeypatch)
+    monkeypatch.setattr(type(model), "_shift_right", lambda self, labels: labels.clamp_min(0).flip(1) + 1)
+    with pytest.raises(ValueError, match="to move its labels one to the right"):
+        decoder_inputs(model, {"input_ids": torch.ones(1, 3, dtype=torch.long)}, torch.full((1, 2), 5))
 
 
 def test_the_check_draws_no_random_numbers_and_keeps_the_mode(tmp_path):
