@@ -91,8 +91,8 @@ class LogitsFreeHead:
     ) -> HeadLoss:
         """One forward of `model` with the smoothed loss of the head, in nats.
 
-        loss = Σ w·loss / num_items_in_batch, or / Σ w without a count; + share · what the model's own loss adds. Shapes: labels [B, T] aligned with the logits
-        (shifted already for a causal model), token_weight [B, T].
+        loss = Σ w·loss / num_items_in_batch, or / Σ w without a count; + share · what the model's own loss adds.
+        Shapes: labels [B, T] aligned with the logits (shifted already for a causal model), token_weight [B, T].
 
         Args:
             model: this head's model as wrapped by DDP or FSDP, or itself.

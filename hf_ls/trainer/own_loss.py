@@ -9,7 +9,7 @@ precision, with its gradient.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -40,11 +40,11 @@ class OwnLoss(NamedTuple):
 
 
 class _CrossEntropies(TorchFunctionMode):
-    """Listens to cross entropies: keeps what each is of, and answers those at `silenced` by 0."""
+    """Listens to cross entropies: keeps what each is of, and answers those at `silenced` by 0 (None: all)."""
 
-    def __init__(self, silenced: Iterable[int] = (), listen: bool = False) -> None:
+    def __init__(self, silenced: tuple[int, ...] | None = (), listen: bool = False) -> None:
         super().__init__()
-        self.silenced, self.listen, self.count = frozenset(silenced), listen, 0
+        self.silenced, self.listen, self.count = silenced, listen, 0
         self.calls: list[CrossEntropyCall] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -52,7 +52,7 @@ class _CrossEntropies(TorchFunctionMode):
         if func not in (F.cross_entropy, F.nll_loss):
             return func(*args, **kwargs)
         here, self.count = self.count, self.count + 1
-        if here in self.silenced:
+        if self.silenced is None or here in self.silenced:
             return _nothing(*args, **kwargs)
         found = func(*args, **kwargs)
         if self.listen:
@@ -100,10 +100,15 @@ def without_cross_entropy(calls: tuple[int, ...]) -> Iterator[None]:
         yield
     if heard.count <= max(calls):
         raise ValueError(
-            f"expected {max(calls) + 1} calls of cross_entropy in the model's own loss, as in its first batch, got {heard.count}: what "
-            "it adds to the cross entropy cannot be told apart; launch with torchrun instead of nn.DataParallel, switch off "
+            f"expected {max(calls) + 1} calls of cross_entropy in the model's own loss, as in its first batch, got {heard.count}: "
+            "what it adds to the cross entropy cannot be told apart; launch with torchrun instead of nn.DataParallel, switch off "
             "use_liger_kernel and torch_compile, or use transformers.Trainer"
         )
+
+
+def without_any_cross_entropy() -> TorchFunctionMode:
+    """In this block every cross entropy is 0: for a forward with labels of which only its inputs matter."""
+    return _CrossEntropies(None)
 
 
 def added_loss(outputs: Any, logits: Tensor, labels: Tensor, *, whole: bool) -> Tensor:

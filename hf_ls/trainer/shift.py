@@ -21,7 +21,7 @@ from transformers.modeling_utils import unwrap_model
 from hf_ls.common.models import IGNORE_INDEX, base_model, in_eval_mode
 from hf_ls.losses.cross_entropy import check_no_probabilities, logits_of, shift_if, smoothed_terms
 from hf_ls.losses.smoothing import Smoothing
-from hf_ls.trainer.own_loss import OwnLoss, loss_in, own_loss
+from hf_ls.trainer.own_loss import OwnLoss, loss_in, own_loss, without_any_cross_entropy
 
 if TYPE_CHECKING:
     from hf_ls.trainer.batch import Batch
@@ -111,7 +111,7 @@ def decoder_inputs(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> 
     Without labels in its inputs T5 fails misleadingly and BART feeds its source to the decoder in silence. A model which makes
     them in its forward alone (Whisper, M2M100) is watched once while it does so for labels of ours.
 
-    Raises: ValueError when the model does not make them, or not by moving the labels to the right.
+    Raises: ValueError when the model makes them otherwise than by moving the labels to the right.
     """
     config = getattr(model, "config", None)
     if not getattr(config, "is_encoder_decoder", False) or labels.dim() != 2:
@@ -124,12 +124,12 @@ def decoder_inputs(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> 
     inner = unwrap_model(model)
     if inner not in _STARTS:
         _STARTS[inner] = _watched_start(model, inputs, labels)
-    start, pad = _STARTS[inner]
-    return {**inputs, "decoder_input_ids": _moved_right(labels, start, pad)}
+    found = _STARTS[inner]
+    return inputs if found is None else {**inputs, "decoder_input_ids": _moved_right(labels, *found)}
 
 
-# What a model puts before the first label, and what in the place of ignored ones.
-_STARTS: weakref.WeakKeyDictionary[nn.Module, tuple[int, int]] = weakref.WeakKeyDictionary()
+# What a model puts before the first label, and what in the place of ignored ones; None where it reads no labels for them.
+_STARTS: weakref.WeakKeyDictionary[nn.Module, tuple[int, int] | None] = weakref.WeakKeyDictionary()
 
 
 def _moved_right(labels: Tensor, start: int, pad: int) -> Tensor:
@@ -138,8 +138,13 @@ def _moved_right(labels: Tensor, start: int, pad: int) -> Tensor:
 
 
 @torch.no_grad()
-def _watched_start(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> tuple[int, int]:
-    """The first decoder input which the model itself makes of labels, and its input for an ignored label; one forward."""
+def _watched_start(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> tuple[int, int] | None:
+    """The first decoder input which the model itself makes of labels, and its input for an ignored label; one forward.
+
+    None where no part of the model is given ids made of the labels (PP-FormulaNet makes them of its `input_ids`).
+
+    Raises: ValueError where they are other than the labels moved to the right.
+    """
     lengths = {value.shape[-1] for value in inputs.values() if isinstance(value, Tensor)}
     length = next(n for n in range(4, 4 + len(lengths) + 1) if n not in lengths)  # of no other input
     token = labels[labels != IGNORE_INDEX][:1]
@@ -155,26 +160,20 @@ def _watched_start(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> 
     inner = unwrap_model(model)
     handles = [m.register_forward_pre_hook(watch, with_kwargs=True) for m in inner.modules() if m is not inner]
     rest = {name: value for name, value in inputs.items() if name != "decoder_attention_mask"}
+    given = {name: value.clone() if isinstance(value, Tensor) else value for name, value in rest.items()}
     try:
-        with in_eval_mode(model), torch.compiler.set_stance("force_eager"):
-            model(
-                **{name: value.clone() if isinstance(value, Tensor) else value for name, value in rest.items()},
-                labels=known.clone(),
-            )
+        with in_eval_mode(model), torch.compiler.set_stance("force_eager"), without_any_cross_entropy():
+            model(**given, labels=known.clone())
     finally:
         for handle in handles:
             handle.remove()
     found = next((ids for ids in seen if not torch.equal(ids, known)), None)
-    name = type(inner).__name__
     if found is None:
-        raise ValueError(
-            f"expected decoder_input_ids, got none, and {name} makes none of its labels; use a collator which gives "
-            "decoder_input_ids, the labels moved one to the right"
-        )
+        return None
     start, pad = int(found[0, 0]), int(found[0, 2])
     if not torch.equal(found, _moved_right(known, start, pad)):
         raise ValueError(
-            f"expected {name} to move its labels one to the right for its decoder, got {found[0].tolist()} for "
+            f"expected {type(inner).__name__} to move its labels one to the right for its decoder, got {found[0].tolist()} for "
             f"{known[0].tolist()}; use a collator which gives decoder_input_ids"
         )
     return start, pad
@@ -211,7 +210,8 @@ def model_loss_gap(model: nn.Module, batch: Batch, prompt: int = 0) -> LossGap:
 def loss_gap(own: OwnLoss, unshifted: float, shifted: float | None, tolerance: float) -> LossGap:
     """The gap of a model's own loss; where no cross entropy was heard a whole term could hide in a wide tolerance."""
     value = None if own.value is None else own.value - own.added
-    return LossGap(value, unshifted, shifted, tolerance if own.calls else min(tolerance, 4e-3), own.added, own.calls, own.others)
+    tolerance = tolerance if own.calls else min(tolerance, 4e-3)
+    return LossGap(value, unshifted, shifted, tolerance, own.added, own.calls, own.others)
 
 
 @torch.no_grad()

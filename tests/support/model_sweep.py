@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import inspect
 import logging
 import os
 import sys
@@ -140,10 +139,7 @@ def _expected(model: Any, batch: dict[str, Tensor]) -> tuple[float, float, float
     gradient = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     own, logits = float(outputs["loss"].detach().double()), _logits(outputs).detach()
     model.zero_grad()
-    if "start_positions" in batch:
-        labels = torch.stack([batch["start_positions"], batch["end_positions"]], 1)
-    else:
-        labels = batch["labels"]
+    labels = batch["labels"] if "labels" in batch else torch.stack([batch["start_positions"], batch["end_positions"]], 1)
     found = [_terms(logits, labels)] if logits.shape[:-1] == labels.shape else []
     if labels.dim() == 2 and "start_positions" not in batch and logits.shape[:-1] == labels.shape:
         found.append(_terms(logits[:, :-1], labels[:, 1:]))
