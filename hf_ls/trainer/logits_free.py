@@ -157,7 +157,7 @@ class LogitsFreeHead:
         with in_eval_mode(model):
             with without_cross_entropy(added):
                 own = logits_of(model(**copied(inputs)))
-            self.post_processing = self._measure(model, inputs, added)
+            self.post_processing, half = self._measure(model, inputs, added)
             smoothing = Smoothing(0.5)
             try:
                 here = self(model, copied(inputs), labels, smoothing, added=added)
@@ -165,13 +165,13 @@ class LogitsFreeHead:
                 raise ValueError(
                     f"expected a forward which can do with empty logits, got {type(error).__name__}: {error}"
                 ) from error
-        tolerance = 2e-2 if own.dtype in (torch.float16, torch.bfloat16) else 1e-4
+        tolerance = 2e-2 if half or own.dtype.itemsize < 4 else 1e-4
         dense = smoothed_terms(own, labels, smoothing)
         _check_close("nll", here.nll, dense.nll, tolerance)
         _check_close("smoothing term", here.smoothing_term, dense.smoothing_term, tolerance)
 
-    def _measure(self, model: nn.Module, inputs: Mapping[str, Any], added: tuple[int, ...]) -> PostProcessing:
-        """What the model does to its logits, from what it makes of known ones, whatever its config calls that.
+    def _measure(self, model: nn.Module, inputs: Mapping[str, Any], added: tuple[int, ...]) -> tuple[PostProcessing, bool]:
+        """What the model does to its logits, from what it makes of known ones, and whether its head runs in half precision.
 
         Known are, in float32 or better even where the model is not: zeros, which show a final bias; ±2¹⁴, at which a soft-cap is
         its constant; and values in [−8, 8], which show the scale and check the whole.
@@ -179,11 +179,13 @@ class LogitsFreeHead:
         Raises: ValueError where that does not explain the logits, or where a trained weight takes part.
         """
         put: list[Tensor] = []
+        half: list[bool] = []
         far = 2.0**14
 
         def head_forward(hidden: Tensor) -> Tensor:
             rows, classes = hidden.shape[:-1].numel(), self.head.weight.shape[0]
             exact = torch.promote_types(self.head.weight.dtype, torch.float32)
+            half.append(torch.is_autocast_enabled(hidden.device.type) or self.head.weight.dtype.itemsize < 4)
             known = 8 * torch.arange(rows * classes, device=hidden.device, dtype=exact).cos().reshape(rows, classes)
             known[0] = 0
             known[-1, ::2], known[-1, 1::2] = far, -far
@@ -209,7 +211,7 @@ class LogitsFreeHead:
             raise ValueError("expected `final_logits_bias` as the only bias after the head, got another")
         post = PostProcessing(scale, softcap, None if bias is None else own_bias.flatten())  # type: ignore[union-attr]
         _check_close("logits after the head", post.apply(known), found, 2e-2 if processed.dtype.itemsize < 4 else 1e-5)
-        return post
+        return post, half[0]
 
     @contextmanager
     def _replaced(self, head_forward: Callable[[Tensor], Tensor], finish: Callable[[Any], Any]) -> Iterator[None]:
@@ -275,6 +277,8 @@ def _check_weight(weight: Tensor) -> None:
 
 def _fit(known: Tensor, found: Tensor) -> tuple[float, float | None, Tensor | None]:
     """(s, c, final bias) with found = c·tanh(s·known/c) + bias, for rows [N, K] as `_measure` makes them."""
+    if not bool(found.isfinite().all()):
+        raise ValueError("expected finite logits of finite ones, got others; the model masks some")
     bias = found[0] if bool(found[0].any()) else None
     x, y = known[1:], found[1:] if bias is None else found[1:] - bias
     if bool((x == y).all()):
@@ -284,7 +288,7 @@ def _fit(known: Tensor, found: Tensor) -> tuple[float, float | None, Tensor | No
     top = int(near.argmax())
     slope = float(y[:-1].flatten()[top] / near[top])
     if not (0 < line < math.inf and 0 < slope < math.inf):
-        raise ValueError("expected logits which grow with those of the head, got others; the model masks or turns them")
+        raise ValueError("expected logits which grow with those of the head, got others; the model does something else to them")
     if abs(line - slope) <= 1e-2 * slope:
         # Over all of them the rounding of half precision evens out.
         return float((x * y).double().sum() / (x * x).double().sum()), None, bias

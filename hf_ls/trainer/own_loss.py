@@ -100,8 +100,8 @@ def without_cross_entropy(calls: tuple[int, ...]) -> Iterator[None]:
         yield
     if heard.count <= max(calls):
         raise ValueError(
-            f"expected {max(calls) + 1} calls of cross_entropy in the model's own loss, as in its first batch, got {heard.count}: "
-            "what it adds to the cross entropy cannot be told apart; launch with torchrun instead of nn.DataParallel, switch off "
+            f"expected {max(calls) + 1} calls of cross_entropy in the model's own loss, as in its first batch, got "
+            f"{heard.count}: what it adds to them cannot be told; launch with torchrun instead of nn.DataParallel, switch off "
             "use_liger_kernel and torch_compile, or use transformers.Trainer"
         )
 

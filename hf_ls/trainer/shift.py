@@ -242,9 +242,9 @@ def resolve_shift(model: nn.Module, gap: LossGap, first_counts: bool = False) ->
         )
     if gap.others is not None:
         raise ValueError(
-            f"expected the own loss of {name} to be the cross entropy of the labels in the batch, got one over {gap.others} labels, "
-            "others than those or weighted: context tokens, several tokens per position, or classes of its own weights; use "
-            "transformers.Trainer for that loss, or pass shift_labels=True/False to train with the cross entropy of the labels"
+            f"expected the own loss of {name} to be the cross entropy of the labels in the batch, got one over {gap.others} "
+            "labels, others than those or weighted: context tokens, several tokens per position, or class weights of its own; "
+            "use transformers.Trainer for that loss, or pass shift_labels=True/False to train with the cross entropy of the labels"
         )
     if gap.ambiguous:
         return not first_counts

@@ -34,7 +34,7 @@ from helpers import arguments, classification_rows, collate, tiny_bert
 
 from hf_ls import LabelSmoothingArguments, LabelSmoothingMixin, LabelSmoothingTrainer, Smoothing
 from hf_ls.trainer.batch import Batch
-from hf_ls.trainer.logits_free import LogitsFreeHead
+from hf_ls.trainer.logits_free import LogitsFreeHead, PostProcessing, _fit
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -120,6 +120,10 @@ class Odd(tf.LlamaForCausalLM):
         out = super().forward(*args, **kwargs)
         if self.how == "scale":
             out.logits = out.logits * 1.01
+        elif self.how == "bend":
+            out.logits = out.logits + 0.01 * out.logits.abs()
+        elif self.how == "trained":
+            out.logits = out.logits * self.model.norm.weight[0]
         elif self.how == "mask":
             out.logits = out.logits.masked_fill(torch.arange(VOCAB) == 4, float("-inf"))
         elif self.how == "view":
@@ -140,7 +144,13 @@ def odd(how: str) -> Any:
 
 @pytest.mark.parametrize(
     ("how", "word"),
-    [("scale", "does something"), ("mask", "does something"), ("view", "empty logits"), ("cut", "as the head makes")],
+    [
+        ("bend", "does something"),
+        ("trained", "trained weight"),
+        ("mask", "masks some"),
+        ("view", "empty logits"),
+        ("cut", "as the head makes"),
+    ],
 )
 def test_unknown_post_processing_falls_back_with_one_reason(tmp_path, caplog, how, word):
     # The masked class gets no label and, at epsilon 0, no mass.
@@ -157,12 +167,46 @@ def test_unknown_post_processing_falls_back_with_one_reason(tmp_path, caplog, ho
         trained(tmp_path, odd(how), "causal", "on", **kwargs)
 
 
-def test_a_factor_is_noticed_on_a_new_head_whose_logits_are_all_zero(tmp_path, caplog):
-    model = odd("scale")
-    torch.nn.init.zeros_(model.lm_head.weight)
-    with caplog.at_level(logging.WARNING):
-        trained(tmp_path, model, "causal", "auto")
-    assert len(reasons(caplog)) == 1
+def test_a_factor_which_no_config_names_is_measured_on_a_new_head_whose_logits_are_all_zero(tmp_path):
+    def new() -> Any:
+        model = odd("scale")
+        torch.nn.init.zeros_(model.lm_head.weight)
+        return model
+
+    (on, ours, trainer), (off, dense, _) = (trained(tmp_path, new(), "causal", mode, learning_rate=0.1) for mode in ("on", "off"))
+    assert trainer._head.post_processing.logit_scale == pytest.approx(1.01, rel=1e-6)
+    assert on[0] == pytest.approx(off[0], rel=1e-5)
+    assert all(torch.allclose(ours[name], dense[name], atol=1e-6) for name in ours)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.0625, None), (1 / 13.3, None), (1.0, 30.0), (0.5, 1.5), (16.0, 50.0)])
+def test_scale_and_soft_cap_are_found_from_known_logits(scale, cap, dtype):
+    known = 8 * torch.arange(64 * 99.0, dtype=torch.float64).cos().reshape(64, 99)
+    known[0], known[-1, ::2], known[-1, 1::2] = 0, 2.0**14, -(2.0**14)
+    found = (PostProcessing(scale, cap).apply(known)).to(dtype).double()
+    measured = _fit(known, found)
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-6, torch.bfloat16: 2e-3}[dtype]
+    assert measured[0] == pytest.approx(scale, rel=tolerance)
+    assert measured[1] == (None if cap is None else pytest.approx(cap, rel=tolerance))
+    assert measured[2] is None
+
+
+def test_a_head_whose_weight_is_there_only_in_its_forward_is_used():
+    """As ZeRO-3 partitions it: the weight is empty until the hooks of the head gather it."""
+    model, task = build("llama")
+    inputs, labels = prepared(model, task)
+    expected = dense_loss(model, inputs, labels).item()
+    head, whole = model.lm_head, model.lm_head.weight.data
+    head.weight.data = whole.new_empty(0)
+    gather = head.register_forward_pre_hook(lambda module, args: setattr(module.weight, "data", whole) and None)
+    scatter = head.register_forward_hook(lambda module, args, out: setattr(module.weight, "data", whole.new_empty(0)) and None)
+    try:
+        with torch.no_grad():
+            assert logits_free(model, inputs, labels).loss.item() == pytest.approx(expected, rel=1e-5)
+    finally:
+        gather.remove()
+        scatter.remove()
 
 
 def test_the_sft_trainer_of_trl_takes_the_mixin(tmp_path):

@@ -280,7 +280,7 @@ def test_a_process_without_answers_takes_part_in_the_check_and_is_not_listened_t
     monkeypatch.setattr("hf_ls.trainer.mixin.gather_object", gather)
     trainer._check_against_model([collate(rows(starts=(99,) * 8, ends=(99,) * 8).rows)])
     assert trainer._shift is False
-    assert said == [False, None] and len(forwards) == 2
+    assert said == [False, None] and len(forwards) == 3
 
 
 def test_the_check_draws_no_random_numbers_and_keeps_batch_and_mode():
