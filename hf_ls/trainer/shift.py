@@ -244,7 +244,7 @@ def resolve_shift(model: nn.Module, gap: LossGap, first_counts: bool = False) ->
         raise ValueError(
             f"expected the own loss of {name} to be the cross entropy of the labels in the batch, got one over {gap.others} "
             "labels, others than those or weighted: context tokens, several tokens per position, or class weights of its own; "
-            "use transformers.Trainer for that loss, or pass shift_labels=True/False to train with the cross entropy of the labels"
+            "use transformers.Trainer for that loss, or pass shift_labels=True/False to train on the labels alone"
         )
     if gap.ambiguous:
         return not first_counts
