@@ -112,8 +112,8 @@ def test_a_model_which_writes_into_its_labels_is_trained_on_the_right_ones(tmp_p
     settings = dict(per_device_train_batch_size=2, gradient_accumulation_steps=4, label_smoothing_factor=0.1, learning_rate=0.0)
     trainer = ours(tmp_path, model, rows, **settings)
     trainer.train()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(nll.mean().item(), rel=1e-5)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(nll.mean().item(), rel=1e-4)
     assert (trainer.predict(rows).label_ids == -100).sum() == (~kept).sum()
 
 
