@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hf_ls.losses._checks import class_ids
 from hf_ls.losses.cross_entropy import SmoothedTerms, logits_of, smoothed_cross_entropy, smoothed_terms
 from hf_ls.losses.smoothing import Smoothing
 
@@ -91,6 +92,7 @@ def adaptive_smoothed_terms(
     """
     if confidence not in get_args(Confidence):
         raise ValueError(f"expected confidence in {get_args(Confidence)}, got {confidence!r}; choose one of them")
+    labels = class_ids(labels)
     # The smoothing term is linear in ε: take it at ε = 1/2 (exact to rescale) and give each item its own.
     half = smoothed_terms(logits, labels, replace(smoothing, epsilon=0.5, schedule=None), ignore_index=ignore_index)
     with torch.no_grad():
@@ -198,7 +200,7 @@ class OnlineLabelSmoothing(nn.Module):
         Raises: as `terms`.
         """
         losses = self.terms(logits_of(outputs), labels).loss
-        count = (labels != self.ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+        count = (class_ids(labels) != self.ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
         return losses.sum() / torch.as_tensor(count, device=losses.device).clamp_min(1)
 
     def terms(self, logits: Tensor, labels: Tensor) -> SmoothedTerms:
@@ -211,11 +213,12 @@ class OnlineLabelSmoothing(nn.Module):
                 f"expected logits over {self.num_classes} classes, got {tuple(logits.shape)}; "
                 "build OnlineLabelSmoothing with the model's number of labels"
             )
+        labels = class_ids(labels)
         hard = smoothed_terms(logits, labels, Smoothing(0.0), ignore_index=self.ignore_index)
         if not self.training:
             return hard
         kept = labels != self.ignore_index
-        rows, kept_labels = logits[kept], labels[kept].long()
+        rows, kept_labels = logits[kept], labels[kept]
         soft = smoothed_cross_entropy(rows, self.matrix[kept_labels], 0.0, reduction="none")
         self._accumulate(rows.detach(), kept_labels)
         term = (1 - self.alpha) * (soft - hard.nll[kept])

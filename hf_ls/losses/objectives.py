@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_ls.losses._checks import class_ids, refuse
 from hf_ls.losses.adaptive import (
     OnlineLabelSmoothing,
     OnlineSettings,
@@ -77,7 +78,7 @@ def maxsup(logits: Tensor, labels: Tensor, smoothing: Smoothing, *, alpha: float
     _require("alpha", alpha, 0, math.inf)
     z = _float(logits)
     nll = _terms("maxsup", z, labels, smoothing).nll
-    prior = smoothing.prior_for(labels.long(), z.shape[-1], z.dtype)
+    prior = smoothing.prior_for(class_ids(labels), z.shape[-1], z.dtype)
     return _finite(nll + alpha * (z.amax(-1) - (z.masked_fill(prior == 0, 0) * prior).sum(-1)))
 
 
@@ -116,7 +117,7 @@ def margin_smoothing(logits: Tensor, labels: Tensor, smoothing: Smoothing, *, ma
     _require("margin", margin, 0, math.inf, inclusive=True)
     z = _float(logits)
     nll = _terms("margin_smoothing", z, labels, smoothing).nll
-    prior = smoothing.prior_for(labels.long(), z.shape[-1], z.dtype)
+    prior = smoothing.prior_for(class_ids(labels), z.shape[-1], z.dtype)
     excess = (z.amax(-1, keepdim=True) - z - margin).masked_fill(prior == 0, 0).relu()
     return _finite(nll + alpha * (prior * excess).sum(-1))
 
@@ -270,7 +271,7 @@ class Objective:
     def __call__(self, logits: Tensor, labels: Tensor, smoothing: Smoothing) -> Tensor:
         """The loss of each row: logits [n, K], labels [n] -> [n], in nats."""
         z = _float(logits)
-        losses = OBJECTIVES[self.name](z, labels, smoothing, **dict(self.params))
+        losses = OBJECTIVES[self.name](z, class_ids(labels), smoothing, **dict(self.params))
         return losses + self.z_loss * z_loss(z) if self.z_loss else losses
 
     @property
@@ -344,6 +345,7 @@ def masked_objective(
 
     Raises: ValueError for shapes which do not match; as the objective.
     """
+    labels = class_ids(labels)
     if labels.shape != logits.shape[:-1]:
         raise ValueError(
             f"expected labels {tuple(logits.shape[:-1])} for logits {tuple(logits.shape)}, got "
@@ -380,8 +382,8 @@ def _check_rows(name: str, logits: Tensor, labels: Tensor, smoothing: Smoothing)
     check_smoothing(name, smoothing)
     if logits.dim() != 2:
         raise ValueError(f"expected logits [n, K], got {tuple(logits.shape)}; use masked_objective for other shapes")
-    if labels.numel() and int(labels.min()) < 0:
-        raise ValueError(f"expected labels >= 0, got {int(labels.min())}; use masked_objective to drop ignored rows")
+    ids = class_ids(labels)
+    refuse(ids < 0, "labels >= 0", lambda: int(ids.min()), "use masked_objective to drop ignored rows")
 
 
 def _float(logits: Tensor) -> Tensor:
@@ -395,11 +397,13 @@ def _p_wrong(nll: Tensor) -> Tensor:
 
 
 def _finite(losses: Tensor) -> Tensor:
-    if not bool(torch.isfinite(losses.detach().sum())):
-        raise ValueError(
-            "expected finite logits wherever the prior has mass, got NaN or inf; give masked classes no mass "
-            "with Smoothing(0.0, prior=support_prior(...))"
-        )
+    bad = ~torch.isfinite(losses.detach())
+    refuse(
+        bad,
+        "finite logits wherever the prior has mass",
+        lambda: f"NaN or inf in {int(bad.sum())} of {bad.numel()} rows",
+        "give masked classes no mass with Smoothing(0.0, prior=support_prior(...))",
+    )
     return losses
 
 

@@ -31,6 +31,7 @@ from hf_ls.data.classification import EMBEDDED_DATASET, check_overlap, load_snip
 from hf_ls.data.labels import LabelMatch, match_labels, permutation_warning
 from hf_ls.data.reading import check_texts, read_files, read_hub
 from hf_ls.data.sequences import tokenise_words
+from hf_ls.metrics.paired import differences
 from hf_ls.report.calibration_report import REPORT, SETTINGS, CalibrationReport, package_versions
 from hf_ls.report.card import check_card, write_card
 from hf_ls.report.card_metadata import eval_results
@@ -132,7 +133,9 @@ def parse_evaluation(argv: Sequence[str] | None = None) -> EvaluateArguments:
     settings, *_, rest = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True, look_for_args_file=False)
     if rest:
         known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
-        raise ValueError(f"expected known settings, got {rest[0]}{nearest(rest[0].lstrip('-').split('=')[0], known)}; see --help")
+        raise ValueError(
+            f"expected known settings, got {rest[0].split('=')[0]}{nearest(rest[0].lstrip('-').split('=')[0], known)}; see --help"
+        )
     return settings
 
 
@@ -172,6 +175,7 @@ def evaluate(settings: EvaluateArguments) -> CalibrationReport | None:
         epsilon = known.published_row.epsilon
     suffix = {True: "", False: " + temperature"}
     rows = [replace(row, name=ROW + suffix[row.temperature == 1], epsilon=epsilon) for row in outcome.rows]
+    draws = {row.name: outcome.draws[old.name] for row, old in zip(rows, outcome.rows, strict=True)}
     report = CalibrationReport(
         task=task.hub_task,
         model_name=settings.model_name_or_path if hub_id(settings.model_name_or_path) else Path(settings.model_name_or_path).name,
@@ -188,6 +192,7 @@ def evaluate(settings: EvaluateArguments) -> CalibrationReport | None:
         history={},
         versions=package_versions(),
         published=ROW,
+        differences=differences(draws),
     )  # fmt: skip
     _show(report, settings, match, tokens)
     return report
@@ -302,7 +307,7 @@ def _matched(settings: EvaluateArguments, raw: dict[str, Dataset], names: list[s
         content = {ours: list(part[theirs]) for theirs, ours in columns.items()}
         labels = [[ids[label] for label in row] for row in values[split]]
         made[split] = Dataset.from_dict(content | ({"tags": labels} if per_token else {"label": [row[0] for row in labels]}))
-        check_texts(made[split], split)
+        check_texts(kept[split], split, [] if per_token else list(columns))
     return made, match
 
 

@@ -19,7 +19,7 @@ from hf_ls.calibration.token_temperature import TokenTemperature
 from hf_ls.common.models import IGNORE_INDEX, output_embedding
 from hf_ls.losses._rows import Observer
 from hf_ls.losses.smoothing import Smoothing
-from hf_ls.metrics.ceiling import ceiling_warning
+from hf_ls.metrics.ceiling import ceiling_warning, last_epsilon
 from hf_ls.metrics.streaming import StreamingCalibration
 from hf_ls.metrics.tokens import TokenCalibration
 from hf_ls.trainer.batch import Batch, copied
@@ -151,8 +151,7 @@ class Evaluation:
         """
         if not len(self.sums) or smoothing.prior is not None:
             return None
-        schedule = smoothing.schedule
-        last = smoothing.epsilon if schedule is None or schedule.kind == "constant" else schedule.final_epsilon
+        last = last_epsilon(smoothing.epsilon, smoothing.schedule)
         classes = len(self.sums) / self._inverse_classes
         accuracy = self.sums.compute()["accuracy"]
         return ceiling_warning(last, smoothing.convention, accuracy, self.examples, round(classes))

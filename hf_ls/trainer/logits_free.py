@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_utils import unwrap_model
 
 from hf_ls.common.models import in_eval_mode, output_embedding
-from hf_ls.losses._rows import Observer
+from hf_ls.losses._rows import Observer, RowLoss
 from hf_ls.losses.cross_entropy import logits_of, smoothed_terms
 from hf_ls.losses.linear import LinearTerms, linear_smoothed_terms
 from hf_ls.losses.smoothing import Smoothing
@@ -115,10 +115,14 @@ class LogitsFreeHead:
                 )
             scale, softcap, final_bias = self.post_processing
             terms = linear_smoothed_terms(
-                hidden, self.head.weight, labels, smoothing, bias=_one_bias(self.head.bias, final_bias, scale),
-                logit_scale=scale, softcap=softcap, objective=objective, token_weight=token_weight,
-                num_items_in_batch=num_items_in_batch, observer=observer,
-            )  # fmt: skip
+                hidden,
+                self.head.weight,
+                labels,
+                RowLoss(smoothing, objective, logit_scale=scale, softcap=softcap, observer=observer),
+                bias=_one_bias(self.head.bias, final_bias, scale),
+                token_weight=token_weight,
+                num_items_in_batch=num_items_in_batch,
+            )
             found.append(terms)
             # Empty, but in the graph of the loss: FSDP and ZeRO hang their backward hooks on what a module returns.
             return terms.loss.reshape(1)[:0].reshape(0, *hidden.shape[1:-1], self.head.weight.shape[0]).to(hidden.dtype)

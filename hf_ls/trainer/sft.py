@@ -5,20 +5,23 @@ TRL prepares the data; here are the Trainer, its config, and entropy and top-1 a
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from hf_ls.common.errors import extra
 from hf_ls.trainer.arguments import LabelSmoothingArguments
 from hf_ls.trainer.mixin import LabelSmoothingMixin
 
-try:
+with extra("trl", "LabelSmoothingSFTTrainer"):
     from trl import SFTConfig, SFTTrainer
-except ImportError as error:
-    raise ImportError("LabelSmoothingSFTTrainer needs TRL; install it with: pip install 'hf_ls[trl]'") from error
+
+logger = logging.getLogger(__name__)
 
 
 # SFTConfig first: a dataclass takes its defaults from the first base which has them, and TRL changes those of the Trainer.
@@ -47,9 +50,11 @@ class LabelSmoothingSFTTrainer(LabelSmoothingMixin, SFTTrainer):  # type: ignore
     TRL's own smoothing runs two forwards a step, one of them with logits [B, T, V]. Here it is one, without logits, and so
     are evaluations whose logits nobody asked for. Logs TRL's `entropy` and `mean_token_accuracy` (means over the labels of a
     micro-batch, over all processes) and `num_tokens`, taken from the chunks of logits which the loss makes anyway; because of
-    them a GPU keeps to the chunk loop. Masks of prompts and users, packing and padding-free batches, PEFT: as in TRL.
+    them a GPU keeps to the chunk loop. Masks of prompts and users, packing and padding-free batches, PEFT: as in TRL. Examples
+    which TRL drops, because `max_length` leaves no token to learn, are counted in a warning.
 
-    Raises: ValueError for a `loss_type` other than "nll"; TypeError for arguments which are no `SFTConfig`; as the mixin.
+    Raises: ValueError for a `loss_type` other than "nll" and where no example is left; TypeError for arguments which are no
+    `SFTConfig`; as the mixin.
     """
 
     _arguments_class: type[TrainingArguments] = LabelSmoothingSFTConfig
@@ -62,6 +67,26 @@ class LabelSmoothingSFTTrainer(LabelSmoothingMixin, SFTTrainer):  # type: ignore
         if given is not None and given.loss_type != "nll":
             raise ValueError(f"expected loss_type='nll', got {given.loss_type!r}, which is another loss; use trl.SFTTrainer")
         super().__init__(*args, **kwargs)
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any, **options: Any) -> Any:
+        """As TRL, which cuts examples to `max_length` and drops those without a label left, without a word."""
+        prepared = super()._prepare_dataset(dataset, processing_class, args, packing, *rest, **options)
+        if packing or not (isinstance(dataset, Dataset) and isinstance(prepared, Dataset)):
+            return prepared  # packs and streams have no examples to count
+        name = options.get("dataset_name") or (rest[-1] if rest else "train")
+        lost = len(dataset) - len(prepared)
+        if lost and not len(prepared):
+            raise ValueError(
+                f"expected {name} examples with a token to learn within max_length={args.max_length}, got none of {lost}; raise "
+                "max_length, or shorten the prompts"
+            )
+        if lost:
+            logger.warning(
+                "%s: %d of %d examples are dropped, because max_length=%d leaves no token of them to learn; raise max_length, or "
+                "shorten their prompts",
+                name, lost, len(dataset), args.max_length,
+            )  # fmt: skip
+        return prepared
 
     def compute_loss(
         self,
