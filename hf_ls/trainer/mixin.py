@@ -74,9 +74,7 @@ class LabelSmoothingMixin(Trainer):
     """
 
     _arguments_class: type[TrainingArguments] = LabelSmoothingArguments
-    # Classes whose `compute_loss` ours takes the place of.
-    _replaced: tuple[type, ...] = (Trainer,)
-
+    _replaced: tuple[type, ...] = (Trainer,)  # classes whose `compute_loss` ours takes the place of
     # The loss is divided by the item count of the whole accumulated batch, so the Trainer must not divide it again.
     loss_is_scaled_for_ga: bool | None = True
     model: Any
@@ -246,6 +244,8 @@ class LabelSmoothingMixin(Trainer):
 
     def _auxiliary_loss(self, outputs: Any) -> Tensor | float:
         """Router losses of mixture-of-experts models, a mean per micro-batch (stock smoothing drops them)."""
+        if not isinstance(outputs, dict) or "aux_loss" not in outputs:
+            return 0.0
         return router_loss(self.model, outputs) / getattr(self, "current_gradient_accumulation_steps", 1)
 
     def _loss_scale(self) -> int:
