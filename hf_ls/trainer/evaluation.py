@@ -7,7 +7,6 @@ are evaluated, and what is gathered, is the Trainer's part (`mixin`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -197,7 +196,7 @@ def beside_loss(loss: Tensor, outputs: Any) -> Any:
     return outputs if isinstance(outputs, dict) else (loss, outputs) if isinstance(outputs, Tensor) else (loss, *outputs)
 
 
-def for_prediction(model: Any) -> Callable[..., Any]:
+def for_prediction(model: Any) -> Any:
     """The model for a prediction without labels; a bare tensor in a tuple, of which a Trainer takes the first element."""
 
     def forward(**inputs: Any) -> Any:
