@@ -161,6 +161,7 @@ def test_a_csv_column_is_of_numbers_only_where_every_field_is_one(tmp_path, fiel
         ),
         ({"tweet": "a", "votes": None}, {"text_column": "tweet", "label_column": "votes"}, "column 'votes'"),
         ({"tweet": "a"}, {"text_column": "tweet", "label_column": "tweet"}, "different columns"),
+        ({"tweet": "a"}, {"text_column": "tweet", "label_column": ""}, "expected columns"),
     ],
 )
 def test_a_refusal_names_the_column_of_the_user(tmp_path, row, settings, said):
