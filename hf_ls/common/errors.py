@@ -151,7 +151,7 @@ def need_scripts() -> None:
 
     Raises: ImportError as `extra`, for the first which is not installed.
     """
-    for name in ("yaml", "rich", "jinja2", "matplotlib", "filelock", "relplot", "sacrebleu", "rapidfuzz"):
+    for name in ("yaml", "rich", "jinja2", "matplotlib", "relplot", "sacrebleu", "rapidfuzz"):
         with extra("scripts", "the scripts of hf_ls"):
             if find_spec(name) is None:
                 raise ImportError(name=name)

@@ -324,6 +324,14 @@ def _check_values(config: Config) -> None:
             f"expected report_to among {', '.join(sorted(INTEGRATION_TO_CALLBACK))} or none, got {unknown[0]!r}"
             f"{nearest(unknown[0], INTEGRATION_TO_CALLBACK)}; use none for no reports"
         )
+    if training.torch_compile and training.torch_compile_backend:
+        from torch import _dynamo  # takes a second
+
+        if training.torch_compile_backend not in (known := _dynamo.list_backends(exclude_tags=())):
+            raise ValueError(
+                f"expected torch_compile_backend among {', '.join(known)}, got {training.torch_compile_backend!r}; "
+                "inductor is usual"
+            )
     generation = str(training.generation_config or "")
     if generation.endswith(".json") and not Path(generation).is_file():
         raise ValueError(
