@@ -136,7 +136,7 @@ def exists(name: str, home: object, source: str) -> bool:
         for part in rest:
             thing = getattr(thing, part, None)
         return thing is not None
-    places = [hf_ls, metrics, *map(importlib.import_module, [*modules(), "hf_ls.trainer.statistics"])]
+    places = [hf_ls, metrics, *map(importlib.import_module, [*modules(), "hf_ls.trainer.evaluation"])]
     if any(bare in vars(place) for place in places):
         return True
     owners = [thing for thing in (*vars(home).values(), torch.nn.Module) if inspect.isclass(thing)]
