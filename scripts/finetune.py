@@ -7,14 +7,14 @@ accelerate launch --num_processes 2 --cpu scripts/finetune.py --config configs/t
 from hf_ls.common.errors import end_with, one_sentence
 from hf_ls.run.config import parse_config
 from hf_ls.run.finetune import finetune
-from hf_ls.run.launch import end_processes, explain_failure, start_missing_processes
+from hf_ls.run.launch import check_started, end_processes, explain_failure
 
 
 def main() -> None:
     """Run the job; wrong settings, data and checkpoints end with one sentence, with a traceback under --log_level debug."""
     config = None
     try:
-        start_missing_processes()
+        check_started()
         config = parse_config()
         finetune(config)
         end_processes()
