@@ -6,8 +6,9 @@ Does not own: training (`trainer`) or the command line (`config`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+import copy
+from dataclasses import dataclass, field, fields
+from typing import Literal, TypeVar, get_args
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
@@ -19,6 +20,9 @@ from hf_ls.trainer.mixup import Mixup
 from hf_ls.trainer.softening import check_combined, techniques
 
 LogitsFree = Literal["auto", "on", "off"]
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
+# How the loss is computed, not which: a run without smoothing goes the way of the run beside it.
+_WAY_OF_COMPUTING = ("label_smoothing_logits_free",)
 
 
 @dataclass
@@ -99,15 +103,34 @@ class LabelSmoothingSeq2SeqArguments(LabelSmoothingArguments, Seq2SeqTrainingArg
 def smoothing_of(args: TrainingArguments) -> Smoothing:
     """The `Smoothing` which the arguments describe; plain `TrainingArguments` give the "all" convention and a constant ε.
 
-    Raises: as `Smoothing`.
+    Raises: as `Smoothing`; ValueError for a final epsilon without a schedule which would reach it.
     """
     epsilon = args.label_smoothing_factor
     if not isinstance(args, LabelSmoothingArguments):
         return Smoothing(epsilon)
     kind, warmup = args.label_smoothing_schedule, args.label_smoothing_warmup_steps
+    if kind == "constant" and args.label_smoothing_final_factor:
+        raise ValueError(
+            "expected label_smoothing_schedule 'linear' or 'cosine' with label_smoothing_final_factor="
+            f"{args.label_smoothing_final_factor}, got 'constant', which never reaches it; set one, or drop the final factor"
+        )
     constant = kind == "constant" and not warmup
     schedule = None if constant else Schedule(kind, args.label_smoothing_final_factor, warmup)  # type: ignore[arg-type]
     return Smoothing(epsilon, args.label_smoothing_convention, schedule=schedule)  # type: ignore[arg-type]
+
+
+def without_smoothing(args: Arguments) -> Arguments:
+    """A copy of the arguments which trains on the labels as they are: no smoothing of any kind, no teacher, no mixup.
+
+    Every `label_smoothing_*` field goes back to its default, one which is added later too. Only `label_smoothing_logits_free`
+    stays: it says how the loss is computed, not which. What else the arguments hold stays; the given ones are not changed.
+    """
+    plain = copy.copy(args)
+    softening = ("distillation_", "mixup_", "label_smoothing_")
+    for setting in fields(plain):
+        if setting.name.startswith(softening) and setting.name not in _WAY_OF_COMPUTING:
+            setattr(plain, setting.name, setting.default)
+    return plain
 
 
 def distillation_of(args: TrainingArguments) -> Distillation:
