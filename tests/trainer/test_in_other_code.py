@@ -130,7 +130,7 @@ def test_sft_with_lora_trains_the_adapter_alone_without_logits(tmp_path):
     """The columns of a dataset which is tokenised already: no tokenizer, nothing from TRL's templates."""
     pytest.importorskip("trl")
     from datasets import Dataset
-    from test_sft import tokenizer
+    from sft_rows import tokenizer
 
     from hf_ls import LabelSmoothingSFTConfig, LabelSmoothingSFTTrainer
 

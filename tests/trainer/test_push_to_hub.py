@@ -262,7 +262,7 @@ def test_what_softens_the_targets_together_is_named(tmp_path: Path) -> None:
 def test_trl_writes_the_same_card_with_every_checkpoint(tmp_path: Path) -> None:
     pytest.importorskip("trl")
     from datasets import Dataset
-    from helpers import save_tokenizer, texts
+    from small_tokenizer import save_tokenizer, texts
 
     from hf_ls.trainer.sft import LabelSmoothingSFTConfig, LabelSmoothingSFTTrainer
 
