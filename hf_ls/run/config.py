@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import json
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -39,8 +40,13 @@ _TASKS_OF = {
     "predict_with_generate": ("seq2seq",),
     "generation_max_length": ("seq2seq",),
     "generation_num_beams": ("seq2seq",),
+    "generation_config": ("seq2seq",),
 }
 _TASKS_OF |= dict.fromkeys(("mixup_alpha", "mixup_per"), ("text-classification",))
+# What an evaluation during training gives, by which the best checkpoint can be chosen; signed_gap is best at 0, at neither end.
+_METRICS = ("loss", "nll", "brier", "ece", "accuracy")
+_TOKEN_METRICS = ("perplexity", "eos_nll", "eos_ece")
+_GENERATED_METRICS = ("exact_match", "sequence_ece")
 _DATASET_TASKS = {EMBEDDED_DATASET: ("text-classification",), EMBEDDED_G2P: ("seq2seq", "causal-lm")}
 
 
@@ -200,14 +206,30 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     path, argv = _take_config(argv)
     nulls, argv = _take_nulls(argv)
     from_file = yaml_arguments(Path(path), known - {"config", "help"}, nulls) if path else []
-    *parsed, _, rest = parser.parse_args_into_dataclasses(
-        [*from_file, *argv], return_remaining_strings=True, look_for_args_file=False
-    )
+    with _wording_refusals():
+        *parsed, _, rest = parser.parse_args_into_dataclasses(
+            [*from_file, *argv], return_remaining_strings=True, look_for_args_file=False
+        )
     if rest:
         raise ValueError(f"expected known settings, got {rest[0]}{nearest(rest[0].lstrip('-').split('=')[0], known)}; see --help")
     config = Config(*parsed)
     _check(config)
     return config
+
+
+@contextmanager
+def _wording_refusals() -> Iterator[None]:
+    """One sentence in place of what `TrainingArguments` raises for settings which do not go together.
+
+    Raises: ValueError.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, OSError, ImportError) as error:
+        text = " ".join(str(error).split()).rstrip(".")
+        if isinstance(error, ValueError) and text.startswith("expected "):
+            raise
+        raise ValueError(f"expected settings which go together, got: {text}; change one of them, see --help") from error
 
 
 def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
@@ -261,6 +283,8 @@ def _argument(path: Path, key: str, node: yaml.Node) -> list[str]:
     if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.startswith("tag:yaml.org,2002:python"):
         raise ValueError(f"expected plain values in {path}, got the tag {node.tag} at {key!r}; remove it")
     if isinstance(node, yaml.ScalarNode):
+        if node.value == "--":  # which the parser takes for the end of the settings
+            raise ValueError(f"expected a value in {path} at {key!r}, got '--'; write one, or leave the line out")
         # `key:` and `key: null` leave the default.
         return [] if node.tag.endswith(":null") else [f"--{key}={node.value}"]
     if isinstance(node, yaml.SequenceNode):
@@ -290,8 +314,16 @@ def _check(config: Config) -> None:
             "of one run; use last"
         )
     metric = training.metric_for_best_model or ""
+    known = [*_METRICS, *(_TOKEN_METRICS if run.task in ("seq2seq", "causal-lm") else ())]
+    known += _GENERATED_METRICS if training.predict_with_generate else ()
+    known += ["perplexity"] if run.task == "token-classification" else []
     if "test" in metric.replace("eval_", "").split("_") or "predict" in metric:
         raise ValueError(f"expected metric_for_best_model on validation, got {metric!r}; the test split is only ever reported on")
+    if metric and metric.removeprefix("eval_") not in known:
+        raise ValueError(
+            f"expected metric_for_best_model among {', '.join(known)}, which an evaluation during training gives for this task, "
+            f"got {metric!r}{nearest(metric, known)}; change it"
+        )
     if run.early_stopping_patience is not None and not training.load_best_model_at_end:
         raise ValueError(
             "expected load_best_model_at_end with early_stopping_patience, got False; set it and metric_for_best_model"
