@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from places import ROOT
 
+from hf_ls.common.errors import one_sentence
 from hf_ls.run.config import parse_config
 
 BASE = ["--dataset_name", "snippets", "--report_to", "none", "--use_cpu", "true"]
@@ -141,3 +142,38 @@ def test_a_baseline_beside_an_objective_needs_no_epsilon(tmp_path):
     assert config.training.label_smoothing_objective_params == '{"gamma": 3}'
     with pytest.raises(ValueError, match="gamm"):
         parse(tmp_path, "label_smoothing_objective: focal\nlabel_smoothing_objective_params: {gamm: 3}\n")
+
+
+@pytest.mark.parametrize("words", [
+    "--load_best_model_at_end true --eval_strategy epoch --save_strategy steps",
+    "--load_best_model_at_end true --eval_strategy steps --eval_steps 30 --save_steps 50",
+    "--eval_strategy steps --eval_steps 0 --logging_steps 0", "--warmup_steps -1", "--logging_steps 1.5", "--logging_steps inf",
+    "--optim adamW", "--lr_scheduler_type lineer", "--eval_strategy epochs", "--fp16 true --bf16 true", "--fsdp full_shards",
+    "--dataloader_prefetch_factor 2", "--accelerator_config none.json", "--fsdp full_shard --fsdp_config none.json",
+    "--torch_empty_cache_steps 0", "--neftune_noise_alpha x", "--parallelism_config x", "--generation_config none.json",
+    "--debug x", "--log_level loud", "--train_sampling_strategy grouped", "--liger_kernel_config x", "--lr_scheduler_kwargs {",
+])  # fmt: skip
+def test_whatever_library_refuses_a_setting_it_is_one_sentence(tmp_path, words):
+    with pytest.raises(Exception) as found:  # noqa: B017 - the kind is what is tested
+        parse(tmp_path, "", *words.split())
+    assert (one_sentence(found.value) or "").startswith("expected "), repr(found.value)
+
+
+@pytest.mark.parametrize(("task", "known", "unknown"), [
+    ("text-classification", "accuracy", "f1"), ("text-classification", "eval_nll", "perplexity"),
+    ("text-classification", "brier", "signed_gap"),
+    ("causal-lm --source_column a --target_column b", "perplexity", "exact_match"),
+    ("seq2seq --source_column a --target_column b", "eos_ece", "chrf"),
+    ("seq2seq --source_column a --target_column b --predict_with_generate", "exact_match", "bleu"),
+    ("token-classification", "perplexity", "eos_ece"),
+])  # fmt: skip
+def test_the_best_model_is_chosen_by_a_metric_which_evaluations_give(tmp_path, task, known, unknown):
+    argv = ["--dataset_name", "some/set", "--task", *task.split(), "--metric_for_best_model"]
+    assert parse(tmp_path, "", *argv, known).training.metric_for_best_model == known
+    with pytest.raises(ValueError, match=f"expected metric_for_best_model among .* got '{unknown}'"):
+        parse(tmp_path, "", *argv, unknown)
+
+
+def test_two_dashes_are_no_value(tmp_path):
+    with pytest.raises(ValueError, match="expected a value in .* at 'max_length', got '--'"):
+        parse(tmp_path, "max_length: '--'\n")

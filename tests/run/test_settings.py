@@ -55,6 +55,7 @@ def test_the_harmless_ones_are_settings():
 
 def test_what_is_noted_is_read_back_as_the_same(tmp_path):
     """Of two starts of the same command: enums, plugins and lists are plain, and no object's address is among them."""
+
     def start(**more):
         given = dict(lr_scheduler_type="cosine", optim="adamw_torch", accelerator_config={"split_batches": False}, use_cpu=True,
                      hub_token="hf_secret", label_smoothing_factor=0.1)  # fmt: skip
