@@ -162,7 +162,9 @@ class RunArguments:
         default=None, metadata=about("Stop after so many evaluations without a better metric_for_best_model.")
     )
     dry_run: bool = field(default=False, metadata=about("Check settings, data and model, then stop before training."))
-    overwrite_output_dir: bool = field(default=False, metadata=about("Delete an earlier run in output_dir."))
+    overwrite_output_dir: bool = field(
+        default=False, metadata=about("Delete the earlier run in output_dir; refused where anything else is in it.")
+    )
 
     def __post_init__(self) -> None:
         if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
@@ -211,7 +213,9 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
             [*from_file, *argv], return_remaining_strings=True, look_for_args_file=False
         )
     if rest:
-        raise ValueError(f"expected known settings, got {rest[0]}{nearest(rest[0].lstrip('-').split('=')[0], known)}; see --help")
+        raise ValueError(
+            f"expected known settings, got {rest[0].split('=')[0]}{nearest(rest[0].lstrip('-').split('=')[0], known)}; see --help"
+        )
     config = Config(*parsed)
     _check(config)
     return config

@@ -132,7 +132,9 @@ def parse_evaluation(argv: Sequence[str] | None = None) -> EvaluateArguments:
     settings, *_, rest = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True, look_for_args_file=False)
     if rest:
         known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
-        raise ValueError(f"expected known settings, got {rest[0]}{nearest(rest[0].lstrip('-').split('=')[0], known)}; see --help")
+        raise ValueError(
+            f"expected known settings, got {rest[0].split('=')[0]}{nearest(rest[0].lstrip('-').split('=')[0], known)}; see --help"
+        )
     return settings
 
 

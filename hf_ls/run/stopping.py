@@ -90,7 +90,7 @@ def check_trained(trainer: Any, stop: StopOnSignal) -> None:
     early = any(found.early_stopping_patience_counter >= found.early_stopping_patience for found in callbacks)
     if state.global_step < state.max_steps and not early:
         raise ValueError(
-            f"expected all planned steps or early stopping, got an end {where}; resume with --resume_from_checkpoint last, or give "
+            f"expected all planned steps or early stopping, got an end {where}; go on with --resume_from_checkpoint last, or give "
             "more data or fewer steps"
         )
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field, fields
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, Self, TypeVar, get_args
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
+from hf_ls.common.privacy import is_secret
 from hf_ls.losses.smoothing import Schedule, Smoothing
 from hf_ls.metrics.direction import is_lower_better
 from hf_ls.trainer.criterion import Criterion, parse_params
@@ -93,6 +94,20 @@ class LabelSmoothingArguments(TrainingArguments):
             self.greater_is_better = False
         super().__post_init__()
         check_direction(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle holds: no secrets, for the Trainer writes one, `training_args.bin`, beside every model."""
+        return {name: None if is_secret(name) else value for name, value in vars(self).items()}
+
+    def __copy__(self) -> Self:
+        made = object.__new__(type(self))
+        vars(made).update(vars(self))
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        made = memo[id(self)] = object.__new__(type(self))
+        vars(made).update(copy.deepcopy(vars(self), memo))
+        return made
 
 
 @dataclass

@@ -154,7 +154,7 @@ def test_a_baseline_beside_an_objective_needs_no_epsilon(tmp_path):
     "--debug x", "--log_level loud", "--train_sampling_strategy grouped", "--liger_kernel_config x", "--lr_scheduler_kwargs {",
 ])  # fmt: skip
 def test_whatever_library_refuses_a_setting_it_is_one_sentence(tmp_path, words):
-    with pytest.raises(Exception) as found:  # noqa: B017 - the kind is what is tested
+    with pytest.raises(Exception) as found:
         parse(tmp_path, "", *words.split())
     assert (one_sentence(found.value) or "").startswith("expected "), repr(found.value)
 
@@ -175,5 +175,5 @@ def test_the_best_model_is_chosen_by_a_metric_which_evaluations_give(tmp_path, t
 
 
 def test_two_dashes_are_no_value(tmp_path):
-    with pytest.raises(ValueError, match="expected a value in .* at 'max_length', got '--'"):
+    with pytest.raises(ValueError, match=r"expected a value in .* at 'max_length', got '--'"):
         parse(tmp_path, "max_length: '--'\n")
