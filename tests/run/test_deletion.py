@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import hf_ls.manifest
+import hf_ls.common.manifest
 import pytest
 from test_checkpoint import names, train
 from tiny_run import arguments, save_tiny_model
@@ -96,7 +96,7 @@ def test_a_torn_or_hostile_line_names_nothing(tmp_path):
 
 
 def test_two_runs_do_not_work_in_one_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(hf_ls.manifest, "_PATIENCE", 0.1)
+    monkeypatch.setattr(hf_ls.common.manifest, "_PATIENCE", 0.1)
     late = Manifest(tmp_path)
     with Manifest(tmp_path).recording():
         with pytest.raises(ValueError, match="held by another process; wait for the run"), Manifest(tmp_path).recording():
@@ -194,7 +194,7 @@ def test_only_checkpoints_of_this_run_make_room(tmp_path):
 
 
 def test_a_cell_starts_again_only_in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_ls.cells.subprocess.Popen", lambda *args, **kwargs: None)
+    monkeypatch.setattr("hf_ls.compare.cells.subprocess.Popen", lambda *args, **kwargs: None)
     spec = Spec(Cell("baseline", "smoothed_ce", None, 0.0, 0), [], {}, False, {})
     cell = tmp_path / spec.cell.name
     with Manifest(tmp_path).recording() as manifest:

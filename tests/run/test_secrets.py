@@ -103,7 +103,7 @@ def test_a_comparison_gives_its_cells_the_token_and_no_file(tiny, tmp_path, capf
             started.append((command, kwargs["env"].get("HF_TOKEN")))
         return start(command, **kwargs)
 
-    monkeypatch.setattr("hf_ls.cells.subprocess.Popen", recorded)
+    monkeypatch.setattr("hf_ls.compare.cells.subprocess.Popen", recorded)
     own = tmp_path / "own.yaml"
     own.write_text(f"hub_token: {SECRET}\nseed: 3\n")
     argv = arguments(tiny, tmp_path / "out", *SHORT, "--epsilons", "0.2", "--seeds", "0", "--repetitions", "20", "--jobs", "1")
