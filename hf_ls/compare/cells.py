@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_ls.common.files import locked, write_atomically
-from hf_ls.common.manifest import Manifest
 from hf_ls.run.config import Config, DataArguments
+from hf_ls.run.manifest import Manifest
 from hf_ls.trainer.arguments import smoothing_of
 from hf_ls.trainer.criterion import Criterion, parse_params
 
@@ -200,7 +200,7 @@ def _start(spec: Spec, manifest: Manifest, threads: int, slot: int) -> subproces
         environment |= {} if (gpu := one_gpu(slot)) is None else {"CUDA_VISIBLE_DEVICES": gpu}
         with open(cell / LOG, "wb") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "hf_ls.compare.worker", str(cell)],
+                [sys.executable, "-m", "hf_ls.compare.experiment.worker", str(cell)],
                 stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment, pass_fds=[lock],
                 start_new_session=True,
             )  # fmt: skip

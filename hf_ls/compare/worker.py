@@ -34,11 +34,11 @@ def run_cell(folder: Path) -> None:
     import torch
 
     from hf_ls.common.files import write_atomically
-    from hf_ls.common.manifest import Manifest
     from hf_ls.compare.cells import CELL, SPEC, Spec, cell_config
     from hf_ls.compare.fingerprint import FINGERPRINT, Fingerprint
     from hf_ls.run.config import parse_config
     from hf_ls.run.finetune import finetune
+    from hf_ls.run.manifest import Manifest
 
     started = time.monotonic()
     spec = Spec.from_json((folder / SPEC).read_text(encoding="utf-8"))

@@ -17,8 +17,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from hf_ls.common.errors import read_json
 from hf_ls.common.files import write_atomically
-from hf_ls.common.manifest import CHECKPOINT, Manifest
 from hf_ls.losses.smoothing import Smoothing
+from hf_ls.run.manifest import CHECKPOINT, Manifest
 
 MARK = "hf_ls_complete.json"
 _SHAPE = ("model_type", "vocab_size", "hidden_size", "d_model", "dim", "num_hidden_layers", "n_layers", "n_layer", "id2label")

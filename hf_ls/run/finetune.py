@@ -26,7 +26,6 @@ from transformers.training_args import OptimizerNames
 
 from hf_ls.common.errors import read_json
 from hf_ls.common.files import TEMPORARY_FOLDER, move, tell, temporary_name, write_atomically
-from hf_ls.common.manifest import Manifest
 from hf_ls.common.privacy import token_in_environment
 from hf_ls.data.sequences import token_counts
 from hf_ls.losses.smoothing import Smoothing
@@ -37,6 +36,7 @@ from hf_ls.run.checkpoint import CheckpointMark, check_resumable, checkpoints, l
 from hf_ls.run.config import Config
 from hf_ls.run.launch import announce
 from hf_ls.run.loading import Data, check_tokens, load_data, load_distillation_teacher, load_model, load_tokenizer, load_tokens
+from hf_ls.run.manifest import Manifest
 from hf_ls.run.outcome import OUTCOME, Outcome, evaluate_classes, evaluate_tokens, run_name, write_metrics
 from hf_ls.run.publish import check_push, folder_of, publish, push
 from hf_ls.run.tasks import TASKS

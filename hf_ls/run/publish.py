@@ -23,11 +23,11 @@ from hf_ls.calibration.temperature import bake_folder
 from hf_ls.common.errors import uploading
 from hf_ls.common.files import write_atomically
 from hf_ls.common.privacy import local_name, paths_here, without_paths
+from hf_ls.common.text import hub_id
 from hf_ls.data.classification import ClassificationData
 from hf_ls.data.sequences import SequenceData
 from hf_ls.report.calibration_report import REPORT, SETTINGS, CalibrationReport, package_versions
 from hf_ls.report.card import write_card
-from hf_ls.report.card_metadata import hub_id
 from hf_ls.report.pictures import PENULTIMATE, Penultimate, write_pictures
 from hf_ls.report.plots import write_plots
 from hf_ls.report.sentences import regime, verdict, warnings
@@ -108,9 +108,10 @@ def check_push(config: Config) -> None:
     Raises: ValueError for no token, a refused one, no connection, and for checkpoints to be pushed.
     """
     training, name = config.training, config.training.hub_model_id or folder_of(config).absolute().name
-    if training.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+    strategy = HubStrategy(training.hub_strategy)
+    if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
         raise ValueError(
-            f"expected hub_strategy end or every_save, got {training.hub_strategy.value}: checkpoints hold paths of this machine "
+            f"expected hub_strategy end or every_save, got {strategy.value}: checkpoints hold paths of this machine "
             "and pickles; drop it, what a run leaves is pushed at its end"
         )
     with uploading("the model", name):

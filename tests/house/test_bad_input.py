@@ -19,7 +19,7 @@ from small_tokenizer import save_tokenizer
 
 from hf_ls import Smoothing
 from hf_ls.common.errors import one_sentence
-from hf_ls.common.manifest import MANIFEST
+from hf_ls.run.manifest import MANIFEST
 
 ROWS: list[Row] = [*bad_input_core.ROWS, *bad_input_files.ROWS, *bad_input_outside.ROWS]
 NAMES = {0: "bad", 1: "good"}

@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import hf_ls.common.manifest
 import pytest
 from test_checkpoint import names, train
 from tiny_run import arguments, save_tiny_model
 
+import hf_ls.run.manifest
 from hf_ls.common.files import TEMPORARY, TEMPORARY_FOLDER, tell, write_atomically
-from hf_ls.common.manifest import CHECKPOINT, MANIFEST, Manifest
 from hf_ls.compare.cells import LOG, SPEC, Cell, Spec, _start
 from hf_ls.report.calibration_report import SETTINGS
 from hf_ls.run.config import parse_config
 from hf_ls.run.finetune import _check_deletable, finetune
+from hf_ls.run.manifest import CHECKPOINT, MANIFEST, Manifest
 
 SHORT = ["--do_train", "--max_train_samples", "32", "--max_eval_samples", "20", "--max_steps", "2"]
 SAVING = ["--save_strategy", "steps", "--save_steps", "1", "--label_smoothing_factor", "0.1"]
@@ -96,7 +96,7 @@ def test_a_torn_or_hostile_line_names_nothing(tmp_path):
 
 
 def test_two_runs_do_not_work_in_one_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(hf_ls.common.manifest, "_PATIENCE", 0.1)
+    monkeypatch.setattr(hf_ls.run.manifest, "_PATIENCE", 0.1)
     late = Manifest(tmp_path)
     with Manifest(tmp_path).recording():
         with pytest.raises(ValueError, match="held by another process; wait for the run"), Manifest(tmp_path).recording():
