@@ -304,7 +304,7 @@ def _matched(settings: EvaluateArguments, raw: dict[str, Dataset], names: list[s
         content = {ours: list(part[theirs]) for theirs, ours in columns.items()}
         labels = [[ids[label] for label in row] for row in values[split]]
         made[split] = Dataset.from_dict(content | ({"tags": labels} if per_token else {"label": [row[0] for row in labels]}))
-        check_texts(made[split], split)
+        check_texts(kept[split], split, [] if per_token else list(columns))
     return made, match
 
 

@@ -172,8 +172,3 @@ def test_the_best_model_is_chosen_by_a_metric_which_evaluations_give(tmp_path, t
     assert parse(tmp_path, "", *argv, known).training.metric_for_best_model == known
     with pytest.raises(ValueError, match=f"expected metric_for_best_model among .* got '{unknown}'"):
         parse(tmp_path, "", *argv, unknown)
-
-
-def test_two_dashes_are_no_value(tmp_path):
-    with pytest.raises(ValueError, match=r"expected a value in .* at 'max_length', got '--'"):
-        parse(tmp_path, "max_length: '--'\n")

@@ -25,11 +25,11 @@ from safetensors.torch import load_file
 from tiny_run import ALL, arguments, save_tiny_model, script
 from transformers.trainer_pt_utils import safe_globals
 
-from hf_ls.run.manifest import Manifest
 from hf_ls.report.calibration_report import CalibrationReport
 from hf_ls.run.checkpoint import MARK, last_complete_checkpoint
 from hf_ls.run.config import parse_config
 from hf_ls.run.finetune import finetune
+from hf_ls.run.manifest import Manifest
 from hf_ls.run.outcome import OUTCOME
 
 # Everything which changes files at once: two runs, evaluation between steps, the best checkpoint, deletion, a baked temperature.
