@@ -7,6 +7,7 @@ the run ends at once.
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from typing import Any
 
@@ -15,15 +16,21 @@ from accelerate import PartialState
 from accelerate.utils import gather
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+from hf_ls.run.launch import end_processes
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(Exception):
-    """A signal ended the run before it was done; `code` is the exit code of the shell's convention, 128 + signal."""
+    """A signal ended the run before it was done; `code` is the exit code of the shell's convention, 128 + signal.
 
-    def __init__(self, number: int, where: str) -> None:
+    in_training: on all processes after the same step, with a checkpoint.
+    """
+
+    def __init__(self, number: int, where: str, *, in_training: bool) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name} {where}")
         self.code = 128 + number
+        self.in_training = in_training
 
 
 class StopOnSignal(TrainerCallback):
@@ -71,10 +78,21 @@ def end_at_sigterm() -> None:
 
     def stop(number: int, frame: Any) -> None:
         signal.signal(number, signal.SIG_DFL)
-        raise Stopped(number, "outside of training")
+        raise Stopped(number, "outside of training", in_training=False)
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stop)
+
+
+def end_stopped(error: Stopped | KeyboardInterrupt) -> int:
+    """Say that the run was stopped and how it goes on; the exit code."""
+    stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT, "outside of training", in_training=False)
+    if PartialState().is_main_process:
+        print(f"{stopped}: go on with the same command and --resume_from_checkpoint last", file=sys.stderr, flush=True)
+    if stopped.in_training:  # else the other processes may be anywhere
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher sends it again when the first process has ended
+        end_processes()
+    return stopped.code
 
 
 def check_trained(trainer: Any, stop: StopOnSignal) -> None:
@@ -83,15 +101,15 @@ def check_trained(trainer: Any, stop: StopOnSignal) -> None:
     Raises: Stopped after a signal; ValueError where something else has ended the training.
     """
     state = trainer.state
-    where = f"at step {state.global_step:,} of {state.max_steps:,}"
+    where = f"after step {state.global_step:,} of {state.max_steps:,}"
     if stop.number:
-        raise Stopped(stop.number, where)
+        raise Stopped(stop.number, where, in_training=True)
     callbacks = [found for found in trainer.callback_handler.callbacks if isinstance(found, EarlyStoppingCallback)]
     early = any(found.early_stopping_patience_counter >= found.early_stopping_patience for found in callbacks)
     if state.global_step < state.max_steps and not early:
         raise ValueError(
-            f"expected all planned steps or early stopping, got an end {where}; go on with --resume_from_checkpoint last, or give "
-            "more data or fewer steps"
+            f"expected all planned steps or early stopping, got an end {where}; go on with --resume_from_checkpoint last, or "
+            "give more data or fewer steps"
         )
 
 
