@@ -43,13 +43,17 @@ def with_training(config: Config, **changes: Any) -> Config:
 
 
 def make_trainer(config: Config, loaded: Loaded, callbacks: Sequence[Any] = ()) -> Any:
-    """The Trainer of the task with a fresh model, always the same for the same seed."""
+    """The Trainer of the task with a fresh model, always the same for the same seed.
+
+    It does not delete checkpoints, which `CheckpointMark` does once the new one is complete; not take SIGTERM, which
+    `StopOnSignal` does; and not push all that is in the folder, whosever it is: `push` sends what may leave.
+    """
     task, tokens, tokenizer = TASKS[config.run.task], loaded.tokens, loaded.tokenizer
     set_seed(config.training.seed)
     model = load_model(config, loaded.data, tokenizer)
     trainer = task.trainer(
         model=model,
-        args=config.training,
+        args=with_training(config, save_total_limit=None, enable_jit_checkpoint=False, push_to_hub=False).training,
         train_dataset=tokens["train"],
         eval_dataset=tokens["validation"],
         data_collator=task.collator(tokenizer, model),
@@ -69,7 +73,7 @@ def rehearse(config: Config, loaded: Loaded) -> Any:
     made, and settings which the optimizer, the scheduler or a reporter refuses.
     """
     with tempfile.TemporaryDirectory() as folder:
-        elsewhere = with_training(config, output_dir=folder, push_to_hub=False)
+        elsewhere = with_training(config, output_dir=folder)
         with settling("see what it says, and change the model, the tokenizer or the setting"):
             trainer = make_trainer(elsewhere, loaded)
             check_tokens(loaded.tokens, loaded.tokenizer, trainer.model)
@@ -90,10 +94,7 @@ def train(config: Config, loaded: Loaded, manifest: Manifest, more: Sequence[Any
     stop = StopOnSignal()
     callbacks = [stop, CheckpointMark(smoothing_of(training), training.save_total_limit, manifest), *more]
     callbacks += [] if patience is None else [EarlyStopping(patience)]
-    # CheckpointMark deletes old checkpoints once the new one is complete, and StopOnSignal saves one at SIGTERM. The Trainer
-    # would push all that is in the folder, whosever it is; `push` sends what may leave, once all is written.
-    own = with_training(config, save_total_limit=None, enable_jit_checkpoint=False, push_to_hub=False)
-    trainer = make_trainer(own, loaded, callbacks)
+    trainer = make_trainer(config, loaded, callbacks)
     if training.do_train:
         result = trainer.train(resume_from_checkpoint=_checkpoint(config, trainer.model))
         check_trained(trainer, stop)
