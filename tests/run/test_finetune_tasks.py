@@ -171,8 +171,17 @@ def test_a_tokenizer_with_which_no_decoder_can_start_is_refused_in_a_dry_run(tmp
             "\n".join(json.dumps({"en": f"{split} {i}", "de": f"ein {i}"}) for i in range(9))
         )
     files = [word for split in ("train", "validation", "test") for word in (f"--{split}_file", str(tmp_path / f"{split}.jsonl"))]
-    argv = [*arguments(tmp_path / "out", "seq2seq", "--dry_run"), "--dataset_name", "null", *files, "--source_column", "en"]
-    argv += ["--target_column", "de", "--tokenizer_name", str(model_path(EMBEDDED_MODEL))]
+    argv = [word for word in arguments(tmp_path / "out", "seq2seq") if word not in ("--dataset_name", "cmudict")]
+    argv += [
+        "--dry_run",
+        *files,
+        "--source_column",
+        "en",
+        "--target_column",
+        "de",
+        "--tokenizer_name",
+        str(model_path(EMBEDDED_MODEL)),
+    ]
     with pytest.raises(
         ValueError, match=r"expected a tokenizer with a bos_token, .* got Bert.* without one; name another tokenizer"
     ):
