@@ -89,7 +89,7 @@ def one_sentence(error: BaseException) -> str | None:
     """
     if isinstance(error, OSError) and error.errno in _DISK and not str(error.strerror).startswith("expected"):
         return disk_sentence(error)
-    if any(said in str(error) for said in _DISK_FULL):
+    if not isinstance(error, OSError | ValueError) and any(said in str(error) for said in _DISK_FULL):
         return disk_sentence(OSError(errno.ENOSPC, "a file which could not be written to its end, as on a full disk"))
     if not isinstance(error, ValueError | TypeError | OSError | ImportError):
         return None
