@@ -16,13 +16,12 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hf_ls.metrics.core import ReliabilityBins, bin_index
+from hf_ls.metrics.core import N_BINS, ReliabilityBins, bin_index
 from hf_ls.metrics.intervals import calibrated_hits, ece_interval, wilson_interval
 from hf_ls.metrics.streaming import StreamingCalibration, check_bins
 from hf_ls.metrics.ties import aurc_from_groups
 from hf_ls.metrics.validation import Floats, Integers, check_count
 
-N_BINS = 15
 # What is added up per group, per sequence and per replicate: n, correct, nll, brier, and confidence − correct per bin.
 # Float64 holds counts exactly up to 2**53.
 _COUNT, _CORRECT, _NLL, _BRIER, _GAP = 0, 1, 2, 3, slice(4, 4 + N_BINS)
@@ -250,6 +249,24 @@ class TokenCalibration:
         null = noise if wider else null_gaps[: len(noise)]
         ends["ece"] = np.array(ece_interval(own, share, noise, null, seed=self.seed))
         return ends
+
+    def draws(self) -> tuple[Floats, dict[str, float], dict[str, Floats]]:
+        """Return the number of tokens [R] in each replicate which holds one, and accuracy, nll, brier and ece: values, and [R].
+
+        The weights depend on the rank of a sequence and the seed alone: two models which were given the same sequences in one
+        order have the same numbers of tokens, and the difference of their replicates is a paired one.
+
+        Raises:
+            ValueError: no tokens yet.
+        """
+        known, total = self._cells.compute(N_BINS), self._total()
+        sums = self._all_replicates()
+        sums = sums[sums[:, _COUNT] > 0]
+        values, draws = {"accuracy": known["accuracy"]}, {"accuracy": sums[:, _CORRECT] / sums[:, _COUNT]}
+        for name, column in (("nll", _NLL), ("brier", _BRIER)):
+            values[name], draws[name] = float(total[column] / total[_COUNT]), sums[:, column] / sums[:, _COUNT]
+        values["ece"], draws["ece"] = known["ece"], np.abs(sums[:, _GAP]).sum(axis=1) / sums[:, _COUNT]
+        return sums[:, _COUNT], values, draws
 
     def groups(self) -> list[dict[str, Any]]:
         """Return {"kind", "name", "n", "accuracy", "nll", "perplexity", "brier", "ece", "signed_gap"} of each group.

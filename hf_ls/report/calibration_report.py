@@ -27,6 +27,7 @@ from hf_ls.calibration.temperature import apply_temperature
 from hf_ls.common.files import write_atomically
 from hf_ls.metrics.core import PredictionStatistics, bin_index, reliability_bins
 from hf_ls.metrics.intervals import consistency_band
+from hf_ls.metrics.paired import Difference
 from hf_ls.metrics.summary import summarise
 from hf_ls.metrics.tokens import TokenCalibration
 
@@ -219,6 +220,8 @@ class CalibrationReport:
         history: row name -> log records {"step", "loss", "nll", "smoothing_term", "eval_nll", …}.
         published: name of the row whose weights are saved beside the card; if it has a temperature, that is
             baked into the weights. None: not recorded.
+        differences: paired, of a row against an earlier one (`metrics.paired.differences`); none in reports which only know
+            the interval of each row.
 
     Raises: ValueError for unknown or missing keys, repeated row names, or counts which contradict each other.
     """
@@ -234,6 +237,7 @@ class CalibrationReport:
     history: dict[str, list[dict[str, Any]]]
     versions: dict[str, str]
     published: str | None = None
+    differences: list[Difference] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Make every value what JSON gives back, and check that the parts agree."""
@@ -269,12 +273,17 @@ class CalibrationReport:
         Raises: ValueError for text which is not JSON, or for unknown or missing keys.
         """
         fields = json.loads(text)
-        required = [f.name for f in dataclasses.fields(cls) if f.name != "published"]
-        _check_keys(fields, required, "calibration report", ("published",))
+        optional = ("published", "differences")
+        required = [f.name for f in dataclasses.fields(cls) if f.name not in optional]
+        _check_keys(fields, required, "calibration report", optional)
         rows = fields["rows"] if isinstance(fields["rows"], list) else [fields["rows"]]
         for row in rows:
             _check_keys(row, [f.name for f in dataclasses.fields(CalibrationRow) if f.name != "groups"], "row", ("groups",))
-        return cls(**fields | {"rows": [CalibrationRow(**row) for row in rows]})
+        differences = fields.get("differences", [])
+        for difference in differences:
+            _check_keys(difference, [f.name for f in dataclasses.fields(Difference)], "difference")
+        made = {"rows": [CalibrationRow(**row) for row in rows], "differences": [Difference(**d) for d in differences]}
+        return cls(**fields | made)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write `calibration.json`; a reader sees the old file or the new one, never a part."""
@@ -320,6 +329,11 @@ class CalibrationReport:
             return self.rows[0] if len(self.rows) == 1 else None
         return next(row for row in self.rows if row.name == self.published)
 
+    def difference(self, metric: str, row: CalibrationRow, against: CalibrationRow) -> Difference | None:
+        """The paired difference row − against in a metric; None where only the interval of each row is known."""
+        found = (d for d in self.differences if (d.metric, d.row, d.against) == (metric, row.name, against.name))
+        return next(found, None)
+
     def tempered(self, row: CalibrationRow) -> CalibrationRow | None:
         """The temperature-scaled row of the same run, which stands behind `row`, if there is one."""
         behind = self.rows[self.rows.index(row) + 1 :]
@@ -342,7 +356,7 @@ def _make_plain(instance: Any) -> None:
 def _plain(value: Any, where: str) -> Any:
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
-    if value is None or isinstance(value, str | bool | int | CalibrationRow):
+    if value is None or isinstance(value, str | bool | int | CalibrationRow | Difference):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None

@@ -242,8 +242,8 @@ def _limitations(report: CalibrationReport) -> list[str]:
     )
     if any(other.temperature != 1 for other in report.rows):
         lines.append("The temperature was fitted on the validation split and holds for data like it.")
-    ceiling = report.smoothing["max_confidence"]
-    if row.epsilon and row.temperature == 1 and ceiling is not None and row.value("accuracy") > ceiling:
+    ceiling, accuracy = report.smoothing["max_confidence"], row.interval("accuracy")
+    if row.epsilon and row.temperature == 1 and ceiling is not None and accuracy is not None and accuracy[0] > ceiling:
         lines.append(
             f"Its accuracy {row.value('accuracy'):.3f} is above its confidence ceiling {ceiling:.3f}: "
             "smoothing pulls this model towards under-confidence."

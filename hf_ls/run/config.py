@@ -233,7 +233,8 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
         [*from_file, *argv], return_remaining_strings=True, look_for_args_file=False
     )
     if rest:
-        raise ValueError(f"expected known settings, got {rest[0]}{nearest(rest[0], known)}; see --help")
+        name = rest[0].split("=")[0]  # without the value, which may be a secret
+        raise ValueError(f"expected known settings, got {name}{nearest(name, known)}; see --help")
     config = Config(*parsed)
     _check(config)
     return config

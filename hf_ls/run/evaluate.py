@@ -31,6 +31,7 @@ from hf_ls.data.classification import EMBEDDED_DATASET, check_overlap, load_snip
 from hf_ls.data.labels import LabelMatch, match_labels, permutation_warning
 from hf_ls.data.reading import check_texts, read_files, read_hub
 from hf_ls.data.sequences import tokenise_words
+from hf_ls.metrics.paired import differences
 from hf_ls.report.calibration_report import REPORT, SETTINGS, CalibrationReport, package_versions
 from hf_ls.report.card import check_card, write_card
 from hf_ls.report.card_metadata import eval_results
@@ -174,6 +175,7 @@ def evaluate(settings: EvaluateArguments) -> CalibrationReport | None:
         epsilon = known.published_row.epsilon
     suffix = {True: "", False: " + temperature"}
     rows = [replace(row, name=ROW + suffix[row.temperature == 1], epsilon=epsilon) for row in outcome.rows]
+    draws = {row.name: outcome.draws[old.name] for row, old in zip(rows, outcome.rows, strict=True)}
     report = CalibrationReport(
         task=task.hub_task,
         model_name=settings.model_name_or_path if hub_id(settings.model_name_or_path) else Path(settings.model_name_or_path).name,
@@ -190,6 +192,7 @@ def evaluate(settings: EvaluateArguments) -> CalibrationReport | None:
         history={},
         versions=package_versions(),
         published=ROW,
+        differences=differences(draws),
     )  # fmt: skip
     _show(report, settings, match, tokens)
     return report

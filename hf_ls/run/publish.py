@@ -26,6 +26,7 @@ from hf_ls.common.privacy import local_name, paths_here, without_paths
 from hf_ls.common.text import hub_id
 from hf_ls.data.classification import ClassificationData
 from hf_ls.data.sequences import SequenceData
+from hf_ls.metrics.paired import differences
 from hf_ls.report.calibration_report import REPORT, SETTINGS, CalibrationReport, package_versions
 from hf_ls.report.card import write_card
 from hf_ls.report.pictures import PENULTIMATE, Penultimate, write_pictures
@@ -34,7 +35,7 @@ from hf_ls.report.sentences import regime, verdict, warnings
 from hf_ls.report.table import group_table, table
 from hf_ls.run.config import Config
 from hf_ls.run.launch import announce
-from hf_ls.run.outcome import GENERATIONS, OUTCOME, PREDICTIONS, Outcome
+from hf_ls.run.outcome import DRAWS, GENERATIONS, OUTCOME, PREDICTIONS, Outcome
 from hf_ls.run.tasks import TASKS
 from hf_ls.trainer.arguments import LabelSmoothingArguments, smoothing_of, techniques_of
 from hf_ls.trainer.criterion import parse_params
@@ -72,6 +73,7 @@ def publish(config: Config, data: ClassificationData | SequenceData, runs: dict[
         history={name: run.history for name, run in runs.items()},
         versions=package_versions(),
         published=published,
+        differences=differences({name: draws for run in runs.values() for name, draws in run.draws.items()}),
     )
     folder = folder_of(config)
     report.save(folder / REPORT)
@@ -149,7 +151,7 @@ def push(config: Config, names: Sequence[str]) -> None:
 def _is_public(name: str) -> bool:
     top, last = name.split("/")[0], name.rsplit("/", 1)[-1]
     here = top == "baseline" or top.startswith((f"{PREFIX_CHECKPOINT_DIR}-", "_", ".")) or last.endswith(f"_{GENERATIONS}")
-    return not here and last not in (PREDICTIONS, OUTCOME, PENULTIMATE, SETTINGS, TRAINING_ARGS_NAME)
+    return not here and last not in (PREDICTIONS, DRAWS, OUTCOME, PENULTIMATE, SETTINGS, TRAINING_ARGS_NAME)
 
 
 def _bake(config: Config, temperature: float) -> None:

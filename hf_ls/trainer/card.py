@@ -1,23 +1,20 @@
 """What `create_model_card` and `push_to_hub` of the trainers write: the report's card, else what the Trainer itself knows.
 
-Owns: `TrainerCard`, the card made of a Trainer's state alone, and which README.md in its folder stays.
-Does not own: the card of a report (`card`), its Markdown (`markdown`), any measurement (`evaluation`).
+Here are the card made of a Trainer's state alone, and which README.md in its folder stays.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import Tensor
-from transformers import Trainer
 from transformers.modelcard import TASK_MAPPING
 
 from hf_ls.common.files import write_atomically
@@ -26,12 +23,7 @@ from hf_ls.common.text import hub_id, in_words, link, markdown_table, one_line, 
 from hf_ls.report.calibration_report import REPORT, CalibrationReport, package_versions
 from hf_ls.report.card import MARKER, NO_FREE_WIN, NOT_EXAMINED, is_generated, model_card, smoothing_lines
 from hf_ls.report.card_metadata import HUB_METRICS
-from hf_ls.trainer.softening import techniques
-
-if TYPE_CHECKING:
-    _Trainer = Trainer  # what the mixin is mixed into
-else:
-    _Trainer = object
+from hf_ls.trainer.criterion import techniques
 
 logger = logging.getLogger(__name__)
 
@@ -78,32 +70,18 @@ accuracy, ece (15 equal-width bins) and brier (sum over classes, 0 to 2) are of 
 """  # noqa: E501, one paragraph of Markdown is one line
 
 
-class TrainerCard(_Trainer):
-    """What `LabelSmoothingMixin` does in `create_model_card`, and thereby in `push_to_hub` and the saving of TRL.
+def write_trainer_card(trainer: Any, given: Mapping[str, Any]) -> None:
+    """Write `README.md` into the output folder; nothing is looked up on the network.
 
     The stock card drops every metric which is no accuracy, F1, BLEU or ROUGE, writes NumPy scalars as Python objects which
     the Hub cannot read, states `label_smoothing_factor` also where nothing was trained, and replaces cards written by hand.
     """
-
-    smoothing: Any
-    criterion: Any
-    class_weight: Any
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write `README.md`, arguments as in the Trainer below this mixin; nothing is looked up on the network.
-
-        A README.md which was written by hand stays as it is. Where `calibration.json` belongs to these weights the card is
-        that of the report, with its intervals; else it states the last evaluation and the smoothing which training used.
-        """
-        if not self.is_world_process_zero():
-            return
-        given = inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments
-        path = Path(self.args.output_dir or "trainer_output", "README.md")
-        if path.exists() and not is_generated(path.read_text(encoding="utf-8", errors="replace")):
-            logger.warning("%s was written by hand and stays as it is; move it away for a generated card", path)
-            return
-        report = _report_of(self)
-        write_atomically(path, trainer_card(self, given) if report is None else _with_given(model_card(report), given))
+    path = Path(trainer.args.output_dir or "trainer_output", "README.md")
+    if path.exists() and not is_generated(path.read_text(encoding="utf-8", errors="replace")):
+        logger.warning("%s was written by hand and stays as it is; move it away for a generated card", path)
+        return
+    report = _report_of(trainer)
+    write_atomically(path, trainer_card(trainer, given) if report is None else _with_given(model_card(report), given))
 
 
 def trainer_card(trainer: Any, given: Mapping[str, Any]) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from hf_ls.metrics import PredictionStatistics, TokenCalibration
+from hf_ls.metrics.paired import Difference, differences, draws_of_examples, draws_of_tokens
 from hf_ls.report.calibration_report import CalibrationReport, CalibrationRow
 
 
@@ -40,6 +42,10 @@ def make_report(n: int = 200, num_classes: int = 3, rows: int = 4, **changes: An
         CalibrationRow.from_logits(name, epsilon, temperature, factor * logits, labels, repetitions=50)
         for name, epsilon, temperature, factor in settings[:rows]
     ]
+    draws = {
+        name: [draws_of_examples(PredictionStatistics.from_logits(factor / t * logits, labels), labels, repetitions=50)]
+        for name, _, t, factor in settings[:rows]
+    }
     fields: dict[str, Any] = {
         "task": "text-classification",
         "model_name": "toy-model",
@@ -68,6 +74,7 @@ def make_report(n: int = 200, num_classes: int = 3, rows: int = 4, **changes: An
         "history": toy_history(made),
         "versions": {"transformers": "5.23.0"},
         "published": made[-1].name if rows != 3 else "smoothed",
+        "differences": differences(draws),
     }
     return CalibrationReport(**fields | changes)
 
@@ -100,7 +107,7 @@ def make_token_report(
     """Rows over toy sequences: an over-confident baseline, an under-confident smoothed run, both tempered."""
     settings = [("baseline", 0.0, 1.0, 2.2), ("baseline + temperature", 0.0, 1.4, 2.2)]
     settings += [("smoothed", 0.1, 1.0, 0.9), ("smoothed + temperature", 0.1, 0.6, 0.9)]
-    made = []
+    made, draws = [], {}
     for name, epsilon, temperature, scale in settings[:rows]:
         tokens = toy_tokens(scale, sequences, temperature=temperature)
         extra: dict[str, dict[str, float]] = {}
@@ -109,6 +116,7 @@ def make_token_report(
             extra["exact_match"] = interval(0.52, 0.49, 0.55) if epsilon else interval(0.48, 0.45, 0.51)
             extra |= {"sequence_ece": {"value": 0.05}} if temperature == 1 else {}
         made.append(CalibrationRow.from_tokens(name, epsilon, temperature, tokens, extra))
+        draws[name] = [draws_of_tokens(tokens)]
     names = [f"class {i}" for i in range(9)] if task == "token-classification" else []
     fields: dict[str, Any] = {
         "task": task,
@@ -125,6 +133,7 @@ def make_token_report(
             "n_train": 1000,
         },
         "published": None if rows == 2 else made[min(rows, 3) - 1].name,
+        "differences": differences(draws),
     }
     return replace(make_report(rows=1), **{**fields, "history": toy_history(made), **changes})
 
@@ -135,3 +144,11 @@ def with_metrics(row: CalibrationRow, **metrics: dict[str, float]) -> Calibratio
 
 def interval(value: float, low: float, high: float) -> dict[str, float]:
     return {"value": value, "low": low, "high": high}
+
+
+def with_difference(report: CalibrationReport, **metrics: dict[str, float] | None) -> CalibrationReport:
+    """The same report with these paired differences in every pair of rows, whatever the rows say; None for not known."""
+    kept = [d for d in report.differences if d.metric not in metrics]
+    pairs = [(row.name, against.name) for against, row in combinations(report.rows, 2)]
+    new = [Difference(metric, *pair, **found) for metric, found in metrics.items() if found for pair in pairs]
+    return replace(report, differences=[*kept, *new])
