@@ -15,7 +15,7 @@ from hf_ls.compare.cells import LOG, SPEC, Cell, Spec, _start
 from hf_ls.report.calibration_report import SETTINGS
 from hf_ls.run.config import parse_config
 from hf_ls.run.finetune import finetune
-from hf_ls.run.manifest import CHECKPOINT, MANIFEST, Manifest
+from hf_ls.run.manifest import CHECKPOINT, LOCK, MANIFEST, Manifest
 from hf_ls.run.output import check_deletable
 
 SHORT = ["--do_train", "--max_train_samples", "32", "--max_eval_samples", "20", "--max_steps", "2"]
@@ -93,7 +93,7 @@ def test_a_torn_or_hostile_line_names_nothing(tmp_path):
         )
     manifest = Manifest(tmp_path)
     manifest.delete(first=SETTINGS)
-    assert outside.read_text() == "mine" and list(snapshot(tmp_path)) == [MANIFEST]
+    assert outside.read_text() == "mine" and list(snapshot(tmp_path)) == [LOCK, MANIFEST]
 
 
 def test_two_runs_do_not_work_in_one_folder(tmp_path, monkeypatch):
