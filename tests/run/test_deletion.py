@@ -202,7 +202,7 @@ def test_a_cell_starts_again_only_in_a_folder_of_its_own(tmp_path, monkeypatch):
         _start(spec, manifest, 1, 0)
         begun(cell)
         _start(spec, manifest, 1, 0)
-        assert sorted(snapshot(cell)) == sorted([MANIFEST, LOG, SPEC])
+        assert sorted(snapshot(cell)) == sorted([LOCK, MANIFEST, LOG, SPEC])
         write(cell, "notes.txt")
         before = snapshot(cell)
         with pytest.raises(ValueError, match=r"did not write: notes\.txt"):
