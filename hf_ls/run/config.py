@@ -41,6 +41,11 @@ _TASKS_OF = {
     "sortish_sampler": ("seq2seq",),
 }
 _TASKS_OF |= dict.fromkeys(("mixup_alpha", "mixup_per"), ("text-classification",))
+# What an evaluation during training gives, by which the best checkpoint can be chosen; signed_gap is best at 0, at neither end.
+_METRICS = ("loss", "nll", "brier", "ece", "accuracy")
+_METRICS_OF: dict[str, tuple[str, ...]] = dict.fromkeys(("seq2seq", "causal-lm"), ("perplexity", "eos_nll", "eos_ece"))
+_METRICS_OF["token-classification"] = ("perplexity",)
+_GENERATED_METRICS = ("exact_match", "sequence_ece")
 # Smallest value, and the one which must not be reached; what is checked elsewhere is not here.
 _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("seed", "data_seed"), (0, 2**32)),
@@ -353,8 +358,14 @@ def _check(config: Config) -> None:
             "of one run; use last"
         )
     metric = training.metric_for_best_model or ""
+    known = [*_METRICS, *_METRICS_OF.get(run.task, ()), *(_GENERATED_METRICS if training.predict_with_generate else ())]
     if "test" in metric.replace("eval_", "").split("_") or "predict" in metric:
         raise ValueError(f"expected metric_for_best_model on validation, got {metric!r}; the test split is only ever reported on")
+    if metric and metric.removeprefix("eval_") not in known:
+        raise ValueError(
+            f"expected metric_for_best_model among {', '.join(known)}, which an evaluation during training gives for this task, "
+            f"got {metric!r}{nearest(metric, known)}; change it"
+        )
     if run.early_stopping_patience is not None and not training.load_best_model_at_end:
         raise ValueError(
             "expected load_best_model_at_end with early_stopping_patience, got False; set it and metric_for_best_model"

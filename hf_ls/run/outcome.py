@@ -12,18 +12,20 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from datasets import Dataset, DatasetDict
 
 from hf_ls.calibration.temperature import NoFiniteTemperature, apply_temperature, fit_temperature
+from hf_ls.common.errors import read_json
 from hf_ls.common.files import write_arrays, write_atomically
 from hf_ls.metrics.core import PredictionStatistics
 from hf_ls.metrics.paired import Draws, draws_as_arrays, draws_from_arrays, draws_of_examples, draws_of_tokens
 from hf_ls.metrics.text import draws_of_texts, text_metrics
 from hf_ls.report.calibration_report import CalibrationRow
 from hf_ls.run.launch import announce
-from hf_ls.trainer.arguments import LabelSmoothingArguments
+from hf_ls.trainer.arguments import LabelSmoothingArguments, smoothing_of
 
 OUTCOME = "outcome.json"  # written last: a run with it is complete
 PREDICTIONS = "predictions.npz"
@@ -62,19 +64,24 @@ class Outcome:
     @classmethod
     def load(cls, folder: Path) -> Outcome:
         """Read what `save` wrote."""
-        fields = json.loads((folder / OUTCOME).read_text(encoding="utf-8"))
-        draws: dict[str, list[Draws]] = {}
-        if (folder / DRAWS).is_file():  # runs of an older hf_ls left none
-            with np.load(folder / DRAWS, allow_pickle=False) as arrays:
-                draws = draws_from_arrays(arrays)
-        return cls(**fields | {"rows": [CalibrationRow(**row) for row in fields["rows"]], "draws": draws})
+        remedy = f"delete {OUTCOME}, and the run is evaluated again from its last checkpoint"
+        fields = read_json(folder / OUTCOME, remedy)
+        try:
+            draws: dict[str, list[Draws]] = {}
+            if (folder / DRAWS).is_file():  # runs of an older hf_ls left none
+                with np.load(folder / DRAWS, allow_pickle=False) as arrays:
+                    draws = draws_from_arrays(arrays)
+            return cls(**fields | {"rows": [CalibrationRow(**row) for row in fields["rows"]], "draws": draws})
+        except (TypeError, KeyError, ValueError, BadZipFile) as error:
+            raise ValueError(f"expected the outcome of a run in {folder / OUTCOME}, got: {error}; {remedy}") from error
 
 
 def run_name(training: LabelSmoothingArguments) -> str:
-    """The name of a run's row: what it trains on, "baseline" being the plain cross entropy."""
+    """The name of a run's row: what it trains on, "baseline" being the plain cross entropy in every step."""
     if training.label_smoothing_objective != "smoothed_ce":
         return training.label_smoothing_objective
-    if training.label_smoothing_factor:
+    smoothing = smoothing_of(training)
+    if smoothing.epsilon or (smoothing.schedule is not None and smoothing.schedule.final_epsilon):
         return "smoothed"
     return "distilled" if training.distillation_teacher else "mixup" if training.mixup_alpha else "baseline"
 
@@ -182,7 +189,7 @@ def write_metrics(trainer: Any, prefix: str, metrics: dict[str, float]) -> None:
         return
     folder = Path(trainer.args.output_dir)
     everything = folder / "all_results.json"
-    known = json.loads(everything.read_text(encoding="utf-8")) if everything.is_file() else {}
+    known = read_json(everything, "delete it: it only repeats the other results") if everything.is_file() else {}
     for path, numbers in ((folder / f"{prefix}_results.json", metrics), (everything, known | metrics)):
         write_atomically(path, json.dumps(numbers, indent=4, sort_keys=True))
 

@@ -329,7 +329,8 @@ class LabelSmoothingMixin(Trainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # A stock Trainer resumed from the checkpoint of its last step, in mid-epoch, takes one step more than max_steps.
-        if self.state.global_step >= self.state.max_steps:
+        # A run which early stopping had ended takes none either.
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)

@@ -246,3 +246,18 @@ def test_an_unknown_setting_is_answered_with_the_one_which_is_meant(tmp_path, as
 def test_only_what_exists_is_suggested():
     assert did_you_mean("epsilon", ["seed", "adam_epsilon_of_mine"], "choose one") == "choose one"
     assert did_you_mean("smECE", ["ece", "smooth_ece"]) == "did you mean 'smooth_ece'?"
+
+
+@pytest.mark.parametrize(("task", "known", "unknown"), [
+    ("text-classification", "accuracy", "f1"), ("text-classification", "eval_nll", "perplexity"),
+    ("text-classification", "brier", "signed_gap"),
+    ("causal-lm --source_column a --target_column b", "perplexity", "exact_match"),
+    ("seq2seq --source_column a --target_column b", "eos_ece", "chrf"),
+    ("seq2seq --source_column a --target_column b --predict_with_generate", "exact_match", "bleu"),
+    ("token-classification", "perplexity", "eos_ece"),
+])  # fmt: skip
+def test_the_best_model_is_chosen_by_a_metric_which_evaluations_give(tmp_path, task, known, unknown):
+    argv = ["--dataset_name", "some/set", "--task", *task.split(), "--metric_for_best_model"]
+    assert parse(tmp_path, "", *argv, known).training.metric_for_best_model == known
+    with pytest.raises(ValueError, match=f"expected metric_for_best_model among .* got '{unknown}'"):
+        parse(tmp_path, "", *argv, unknown)
