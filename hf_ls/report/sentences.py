@@ -33,7 +33,7 @@ def regime(report: CalibrationReport) -> str:
     """
     row = report.baseline or report.rows[0]
     interval, confidence = _gap_interval(report, row), row.value("accuracy") + row.value("signed_gap")
-    who = f"The model of row '{one_line(row.name)}' (epsilon {row.epsilon_text})"
+    who = f"The model of row '{one_line(row.name)}' (epsilon {report.epsilon_text(row)})"
     facts = (
         f"mean confidence {confidence:.3f}, accuracy {row.show('accuracy')}, signed gap {row.show('signed_gap')}, {report.size}"
     )
@@ -49,7 +49,7 @@ def regime(report: CalibrationReport) -> str:
         return f"{who} is under-confident: {facts}.{advice}"
     sentence = f"{who} is, on average, not distinguishable from calibrated at this n: {facts}."
     null_q95 = row.metrics["ece"].get("null_q95")
-    if null_q95 is not None and row.value("ece") > null_q95:
+    if isinstance(null_q95, float) and row.value("ece") > null_q95:
         sentence += (
             f" Its ECE of {row.value('ece'):.3f} is still above {null_q95:.3f}, which a calibrated model"
             " would exceed in 5 % of samples: some confidences are too high and others too low."
@@ -78,7 +78,7 @@ def verdict(report: CalibrationReport) -> str:
     label = "the baseline" if rival is baseline else "temperature scaling of the baseline"
     who = f"Smoothing (epsilon {smoothed.epsilon:g})" if smoothed.epsilon else f"Training with {one_line(smoothed.name)}"
     found = [
-        f"{who} against {label}, {one_line(report.dataset['split'])} split, {report.size}",
+        f"{who} against {label}, {one_line(report.dataset.split or '')} split, {report.size}",
         *(_clause(smoothed, rival, metric) for metric in metrics),
     ]
     if report.is_token_task:
@@ -94,24 +94,25 @@ def verdict(report: CalibrationReport) -> str:
 def warnings(report: CalibrationReport) -> list[str]:
     """Sentences on smoothed rows: ε above its ceiling (by the baseline's error, where there is one; only where the classes have
     names), and under-confidence which `regime` does not speak of."""
-    found, convention = [], report.smoothing["convention"]
+    found, convention = [], report.smoothing.convention
     judged = report.baseline or report.rows[0]
     for row in report.rows:
-        if not row.epsilon or row.temperature != 1:
+        if not row.epsilon or row.tempered:
             continue
         if (
-            report.smoothing["prior"] == "uniform"
-            and report.smoothing["schedule"] is None
-            and row.epsilon == report.smoothing["epsilon"]
+            convention
+            and report.smoothing.prior == "uniform"
+            and report.smoothing.schedule is None
+            and row.epsilon == report.smoothing.epsilon
         ):
-            size = report.dataset.get("n_sequences") or judged.n
+            size = report.dataset.n_sequences or judged.n
             classes, who = len(report.label_names), f"row '{one_line(judged.name)}'"
             warning = ceiling_warning(row.epsilon, convention, judged.value("accuracy"), size, classes, who)
             found += [warning] if warning else []
         interval = _gap_interval(report, row)
         if row is not judged and interval is not None and interval[1] < 0:
             found.append(
-                f"the model of row '{one_line(row.name)}' (epsilon {row.epsilon_text}) is under-confident: signed gap "
+                f"the model of row '{one_line(row.name)}' (epsilon {report.epsilon_text(row)}) is under-confident: signed gap "
                 f"{row.show('signed_gap')}, {report.size}; use a smaller epsilon, or temperature scaling"
             )
     return found
@@ -119,8 +120,8 @@ def warnings(report: CalibrationReport) -> list[str]:
 
 def seeds(report: CalibrationReport) -> str:
     """How many seeds stand behind the numbers, in words."""
-    known = report.training.get("seeds")
-    if not isinstance(known, list) or not known:
+    known = report.training.seeds if report.training else None
+    if not known:
         return "The number of seeds is not recorded"
     return "One seed" if len(known) == 1 else f"{len(known)} seeds"
 
@@ -134,14 +135,14 @@ def _gap_interval(report: CalibrationReport, row: CalibrationRow) -> tuple[float
     accuracy, interval = row.value("accuracy"), row.interval("signed_gap")
     if accuracy not in (0, 1):
         return interval
-    size = report.dataset.get("n_sequences") or row.n
+    size = report.dataset.n_sequences or row.n
     low, high = (float(end) for end in wilson_interval(accuracy * size, size))
     confidence = accuracy + row.value("signed_gap")
     return confidence - high, confidence - low
 
 
 def _clause(smoothed: CalibrationRow, rival: CalibrationRow, metric: str) -> str:
-    who = "smoothing" if smoothed.epsilon else one_line(smoothed.name.removesuffix(" + temperature"))
+    who = "smoothing" if smoothed.epsilon else one_line(smoothed.run)
     wording = _WORDING[_finding(smoothed, rival, metric)].format(who=who)
     title = _title(metric)
     title = title[0].upper() + title[1:] if title.islower() else title
