@@ -312,10 +312,7 @@ def _published(report: CalibrationReport | None) -> str | None:
         extra = ", whose temperature is already in them" if row.tempered else ""
         said = f'The weights beside this card are those of the row "{plain(row.name)}"{extra}.'
     if baseline is not None and report.smoothed is not None:
-        same = (
-            "the same training without label smoothing" if report.smoothing.is_used else "the same training on plain hard labels"
-        )
-        said += f' The row "{plain(baseline.name)}" is {same}.'
+        said += f' The row "{plain(baseline.name)}" is the same training on plain hard labels, without label smoothing.'
     if any(other.tempered for other in report.rows):
         said += " In rows with temperature, the logits were divided by T, a number fitted on the validation split."
     return said

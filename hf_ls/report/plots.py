@@ -273,10 +273,10 @@ def plots_of(report: CalibrationReport) -> list[Plot]:
         (True, "confidence.png", "Confidence of right and wrong predictions for each row of the table",
          "How sure the right predictions (in colour) and the wrong ones (grey) are; where the mean confidence lies right of the "
          "accuracy, the model is over-confident."),
-        (any(_names(report, kind) for kind in _GROUPS), "groups.png", "NLL and ECE by group of tokens for each row of the table",
-         "How good the probabilities are by the position of a token and by how often it was seen in training."),
         (bool(logged & {*_CURVES}), "loss_curve.png", "NLL during training and evaluation of each run",
          "The NLL can be compared between runs; the training objective of a smoothed run cannot, since smoothing adds a term."),
+        (any(_names(report, kind) for kind in _GROUPS), "groups.png", "NLL and ECE by group of tokens for each row of the table",
+         "How good the probabilities are by the position of a token and by how often it was seen in training."),
         (bool(logged & {*_STEPS}), "calibration_steps.png", "NLL, ECE and signed gap during training of each run",
          "How calibration changes while the model trains; a signed gap above 0 means over-confident."),
     ]  # fmt: skip

@@ -20,6 +20,7 @@ from hf_ls.common.text import one_line
 from hf_ls.report.calibration_report import CalibrationReport
 from hf_ls.report.card import MARKER, model_card, write_card
 from hf_ls.report.card_metadata import eval_results
+from hf_ls.report.plots import plots_of
 from hf_ls.report.sentences import regime
 from hf_ls.report.table import GROUP_HEADINGS, group_cells
 from hf_ls.report.table import cells as table_cells
@@ -27,7 +28,7 @@ from hf_ls.report.table import cells as table_cells
 
 def on_the_hub_tokens(task: str = "text2text-generation", **changes: Any) -> CalibrationReport:
     report = make_token_report(task)
-    return replace(report, dataset=report.dataset | {"hub_id": "owner/words"}, **changes)
+    return replace(report, dataset=replace(report.dataset, hub_id="owner/words"), **changes)
 
 
 @pytest.mark.parametrize("task", ["text2text-generation", "text-generation", "token-classification"])
@@ -118,7 +119,7 @@ def test_a_vocabulary_has_no_class_names_or_counts() -> None:
     assert "all tokens of the vocabulary, the label's own included" in text
     tagger = body(make_token_report("token-classification"))
     assert "with 9 labels (class 0, class 1" in tagger and "(class 0 381, class 1 0" in tagger
-    facts = make_token_report().smoothing | {"convention": "wrong"}
+    facts = replace(make_token_report().smoothing, convention="wrong")
     assert "goes to the other tokens only\n" in body(make_token_report(smoothing=facts))
 
 
@@ -129,14 +130,16 @@ def test_names_in_a_token_report_are_shown_and_not_obeyed(hostile: str) -> None:
     rows = [
         replace(
             row,
-            name=f"{hostile}{i}",
+            run=f"{hostile}{i}",
             metrics={**row.metrics, quality: {"value": 0.5}},
             groups=[group | {"name": hostile, "kind": hostile} for group in row.groups[:1]],
         )
         for i, row in enumerate(plain.rows)
     ]
     facts = {"name": hostile, "licence": hostile, "example": hostile}
-    report = replace(plain, rows=rows, history={}, published=rows[2].name, model_name=hostile, dataset=plain.dataset | facts)
+    report = replace(
+        plain, rows=rows, history={}, published=rows[2].name, model_name=hostile, dataset=replace(plain.dataset, **facts)
+    )
     card = ModelCard(model_card(report))
     assert card.data.eval_results == eval_results(report)
     shown = headings(card.text)
@@ -149,7 +152,9 @@ def test_names_in_a_token_report_are_shown_and_not_obeyed(hostile: str) -> None:
     inline = [child for token in tokens for child in token.children or []]
     assert [t.content.strip() for t in tokens if t.type == "html_block"] == [MARKER]
     assert not [child for child in inline if child.type in ("html_inline", "strong_open", "s_open", "em_open")]
-    assert [child.attrs["src"] for child in inline if child.type == "image"] == ["plots/reliability.png", "plots/groups.png"]
+    assert [child.attrs["src"] for child in inline if child.type == "image"] == [
+        f"plots/{plot.file}" for plot in plots_of(report)
+    ]
     (fence,) = (token for token in tokens if token.type == "fence")
     tree = ast.parse(fence.content)
     assert one_line(hostile) in [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
