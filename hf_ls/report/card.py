@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +96,7 @@ def model_card(report: CalibrationReport, header: HubFacts | None = None) -> str
             f"expected a task of {list(_TASKS)}, all but the first with rows of tokens, got {report.task!r} with rows of "
             f"{kind}; set the Hub's name of the task"
         )
-    row, data = report.published_row, report.dataset
-    smoothing = report.smoothing_of(row or report.rows[0])
+    row, data, header = report.published_row, report.dataset, header or HubFacts()
     place = f"the {plain(data.split)} split of " if data.split else ""
     return render(
         CardFacts(
@@ -107,13 +106,13 @@ def model_card(report: CalibrationReport, header: HubFacts | None = None) -> str
             base_model=report.base_model,
             label_names=report.label_names,
             dataset=data,
-            smoothing=report.smoothing if row is None else smoothing,
+            smoothing=report.smoothing if row is None else report.smoothing_of(row),
             training=report.training,
             versions=report.versions,
             evaluated=f"Measured on {place}{_dataset_link(data)}, {report.size}.",
             metrics={} if row is None else published_metrics(row),
             report=report,
-            header=header or HubFacts(),
+            header=replace(header, tags=[report.task, *header.tags]),
         )
     )
 

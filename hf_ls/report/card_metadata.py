@@ -62,8 +62,8 @@ def metadata(
     dataset_id = hub_id(dataset.hub_id) if dataset else None
     results = hub_results(task, dataset, metrics, row) if dataset else []
     own = ["label-smoothing"] if is_smoothed else []
-    tags = [*own, "calibration", *([task] if task else []), *given.tags]
-    types = [_HUB_METRICS[metric][0] for metric in metrics if metric in _HUB_METRICS]
+    tags = [*own, "calibration", *given.tags]
+    types = [hub_type for metric, (hub_type, *_) in _HUB_METRICS.items() if metric in metrics]
     return ModelCardData(
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag=None if task is None else one_line(task),
@@ -112,6 +112,8 @@ def hub_results(
     bins: dict[str, Any] = {"n_bins": len(row.reliability["count"]) if row else _N_BINS, "norm": "l1", "binning": "equal_width"}
     levels = {"ece": {"level": "token"} if tokens else {}, "sequence_ece": {"level": "sequence"}}
     for metric, value in metrics.items():
+        if metric == "loss":  # of a Trainer of ours the nll
+            continue
         hub_type, title, unit = _HUB_METRICS.get(metric, (one_line(metric), one_line(metric).replace("_", " "), ""))
         title += " per token" if tokens and metric in _OF_TOKENS else ""
         signature = row.metrics.get(metric, {}).get("signature") if row else None
