@@ -20,11 +20,12 @@ from hf_ls.compare.data import CompareData, prepare_data
 from hf_ls.compare.page import Facts, print_comparison, write_report
 from hf_ls.compare.results import Predictions, clearly_worse
 from hf_ls.losses.smoothing import Smoothing
-from hf_ls.metrics.ceiling import epsilon_ceiling
+from hf_ls.metrics.ceiling import ceiling_warning, last_epsilon
 from hf_ls.report.calibration_report import REPORT, CalibrationReport
 from hf_ls.report.plots import write_plots
 from hf_ls.run.config import Config, Parser, about, parse_config
 from hf_ls.run.publish import folder_of, pictures_of
+from hf_ls.trainer.arguments import smoothing_of
 from hf_ls.trainer.criterion import Criterion, parse_params
 
 COMPARED = "compare.json"
@@ -293,17 +294,14 @@ def _facts(
     left: Mapping[Cell, Mapping[str, Any]],
 ) -> Facts:
     """What the report says beside the numbers."""
-    convention = config.training.label_smoothing_convention
+    smoothing = smoothing_of(config.training)
     baselines = [found for found in compared if found.cell.variant == BASELINE]
-    error = sum(found.validation_error for found in baselines) / len(baselines)
-    ceiling = epsilon_ceiling(error, baselines[0].num_classes, convention)
-    above = [f"{e:g}" for e in options.grid if e > ceiling and any(found.cell.epsilon == e for found in compared)]
-    warnings = list(dropped)
-    if above:
-        warnings.append(
-            f"ε = {', '.join(above)} lies above the ceiling {ceiling:.3f} (validation error {error:.3f} of the baseline, "
-            f"K = {baselines[0].num_classes}): a model which fits such targets is less confident than it is right."
-        )
+    accuracy = 1 - sum(found.validation_error for found in baselines) / len(baselines)
+    grid = {found.cell.epsilon for found in compared if found.cell.epsilon}
+    asked = [last_epsilon(epsilon, smoothing.schedule) for epsilon in grid]
+    n, who = len(baselines[0].labels["validation"]), "the baseline on validation"
+    warning = ceiling_warning(asked, smoothing.convention, accuracy, n, baselines[0].num_classes, who)
+    warnings = [*dropped, *([f"{warning[0].upper()}{warning[1:]}."] if warning else [])]
     if unfitted:
         warnings.append(f"No finite temperature could be fitted on validation for {', '.join(unfitted)}; 1 was used.")
     first = next(iter(left.values()))
@@ -314,7 +312,7 @@ def _facts(
         sizes=data.sizes,
         label_names=list(data.label_names),
         flip_labels=options.flip_labels,
-        convention=convention,
+        convention=smoothing.convention,
         steps=int(first["fingerprint"]["steps"]),
         warnings=warnings,
         runs=len(left),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -29,8 +29,30 @@ from hf_ls.metrics.validation import (
     check_probabilities,
 )
 
-CELLS = 15 * 1024  # the finest bins kept by `streaming`; every n_bins that divides it is a union of cells
+N_BINS = 15  # of an ECE, where nothing else is said
+CELLS = N_BINS * 1024  # the finest bins kept by `streaming`; every n_bins that divides it is a union of cells
 _CHUNK_ELEMENTS = 1 << 21  # 16 MB of float64: bounds memory for large n·K and stays fast
+
+
+LOWER_IS_BETTER = (
+    "loss", "nll", "perplexity", "brier", "ece", "ece_equal_mass", "ece_classwise", "mce", "rmsce_debiased", "smooth_ece", "aurc",
+    "error_rate", "wer", "cer",
+)  # fmt: skip
+Direction = Literal["lower", "higher", "zero"]
+
+
+def direction(metric: str) -> Direction:
+    """Which way a metric is better, by the last words of its name, as in `eval_test_ece` or `phoneme_error_rate`.
+
+    "lower" for a loss or an error; "zero" for the signed gap, where both signs are wrong; "higher" for every other score.
+    """
+
+    def ends_with(name: str) -> bool:
+        return metric == name or metric.endswith(f"_{name}")
+
+    if ends_with("signed_gap"):
+        return "zero"
+    return "lower" if any(map(ends_with, LOWER_IS_BETTER)) else "higher"
 
 
 def row_chunks(n: int, width: int) -> Iterator[slice]:

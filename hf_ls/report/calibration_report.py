@@ -21,6 +21,7 @@ from hf_ls.calibration.temperature import apply_temperature
 from hf_ls.common.files import write_atomically
 from hf_ls.metrics.core import PredictionStatistics, bin_index, reliability_bins
 from hf_ls.metrics.intervals import consistency_band
+from hf_ls.metrics.paired import Difference
 from hf_ls.metrics.summary import summarise
 from hf_ls.metrics.tokens import TokenCalibration
 from hf_ls.report.facts import DatasetFacts, SmoothingFacts, TrainingFacts, check_keys, make_plain, record
@@ -221,6 +222,8 @@ class CalibrationReport:
         versions: package -> version.
         published: name of the row whose weights are saved beside the card; if it has a temperature, that is
             baked into the weights. None: not recorded.
+        differences: paired, of a row against an earlier one (`metrics.paired.differences`); none in reports which only know
+            the interval of each row.
 
     Raises: ValueError for repeated rows, or counts which contradict each other.
     """
@@ -236,6 +239,7 @@ class CalibrationReport:
     history: dict[str, list[dict[str, Any]]]
     versions: dict[str, str]
     published: str | None = None
+    differences: list[Difference] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Make every value what JSON gives back, and check that the parts agree."""
@@ -269,13 +273,15 @@ class CalibrationReport:
         Raises: ValueError for text which is not JSON, or for unknown or missing keys.
         """
         fields = json.loads(text)
-        check_keys(fields, [f.name for f in dataclasses.fields(cls)], "calibration report")
+        optional = ("published", "differences")
+        check_keys(fields, [f.name for f in dataclasses.fields(cls) if f.name not in optional], "calibration report", optional)
         rows = fields["rows"] if isinstance(fields["rows"], list) else [fields["rows"]]
         made = {
             "dataset": record(DatasetFacts, fields["dataset"], "dataset"),
             "smoothing": record(SmoothingFacts, fields["smoothing"], "smoothing"),
             "training": None if fields["training"] is None else record(TrainingFacts, fields["training"], "training"),
             "rows": [record(CalibrationRow, row, "row") for row in rows],
+            "differences": [record(Difference, found, "difference") for found in fields.get("differences", [])],
         }
         return cls(**fields | made)
 
@@ -322,6 +328,11 @@ class CalibrationReport:
         if self.published is None:
             return self.rows[0] if len(self.rows) == 1 else None
         return next(row for row in self.rows if row.name == self.published)
+
+    def difference(self, metric: str, row: CalibrationRow, against: CalibrationRow) -> Difference | None:
+        """The paired difference row − against in a metric; None where only the interval of each row is known."""
+        found = (d for d in self.differences if (d.metric, d.row, d.against) == (metric, row.name, against.name))
+        return next(found, None)
 
     def tempered(self, row: CalibrationRow) -> CalibrationRow | None:
         """The temperature-scaled row of the run which `row` is of, if there is one and `row` is not it."""

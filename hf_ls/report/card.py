@@ -433,8 +433,8 @@ def _with_report(report: CalibrationReport, row: CalibrationRow) -> list[str]:
     )
     if any(other.tempered for other in report.rows):
         lines.append("The temperature was fitted on the validation split and holds for data like it.")
-    ceiling = smoothing.max_confidence
-    if smoothing.is_used and not row.tempered and ceiling is not None and row.value("accuracy") > ceiling:
+    ceiling, accuracy = smoothing.max_confidence, row.interval("accuracy")
+    if smoothing.is_used and not row.tempered and ceiling is not None and accuracy is not None and accuracy[0] > ceiling:
         lines.append(
             f"Its accuracy {row.value('accuracy'):.3f} is above its confidence ceiling {ceiling:.3f}: "
             "smoothing pulls this model towards under-confidence."

@@ -25,6 +25,7 @@ from hf_ls.data.classification import EMBEDDED_DATASET, check_overlap, load_snip
 from hf_ls.data.labels import LabelMatch, match_labels, permutation_warning
 from hf_ls.data.reading import check_texts, read_files, read_hub
 from hf_ls.data.sequences import tokenise_words
+from hf_ls.metrics.paired import differences
 from hf_ls.report.calibration_report import REPORT, SETTINGS, CalibrationReport, package_versions
 from hf_ls.report.card import check_card, write_card
 from hf_ls.report.card_metadata import eval_results, with_results
@@ -166,6 +167,7 @@ def evaluate(settings: EvaluateArguments) -> CalibrationReport | None:
     if epsilon is None and known and known.published_row:
         epsilon = known.published_row.epsilon
     rows = [replace(row, run=ROW, epsilon=epsilon) for row in outcome.rows]
+    draws = {row.name: outcome.draws[old.name] for row, old in zip(rows, outcome.rows, strict=True)}
     report = CalibrationReport(
         task=task.hub_task,
         model_name=settings.model_name_or_path if hub_id(settings.model_name_or_path) else Path(settings.model_name_or_path).name,
@@ -182,6 +184,7 @@ def evaluate(settings: EvaluateArguments) -> CalibrationReport | None:
         history={},
         versions=package_versions(),
         published=ROW,
+        differences=differences(draws),
     )  # fmt: skip
     _show(report, settings, match, tokens)
     return report

@@ -19,6 +19,7 @@ from hf_ls.common.files import write_atomically
 from hf_ls.common.text import portable_name
 from hf_ls.data.classification import ClassificationData
 from hf_ls.data.sequences import SequenceData
+from hf_ls.metrics.paired import differences
 from hf_ls.report.calibration_report import REPORT, CalibrationReport, package_versions
 from hf_ls.report.card import write_card
 from hf_ls.report.facts import DatasetFacts, SmoothingFacts, TrainingFacts
@@ -27,7 +28,7 @@ from hf_ls.report.plots import write_plots
 from hf_ls.report.sentences import regime, verdict, warnings
 from hf_ls.report.table import group_table, table
 from hf_ls.run.config import Config
-from hf_ls.run.outcome import GENERATIONS, OUTCOME, PREDICTIONS, Outcome
+from hf_ls.run.outcome import DRAWS, GENERATIONS, OUTCOME, PREDICTIONS, Outcome
 from hf_ls.run.tasks import TASKS
 from hf_ls.trainer.arguments import LabelSmoothingArguments, smoothing_of, techniques_of
 from hf_ls.trainer.criterion import ADAPTIVE, Criterion, parse_params
@@ -63,6 +64,7 @@ def publish(config: Config, data: ClassificationData | SequenceData, runs: dict[
         history={name: run.history for name, run in runs.items()},
         versions=package_versions(),
         published=published,
+        differences=differences({name: draws for run in runs.values() for name, draws in run.draws.items()}),
     )
     folder = folder_of(config)
     report.save(folder / REPORT)
@@ -109,7 +111,7 @@ def _push(training: LabelSmoothingArguments, folder: Path) -> None:
     """Upload the folder once more: the Trainer's own pushes came before the report and carry its stock card."""
     api = HfApi(token=training.hub_token)
     name = training.hub_model_id or folder.absolute().name
-    private = [PREDICTIONS, OUTCOME, PENULTIMATE, f"*_{GENERATIONS}", "training_args.bin"]
+    private = [PREDICTIONS, DRAWS, OUTCOME, PENULTIMATE, f"*_{GENERATIONS}", "training_args.bin"]
     with uploading(f"{folder}, where everything is,", name):
         repo = api.create_repo(name, private=training.hub_private_repo, exist_ok=True)
         api.upload_folder(

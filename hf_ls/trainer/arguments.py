@@ -12,7 +12,7 @@ from typing import Literal, get_args
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_ls.losses.smoothing import Schedule, Smoothing
-from hf_ls.metrics.direction import is_lower_better
+from hf_ls.metrics.core import direction
 from hf_ls.trainer.criterion import Criterion, parse_params
 from hf_ls.trainer.distillation import Distillation
 from hf_ls.trainer.mixup import Mixup
@@ -85,7 +85,7 @@ class LabelSmoothingArguments(TrainingArguments):
                 f"expected label_smoothing_logits_free in {get_args(LogitsFree)}, got {self.label_smoothing_logits_free!r}; "
                 "'auto' is the default"
             )
-        if self.greater_is_better is None and is_lower_better(self.metric_for_best_model):
+        if self.greater_is_better is None and direction(self.metric_for_best_model or "") == "lower":
             self.greater_is_better = False
         super().__post_init__()
         check_direction(self)
@@ -146,9 +146,16 @@ def techniques_of(args: LabelSmoothingArguments) -> list[str]:
 def check_direction(args: TrainingArguments) -> None:
     """Refuse to keep the checkpoint with the greatest error, as stock names do: all but "...loss" are greater-is-better there.
 
-    Raises: ValueError when `metric_for_best_model` is lower-is-better and `greater_is_better` is True.
+    Raises: ValueError when `metric_for_best_model` is lower-is-better and `greater_is_better` is True, and for the signed gap, of
+    which neither the largest nor the least value is the best.
     """
-    if args.greater_is_better and is_lower_better(args.metric_for_best_model):
+    way = direction(args.metric_for_best_model or "")
+    if way == "zero":
+        raise ValueError(
+            f"expected metric_for_best_model with a best end, got {args.metric_for_best_model!r}: a signed gap is best at 0, and "
+            "its ends are the most over- and the most under-confident model; use ece, nll or brier"
+        )
+    if args.greater_is_better and way == "lower":
         raise ValueError(
             f"expected greater_is_better=False for metric_for_best_model={args.metric_for_best_model!r}, got True (plain "
             "TrainingArguments guess it from the name); use LabelSmoothingArguments or set greater_is_better=False"

@@ -21,7 +21,7 @@ from hf_ls.calibration.token_temperature import TokenTemperature
 from hf_ls.common.models import IGNORE_INDEX, output_embedding
 from hf_ls.losses._rows import Observer, observe
 from hf_ls.losses.smoothing import Smoothing
-from hf_ls.metrics.ceiling import ceiling_warning
+from hf_ls.metrics.ceiling import ceiling_warning, last_epsilon
 from hf_ls.metrics.streaming import StreamingCalibration
 from hf_ls.metrics.tokens import TokenCalibration
 from hf_ls.trainer.logits_free import LogitsFreeHead
@@ -55,7 +55,8 @@ class CalibratedEvaluation(Trainer):
     _statistics: StreamingCalibration | None = None
     _tokens: TokenCalibration | None = None
     _fit: TokenTemperature | None = None
-    _judged = 0  # items of the last evaluation
+    _judged: tuple[float, int] | None = None  # accuracy and items of the last evaluation, or its sequences of tokens
+    _classes = 0  # logits of one item there; where the batches differ in it, the fewest, which allow the largest epsilon
     _warned_of_ceiling = False
     _pending: tuple[Tensor, Tensor] | None = None  # items [..., 4] and aligned labels [...] of the batch under way
     _observer: Observer | None = None
@@ -80,6 +81,7 @@ class CalibratedEvaluation(Trainer):
 
     def _evaluation_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The mean NLL of a batch, its items kept for the metrics."""
+        self._classes = min(self._classes or logits.shape[-1], logits.shape[-1])
         if self._observer is not None:
             kept = labels != IGNORE_INDEX
             observe(self._observer, logits[kept], labels[kept])
@@ -96,6 +98,7 @@ class CalibratedEvaluation(Trainer):
             labels = without_repeats(self.accelerator, labels, self._copies())
 
         def each(logits: Tensor, y: Tensor) -> None:
+            self._classes = logits.shape[-1]
             if observer is not None:
                 observer(logits, y)
             if fit is not None:
@@ -182,7 +185,7 @@ class CalibratedEvaluation(Trainer):
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(f"expected temperature > 0, got {self.temperature}; set trainer.temperature to 1.0 for none")
         standalone = not self.is_in_train and self.model_wrapped is self.model
-        self._statistics, self._tokens = StreamingCalibration(), None
+        self._statistics, self._tokens, self._classes = StreamingCalibration(), None, 0
         # Seq2SeqTrainer gathers the examples repeated to fill the last batch too, so that its metrics count them twice; the
         # Trainer counts the copies of tensor parallelism.
         self.gather_function = self._gather_once
@@ -198,10 +201,10 @@ class CalibratedEvaluation(Trainer):
         found = statistics.compute() if len(statistics) else {}
         if found:
             metrics[f"{metric_key_prefix}_loss"] = found["nll"]
-            self._judged = len(statistics)
+            self._judged = found["accuracy"], len(statistics)
         tokens = self._tokens
         if tokens is not None and len(tokens):
-            self.token_calibration = tokens
+            self.token_calibration, self._judged = tokens, (found["accuracy"], tokens.sequences)
             found["perplexity"] = math.exp(found["nll"]) if found["nll"] < 709 else math.inf
             for group in tokens.groups():
                 if group["name"] == "end of sequence":
@@ -213,21 +216,18 @@ class CalibratedEvaluation(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As `Trainer.evaluate`, with a warning, once, when ε asks for less confidence than the model is right."""
-        self._judged = 0
+        self._judged = None
         metrics = super().evaluate(*args, **kwargs)
-        accuracy = metrics.get(f"{kwargs.get('metric_key_prefix', 'eval')}_accuracy")
-        if accuracy is not None and self._judged:
-            self._warn_of_ceiling(accuracy, self._judged)
+        if self._judged is not None:
+            self._warn_of_ceiling(*self._judged)
         return metrics
 
     def _warn_of_ceiling(self, accuracy: float, n: int) -> None:
         smoothing, criterion = getattr(self, "smoothing", None), getattr(self, "criterion", None)
         if self._warned_of_ceiling or smoothing is None or smoothing.prior is not None or not getattr(criterion, "plain", False):
             return
-        config: Any = getattr(self.model, "config", None)
-        config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        classes = getattr(config, "num_labels" if output_embedding(self.model) is None else "vocab_size", 0)
-        warning = ceiling_warning(smoothing.epsilon, smoothing.convention, accuracy, n, classes)
+        epsilon = last_epsilon(smoothing.epsilon, smoothing.schedule)
+        warning = ceiling_warning(epsilon, smoothing.convention, accuracy, n, self._classes)
         if warning and self.is_world_process_zero():
             logger.warning(warning)
         self._warned_of_ceiling = warning is not None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from hf_ls.metrics import PredictionStatistics, TokenCalibration
+from hf_ls.metrics.paired import Difference, differences, draws_of_examples, draws_of_tokens
 from hf_ls.report.calibration_report import CalibrationReport, CalibrationRow
 from hf_ls.report.facts import DatasetFacts, SmoothingFacts, TrainingFacts
 
@@ -41,6 +43,12 @@ def make_report(n: int = 200, num_classes: int = 3, rows: int = 4, **changes: An
         CalibrationRow.from_logits(run, epsilon, temperature, factor * logits, labels, repetitions=50)
         for run, epsilon, temperature, factor in settings[:rows]
     ]
+    draws = {
+        row.name: [
+            draws_of_examples(PredictionStatistics.from_logits(factor / row.temperature * logits, labels), labels, repetitions=50)
+        ]
+        for row, (*_, factor) in zip(made, settings[:rows], strict=True)
+    }
     fields: dict[str, Any] = {
         "task": "text-classification",
         "model_name": "toy-model",
@@ -63,6 +71,7 @@ def make_report(n: int = 200, num_classes: int = 3, rows: int = 4, **changes: An
         "history": toy_history(made),
         "versions": {"transformers": "5.23.0"},
         "published": made[-1].name if rows != 3 else "smoothed",
+        "differences": differences(draws),
     }
     return CalibrationReport(**fields | changes)
 
@@ -95,7 +104,7 @@ def make_token_report(
     """Rows over toy sequences: an over-confident baseline, an under-confident smoothed run, both tempered."""
     settings = [("baseline", 0.0, None, 2.2), ("baseline", 0.0, 1.4, 2.2)]
     settings += [("smoothed", 0.1, None, 0.9), ("smoothed", 0.1, 0.6, 0.9)]
-    made = []
+    made, draws = [], {}
     for run, epsilon, temperature, scale in settings[:rows]:
         tokens = toy_tokens(scale, sequences, temperature=temperature or 1.0)
         extra: dict[str, dict[str, float]] = {}
@@ -104,6 +113,7 @@ def make_token_report(
             extra["exact_match"] = interval(0.52, 0.49, 0.55) if epsilon else interval(0.48, 0.45, 0.51)
             extra |= {} if temperature else {"sequence_ece": {"value": 0.05}}
         made.append(CalibrationRow.from_tokens(run, epsilon, temperature, tokens, extra))
+        draws[made[-1].name] = [draws_of_tokens(tokens)]
     names = [f"class {i}" for i in range(9)] if task == "token-classification" else []
     fields: dict[str, Any] = {
         "task": task,
@@ -128,6 +138,7 @@ def make_token_report(
             max_confidence=0.933,
         ),
         "published": None if rows == 2 else made[min(rows, 3) - 1].name,
+        "differences": differences(draws),
     }
     return replace(make_report(rows=1), **{**fields, "history": toy_history(made), **changes})
 
@@ -138,3 +149,11 @@ def with_metrics(row: CalibrationRow, **metrics: dict[str, float]) -> Calibratio
 
 def interval(value: float, low: float, high: float) -> dict[str, float]:
     return {"value": value, "low": low, "high": high}
+
+
+def with_difference(report: CalibrationReport, **metrics: dict[str, float] | None) -> CalibrationReport:
+    """The same report with these paired differences in every pair of rows, whatever the rows say; None for not known."""
+    kept = [d for d in report.differences if d.metric not in metrics]
+    pairs = [(row.name, against.name) for against, row in combinations(report.rows, 2)]
+    new = [Difference(metric, *pair, **found) for metric, found in metrics.items() if found for pair in pairs]
+    return replace(report, differences=[*kept, *new])
