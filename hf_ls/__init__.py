@@ -56,7 +56,6 @@ _MODULES = {
     "distillation": "trainer.distillation",
     "metrics": "metrics",
     "objectives": "losses.objectives",
-    "parallel": "losses._vocab_parallel",
     "priors": "losses.priors",
     "report": "report",
     "temperature": "calibration.temperature",

@@ -71,8 +71,3 @@ def hub_id(name: str | None) -> str | None:
     except HFValidationError:
         return None
     return name
-
-
-def portable_name(name: str) -> str:
-    """A Hub id as it is, and "./name" for a folder here: no other part of its path, and nothing a Hub id looks like."""
-    return hub_id(name) or f"./{os.path.basename(os.path.abspath(name))}"

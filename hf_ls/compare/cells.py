@@ -7,28 +7,28 @@ process. Does not own: what a cell does (`cell_worker`), which cells there are (
 from __future__ import annotations
 
 import copy
-import fcntl
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hf_ls.common.files import write_atomically
+from hf_ls.common.files import locked, write_atomically
 from hf_ls.run.config import Config, DataArguments
+from hf_ls.run.manifest import Manifest
 from hf_ls.trainer.arguments import smoothing_of
 from hf_ls.trainer.criterion import Criterion, parse_params
 
 CELL = "cell.json"  # written last: a cell with it is finished
 LOG = "log.txt"
+SPEC = "spec.json"
 _PACKAGE = Path(__file__).parents[1]
 # Those of `accelerate launch`: a cell is a single process, whatever this one was started by.
 _LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -142,6 +142,14 @@ def run_cells(
     kept = len(specs) - len(todo)
     if kept:
         announce(f"{kept} of {len(specs)} cells are finished already")
+    with Manifest(folder).recording() as manifest:
+        return _run_cells(specs, todo, manifest, jobs=jobs, threads=threads, announce=announce)
+
+
+def _run_cells(
+    specs: Sequence[Spec], todo: Sequence[Spec], manifest: Manifest, *, jobs: int, threads: int, announce: Callable[[str], None]
+) -> dict[Cell, dict[str, Any]]:
+    folder, kept = manifest.folder, len(specs) - len(todo)
     running: dict[subprocess.Popen[bytes], tuple[Spec, float, int]] = {}
     failed: list[Spec] = []
     done, waiting = kept, list(todo)
@@ -150,7 +158,7 @@ def run_cells(
             while waiting and len(running) < jobs and not failed:
                 slot = min(set(range(jobs)) - {used for _, _, used in running.values()})
                 spec = waiting.pop(0)
-                running[_start(spec, folder, threads, slot)] = (spec, time.monotonic(), slot)
+                running[_start(spec, manifest, threads, slot)] = (spec, time.monotonic(), slot)
             time.sleep(0.1)
             for process in [process for process in running if process.poll() is not None]:
                 spec, started, _ = running.pop(process)
@@ -172,43 +180,27 @@ def run_cells(
     return {cell: left for cell, left in found.items() if left is not None}
 
 
-@contextmanager
-def locked(path: Path, remedy: str, *, patience: float = 0.0) -> Iterator[int]:
-    """Hold a lock file, as its descriptor, until the end of the block or of the last process which has the descriptor.
+def _start(spec: Spec, manifest: Manifest, threads: int, slot: int) -> subprocess.Popen[bytes]:
+    """Start a cell in an empty folder; it inherits a lock, so that a dying one is waited for.
 
-    Raises: ValueError when another process still holds it after `patience` seconds.
+    Raises: ValueError for a folder in which there is more than what the cell's run and this comparison wrote.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise ValueError(f"expected {path} to be free, got it held by another process; {remedy}") from None
-                time.sleep(0.05)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _start(spec: Spec, folder: Path, threads: int, slot: int) -> subprocess.Popen[bytes]:
-    """Start a cell in an empty folder; it inherits a lock, so that a dying one is waited for."""
-    cell = folder / spec.cell.name
+    folder, cell = manifest.folder, manifest.folder / spec.cell.name
     with locked(folder / f".{cell.name}.lock", "end that process", patience=30) as lock:
-        shutil.rmtree(cell, ignore_errors=True)
-        cell.mkdir(parents=True)
-        write_atomically(cell / "spec.json", spec.to_json())
+        earlier = Manifest(cell)
+        for path in (cell / SPEC, cell / LOG):
+            if manifest.lists(path):
+                earlier.claim(path)
+        earlier.delete(first=CELL)
+        manifest.add(cell / LOG)
+        write_atomically(cell / SPEC, spec.to_json())
         environment = {name: value for name, value in os.environ.items() if name not in _LAUNCH_VARIABLES}
         environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_PACKAGE.parent), environment.get("PYTHONPATH")]))
         environment |= {} if (gpu := one_gpu(slot)) is None else {"CUDA_VISIBLE_DEVICES": gpu}
         with open(cell / LOG, "wb") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "hf_ls.compare.worker", str(cell)],
+                [sys.executable, "-m", "hf_ls.compare.experiment.worker", str(cell)],
                 stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment, pass_fds=[lock],
                 start_new_session=True,
             )  # fmt: skip

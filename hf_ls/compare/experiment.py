@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_ls.common.files import write_atomically
+from hf_ls.common.privacy import token_in_environment, without_secrets, yaml_without_secrets
 from hf_ls.compare.cells import Cell, Spec, cell_config, locked, run_cells
 from hf_ls.compare.comparison import BASELINE, Comparison, compare
 from hf_ls.compare.data import CompareData, prepare_data
@@ -141,7 +142,11 @@ def run_comparison(options: CompareArguments, config: Config, argv: Sequence[str
     another comparison works in the folder; CellFailed for a cell which did not finish.
     """
     folder = folder_of(config).absolute()
-    with locked(folder / ".lock", "wait for the other comparison, or give another output_dir"):
+    # The cells find the token in their environment: what they are told lies in files.
+    with (
+        token_in_environment(config.training),
+        locked(folder / ".lock", "wait for the other comparison, or give another output_dir"),
+    ):
         data = prepare_data(
             config, folder / "data", options.seeds,
             flip_labels=options.flip_labels, ood_sources=options.ood_sources, ood_files=options.ood,
@@ -211,15 +216,16 @@ def _spec(cell: Cell, argv: Sequence[str], folder: Path, data: CompareData) -> S
 
 
 def _with_frozen_config(argv: Sequence[str], folder: Path) -> list[str]:
-    """The arguments with the YAML file replaced by a copy, so that nobody can edit it between two cells."""
-    out = list(argv)
+    """The arguments without secrets, the YAML file replaced by a copy, so that nobody can edit it between two cells."""
+    out = without_secrets(argv)
     for i, word in enumerate(out):
         path = word.removeprefix("--config=") if word.startswith("--config=") else out[i + 1] if word == "--config" else None
         if path is None:
             continue
         copy = folder / "config.yaml"
-        if not copy.is_file() or copy.read_bytes() != Path(path).read_bytes():
-            write_atomically(copy, Path(path).read_bytes())
+        text = yaml_without_secrets(Path(path).read_text(encoding="utf-8"))
+        if not copy.is_file() or copy.read_bytes() != text.encode():
+            write_atomically(copy, text)
         out[i : i + (1 if "=" in word else 2)] = [f"--config={copy}"]
         break
     return out

@@ -1,8 +1,5 @@
 """The chunk loop of the linear-head loss: three matmuls per chunk of rows and one buffer of logits.
 
-Owns: chunk sizes, the matmuls, the prior's rank-1 part, the accumulation of gradients.
-Does not own: what a chunk of logits costs (`linear_objective`); autograd, reductions, kept rows (`linear`).
-
 The rank-1 part: ⟨u, z_i⟩ = s·(h_i·(Wᵀu) + ⟨u, b⟩), so dH_i gets −w_i·e_i·Wᵀu and dW gets −u ⊗ Σ w_i·e_i·h_i.
 Both come from the prior as one more row under the first chunk: [G; u]·W ends in Wᵀu, and the product
 [G; u]ᵀ·[H; −Σ w_i·e_i·h_i] contains the other.
@@ -11,6 +8,7 @@ Both come from the prior as one more row under the first chunk: [G; u]·W ends i
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -19,14 +17,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_ls.losses import _checks
+from hf_ls.losses._kept import KeptRows
 from hf_ls.losses._rows import RowLoss, exact_dtype, prior_dot
 
 # Rows per chunk by bytes per element: fewer starve the matmuls (each chunk reads W), more cost memory.
 CHUNK_ROWS = {2: 512, 4: 384, 8: 192}
-# A half-precision dW is rounded at each chunk, so long batches take longer chunks instead of more roundings.
+# On CUDA each chunk also reads and writes all of a float32 dW: with 512 rows that took longer than the matmuls save.
+CUDA_CHUNK_ROWS = 4096
+# On a CPU a half-precision dW is rounded at each chunk, so long batches take longer chunks instead of more roundings.
 MAX_HALF_CHUNKS = 16
 # Half-precision products for a float32 dW pass through a buffer of this many classes.
 CLASS_BLOCK = 16384
+
+# The first chunk where the number of rows is still unknown: enough work for a host to launch the next one meanwhile.
+_FIRST_ROWS = 512
 
 Needs = tuple[bool, bool, bool]  # gradients of (hidden, weight, bias)
 
@@ -50,7 +55,7 @@ class PriorRow:
     mixing: Tensor  # e_i [n]
     weighted_mixing: Tensor  # w_i·e_i [n]
     row: Tensor  # [K], u = row·factor, in the dtype of the matmuls
-    factor: float
+    factor: Tensor  # a scalar
     mean: Tensor | None = None  # Wᵀ·row [d], once a matmul has made it
 
     @classmethod
@@ -60,10 +65,14 @@ class PriorRow:
         mixing = loss.smoothing.mixing(labels, prior)
         # A power of two as largest entry keeps the uniform prior exact in any dtype; about √(max u) keeps
         # both Wᵀ·row and the partner within the range of float16.
-        peak = float(prior.max())
-        top = 2.0 ** round(math.log2(peak) / 2)
-        row = (prior * (top / peak)).to(hidden.dtype)
-        return cls(prior, mixing, mixing if row_weight is None else mixing * row_weight, row, peak / top)
+        if loss.smoothing.prior is None:
+            peak, top = prior[0], torch.full_like(prior[0], 2.0 ** round(math.log2(1 / classes) / 2))
+        else:
+            peak = prior.max()
+            top = torch.exp2((peak.log2() / 2).round())
+        row = prior * (top / peak)
+        weighted_mixing = mixing if row_weight is None else mixing * row_weight
+        return cls(prior, mixing, weighted_mixing, row.to(hidden.dtype), peak / top)
 
     def partner(self, hidden: Tensor) -> Tensor:
         """−factor·Σ w_i·e_i·h_i as [1, d]."""
@@ -84,8 +93,8 @@ def chunk_loop(
     labels: Tensor,
     row_weight: Tensor | None,
     *,
-    logit_scale: float,
-    factor: float,
+    rows: KeptRows,
+    factor: float | Tensor,
     needs: Needs,
     weight_dtype: torch.dtype,
     chunk_rows: int | None,
@@ -93,29 +102,34 @@ def chunk_loop(
     """Terms and gradients of rows hidden [n, d] under weight [K, d] and bias [K], all of one dtype, with
     labels [n].
 
-    Memory beyond the results: chunk_rows × K logits and, in half precision, one tile of float32.
+    Memory beyond the results: chunk_rows × K logits and, in half precision, one tile of float32; on CUDA a float32 dW.
     """
-    (n, width), classes, exact = hidden.shape, weight.shape[0], exact_dtype(hidden.dtype)
+    (n, width), classes, exact, scale = hidden.shape, weight.shape[0], exact_dtype(hidden.dtype), loss.logit_scale
     needs_hidden, needs_weight, needs_bias = needs
+    if row_weight is None and needs_bias and rows.mask is not None:
+        row_weight = rows.mask.to(exact)  # ignored rows add nothing to dW, since their hidden states are 0, but to db
     rider = PriorRow.of(loss, labels, row_weight, classes, hidden) if loss.rides_along and n else None
-    rows = chunk_rows or default_chunk_rows(n, width, hidden.dtype, needs_weight and weight_dtype != exact_dtype(weight_dtype))
+    sum_dtype = exact if _checks.reading_waits(hidden) else weight_dtype
+    rounds = needs_weight and sum_dtype != exact
+    size = chunk_rows or default_chunk_rows(n, width, hidden.dtype, rounds, cuda=hidden.is_cuda)
     nll, label_logit, smoothing_term = (hidden.new_zeros(n, dtype=exact) for _ in range(3))
     grad_hidden = hidden.new_empty((n, width), dtype=exact) if needs_hidden else None
     # Empty, because the first chunk overwrites it: clearing [K, d] costs as much as 1 % of the matmuls.
-    grad_weight = weight.new_empty((classes, width), dtype=weight_dtype) if needs_weight else None
+    grad_weight = weight.new_empty((classes, width), dtype=sum_dtype) if needs_weight else None
     grad_bias = hidden.new_zeros(classes, dtype=exact) if needs_bias else None
     offset = hidden.new_zeros(1) if bias is None else bias
+    # A factor which only the device knows multiplies the sums at the end.
+    alpha = scale * factor if isinstance(factor, float) else scale
 
     def logits_of(some: Tensor, out: Tensor | None = None) -> Tensor:
-        beta = 0.0 if bias is None else logit_scale
-        return torch.addmm(offset, some, weight.t(), beta=beta, alpha=logit_scale, out=out)
+        beta = 0.0 if bias is None else scale
+        return torch.addmm(offset, some, weight.t(), beta=beta, alpha=scale, out=out)
 
     def logits_again(chunk: Tensor, some: Tensor) -> Tensor:
         return logits_of(chunk[some]).to(exact)
 
-    buffer = hidden.new_empty((_aligned(min(rows, n) + (rider is not None), hidden.dtype), classes))
-    for start in range(0, n, rows):
-        stop = min(n, start + rows)
+    buffer = hidden.new_empty((_aligned(min(size, n) + (rider is not None), hidden.dtype), classes))
+    for start, stop in chunks(rows, size):
         used, chunk = stop - start, hidden[start:stop]
         nll[start:stop], label_logit[start:stop], smoothing_term[start:stop] = loss.chunk_(
             logits_of(chunk, buffer[:used]),
@@ -141,7 +155,7 @@ def chunk_loop(
             if padding:
                 buffer[used : used + padding] = 0
                 partner = F.pad(partner, (0, 0, 0, padding))
-            accumulate(grad_weight, buffer[: used + padding], partner, factor * logit_scale, fresh=start == 0)
+            accumulate(grad_weight, buffer[: used + padding], partner, alpha, fresh=start == 0)
     if grad_weight is not None and not n:
         grad_weight.zero_()
 
@@ -150,26 +164,52 @@ def chunk_loop(
         expected = torch.mv(hidden.to(exact), prior_mean)
         if bias is not None:
             expected += prior_dot(rider.prior, bias)
-        smoothing_term = rider.mixing * (label_logit - logit_scale * expected)
+        smoothing_term = rider.mixing * (label_logit - scale * expected)
         if grad_hidden is not None:
             grad_hidden.addr_(rider.weighted_mixing, prior_mean, alpha=-1)
         if grad_bias is not None:
             grad_bias -= rider.weighted_mixing.sum() * rider.prior
     for small in (grad_hidden, grad_bias):
         if small is not None:
-            small.mul_(factor * logit_scale)
+            small.mul_(factor * scale)
+    if grad_weight is not None and not isinstance(factor, float):
+        grad_weight.mul_(factor)
     losses = nll + smoothing_term
     if loss.z_loss:
         losses += loss.z_loss * (nll + label_logit).square()
+    if rows.mask is not None:
+        ignored = ~rows.mask
+        losses, nll, smoothing_term = (part.masked_fill_(ignored, 0) for part in (losses, nll, smoothing_term))
+        if grad_hidden is not None:
+            grad_hidden.masked_fill_(ignored.unsqueeze(1), 0)
+    if grad_weight is not None:
+        grad_weight = grad_weight.to(weight_dtype)
     return RowsAndGradients(losses, nll, smoothing_term, grad_hidden, grad_weight, grad_bias)
 
 
-def default_chunk_rows(n: int, width: int, dtype: torch.dtype, rounds_each_chunk: bool) -> int:
+def chunks(rows: KeptRows, size: int) -> Iterator[tuple[int, int]]:
+    """Where each chunk of at most `size` rows starts and stops.
+
+    Where the number of kept rows is still on its way from the device, a first chunk of a quarter of the rows gives it time:
+    it may hold ignored rows, the others have none.
+    """
+    start, stop = 0, rows.n
+    if rows.mask is not None:
+        first = min(size, max(_FIRST_ROWS, -(-rows.n // 128) * 32), rows.n)
+        yield 0, first
+        start, stop = first, rows.count()
+        left = max(0, stop - start)
+        size = min(size, max(32, -(-left // max(1, -(-left // size)) // 32) * 32))
+    for begin in range(start, stop, size):
+        yield begin, min(stop, begin + size)
+
+
+def default_chunk_rows(n: int, width: int, dtype: torch.dtype, rounds_each_chunk: bool, *, cuda: bool = False) -> int:
     """Rows per chunk for n rows: balanced, multiples of 32; more when dW [K, width] is rounded at each chunk.
 
     Beyond the usual size a chunk stays no larger than dW itself: at most `width` rows.
     """
-    rows = CHUNK_ROWS[dtype.itemsize]
+    rows = CUDA_CHUNK_ROWS if cuda else CHUNK_ROWS[dtype.itemsize]
     if rounds_each_chunk:
         rows = max(rows, min(-(-n // MAX_HALF_CHUNKS), width))
     balanced = -(-n // max(1, -(-n // rows)))
@@ -197,6 +237,11 @@ def accumulate(grad_weight: Tensor, gradient: Tensor, rows: Tensor, factor: floa
     """grad_weight [K, d] += factor · gradientᵀ [K, m] · rows [m, d]; `fresh` overwrites."""
     if grad_weight.dtype == gradient.dtype:
         torch.addmm(grad_weight, gradient.t(), rows, beta=0.0 if fresh else 1.0, alpha=factor, out=grad_weight)
+        return
+    if gradient.is_cuda:
+        # The matmul itself adds to a float32 sum: no rounding between the chunks and no pass over [K, d] beside it.
+        beta = 0.0 if fresh else 1.0
+        torch.addmm(grad_weight, gradient.t(), rows, beta=beta, alpha=factor, out_dtype=grad_weight.dtype, out=grad_weight)
         return
     for start in range(0, grad_weight.shape[0], CLASS_BLOCK):
         classes = slice(start, start + CLASS_BLOCK)

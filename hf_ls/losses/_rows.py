@@ -1,13 +1,13 @@
 """What a chunk of logits costs and its gradient, computed in place, tile by tile.
 
-Owns: `RowLoss`, which turns logits [m, K] into per-row terms and into the gradient of Σ w_i·loss_i with
-respect to the logits before the soft-cap: smoothed cross entropy where ⟨u, z⟩ is known without the logits,
-the same where it is not (soft-cap, prior per label), and any objective by autograd.
-Does not own: the matmuls around it (`linear_chunks`), reductions, which rows are kept (`linear`).
+`RowLoss` turns logits [m, K] into per-row terms and into the gradient of Σ w_i·loss_i with respect to the logits before the
+soft-cap: smoothed cross entropy where ⟨u, z⟩ is known without the logits, the same where it is not (soft-cap, prior per label),
+and any objective by autograd.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_ls.losses import _checks
 from hf_ls.losses.smoothing import Smoothing
 
 RowObjective = Callable[[Tensor, Tensor], Tensor]
@@ -23,6 +24,8 @@ Observer = Callable[[Tensor, Tensor], None]
 
 # 1 MiB of float32 per thread, half of a second-level cache: the passes of a softmax do not wait for memory.
 TILE_ELEMENTS = 1 << 18
+# On a GPU, where a launch costs more than a cache miss: 256 MiB of float32.
+GPU_TILE_ELEMENTS = 1 << 26
 # Logits which an observer sees at a time: 16 MiB of float32.
 OBSERVED_ELEMENTS = 1 << 22
 # Below this probability float32 loses digits (and then all of them), so lse cannot be read off log p_y.
@@ -39,16 +42,31 @@ class ChunkTerms(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RowLoss:
-    """What a row costs: lse(z) − (1−e)·z_y − e·⟨u, z⟩ + λ·lse(z)² with z = c·tanh(x/c).
+    """What a row x = h·Wᵀ + b of a head costs: lse(z) − (1−e)·z_y − e·⟨u, z⟩ + λ·lse(z)² with z = c·tanh(s·x/c), in nats.
 
-    With an objective: objective(z, y) + λ·lse(z)². An observer sees z before it is overwritten.
+    Args:
+        smoothing: e and u.
+        objective: another loss per row, objective(z [n, K], labels [n]) -> [n]; with it a row costs objective(z, y) + λ·lse(z)².
+        logit_scale, softcap: s > 0, and c > 0 or None for no soft-cap.
+        z_loss: λ ≥ 0.
+        observer: sees the z and labels of the kept rows, a chunk at a time, before they are overwritten.
+
+    Raises: ValueError for values out of range.
     """
 
     smoothing: Smoothing
     objective: RowObjective | None = None
+    logit_scale: float = 1.0
     softcap: float | None = None
     z_loss: float = 0.0
     observer: Observer | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("logit_scale", self.logit_scale), ("softcap", self.softcap)):
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"expected {name} > 0, got {value}; leave it out for none")
+        if not 0 <= self.z_loss < math.inf:
+            raise ValueError(f"expected z_loss >= 0, got {self.z_loss}; 1e-4 is a usual weight")
 
     @property
     def rides_along(self) -> bool:
@@ -66,7 +84,7 @@ class RowLoss:
         needs_gradient: bool,
         logits_of_rows: Callable[[Tensor], Tensor],
     ) -> ChunkTerms:
-        """The terms of logits [m, K] for labels [m], which become the gradient in place.
+        """The terms of scaled logits s·x [m, K] for labels [m], which become the gradient in place.
 
         Args:
             label_share: [m], 1 − e_i where `rides_along`; the caller then subtracts the rank-1 w_i·e_i·u.
@@ -103,9 +121,9 @@ def prior_dot(prior: Tensor, values: Tensor) -> Tensor:
 
 
 def tile_rows(logits: Tensor) -> int:
-    """Rows of logits [m, K] in one tile; all on a GPU, where a launch costs more than a cache miss."""
+    """Rows of logits [m, K] in one tile."""
     if not logits.is_cpu:
-        return max(1, logits.shape[0])
+        return max(1, GPU_TILE_ELEMENTS // logits.shape[1])
     return max(1, TILE_ELEMENTS // logits.shape[1]) * torch.get_num_threads()
 
 
@@ -148,19 +166,26 @@ def _plain_chunk_(
     scale = row_weight
     if loss.z_loss:
         scale = torch.ones_like(terms.nll) if row_weight is None else row_weight.clone()
+    waits = _checks.reading_waits(logits)
     for rows, tile in tiles(logits, in_place=not loss.z_loss):
         if loss.z_loss and scale is not None:
             scale[rows] *= 1 + 2 * loss.z_loss * tile.logsumexp(1)
+        highest = tile.max(1, keepdim=True) if waits else None
         torch.softmax(tile, 1, out=tile)
         torch.gather(tile, 1, column[rows], out=label_probability[rows].unsqueeze(1))
+        if highest is not None:
+            # lse from the largest probability, which never underflows: no row needs a second look.
+            lse = highest.values.squeeze(1) - tile.gather(1, highest.indices).squeeze(1).log()
+            terms.nll[rows] = lse - terms.label_logit[rows]
         if scale is not None:
             tile.mul_(scale[rows].unsqueeze(1))
         if grad_bias is not None:
             grad_bias += tile.sum(0)
-    terms.nll.copy_(label_probability.log().neg_())
-    lost = (label_probability < SMALLEST_PROBABILITY).nonzero().squeeze(1)
-    for some in lost.split(tile_rows(logits)):
-        terms.nll[some] = logits_of_rows(some).logsumexp(1) - terms.label_logit[some]
+    if not waits:
+        terms.nll.copy_(label_probability.log().neg_())
+        lost = (label_probability < SMALLEST_PROBABILITY).nonzero().squeeze(1)
+        for some in lost.split(tile_rows(logits)):
+            terms.nll[some] = logits_of_rows(some).logsumexp(1) - terms.label_logit[some]
     removed = torch.ones_like(terms.nll) if label_share is None else label_share
     if row_weight is not None:
         removed = removed * row_weight

@@ -1,13 +1,13 @@
-"""Smoothing which follows the model: epsilon from its confidence, and a target learned from its predictions.
+"""Smoothing which follows the model: epsilon per item from its confidence, and a target learned from its predictions.
 
-Owns: graduated and instance-wise epsilon per token; online label smoothing with its K² state.
-Does not own: schedules by training step (`smoothing.Schedule`), checkpoints and epochs (`trainer`).
+Graduated and instance-wise epsilon are formulas; online label smoothing has a state of K² numbers, whose epochs and checkpoints
+the Trainer drives. An epsilon which follows the training step is `smoothing.Schedule`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hf_ls.losses._checks import class_ids
 from hf_ls.losses.cross_entropy import SmoothedTerms, logits_of, smoothed_cross_entropy, smoothed_terms
 from hf_ls.losses.smoothing import Smoothing
 
@@ -42,7 +43,9 @@ def graduated_epsilon(
     if any(low >= high for low, high in pairwise(edges)):
         raise ValueError(f"expected thresholds increasing inside (0, 1), got {tuple(thresholds)}; sort them")
     if len(values) != len(thresholds) + 1 or not all(0 <= value < 1 for value in values):
-        raise ValueError(f"expected {len(thresholds) + 1} values in [0, 1), got {tuple(values)}; one epsilon per bucket")
+        raise ValueError(
+            f"expected {len(thresholds) + 1} values with 0 <= epsilon < 1, got {tuple(values)}; one epsilon per bucket"
+        )
     boundaries = torch.tensor(thresholds, dtype=confidence.dtype, device=confidence.device)
     epsilons = torch.tensor(values, dtype=confidence.dtype, device=confidence.device)
     return epsilons[torch.bucketize(confidence, boundaries, right=True)]
@@ -89,15 +92,17 @@ def adaptive_smoothed_terms(
     """
     if confidence not in get_args(Confidence):
         raise ValueError(f"expected confidence in {get_args(Confidence)}, got {confidence!r}; choose one of them")
+    labels = class_ids(labels)
     # The smoothing term is linear in ε: take it at ε = 1/2 (exact to rescale) and give each item its own.
     half = smoothed_terms(logits, labels, replace(smoothing, epsilon=0.5, schedule=None), ignore_index=ignore_index)
     with torch.no_grad():
         value = _confidence(logits, half.nll, confidence).masked_fill(labels == ignore_index, 0)
         epsilon = epsilon_of_confidence(value)
         if epsilon.shape != labels.shape or not bool(((epsilon >= 0) & (epsilon <= 1)).all()):
+            inside = f" from {float(epsilon.min())} to {float(epsilon.max())}" if epsilon.numel() else ""
             raise ValueError(
-                f"expected epsilons {tuple(labels.shape)} in [0, 1], got {tuple(epsilon.shape)} or values "
-                "outside; epsilon_of_confidence maps each confidence to one epsilon"
+                f"expected epsilons {tuple(labels.shape)} in [0, 1], got {tuple(epsilon.shape)}{inside}; "
+                "epsilon_of_confidence maps each confidence to one epsilon"
             )
     return SmoothedTerms(half.nll, half.smoothing_term * (2 * epsilon))
 
@@ -113,6 +118,30 @@ def _confidence(logits: Tensor, nll: Tensor, kind: Confidence) -> Tensor:
     # With a single possible class the entropy is 0 of 0: certain.
     largest = possible.sum(-1).to(nll.dtype).log().clamp_min(torch.finfo(nll.dtype).tiny)
     return (1 - entropy / largest).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class OnlineSettings:
+    """Online label smoothing before the number of classes is known.
+
+    Args:
+        alpha: weight of the hard label, 0 to 1; 0.5 in the paper.
+
+    Raises: ValueError for alpha outside [0, 1].
+    """
+
+    alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"expected alpha in [0, 1], got {self.alpha}; it is the weight of the hard label, 0.5 in the paper")
+
+    def build(self, num_classes: int) -> OnlineLabelSmoothing:
+        """The state for this number of classes.
+
+        Raises: ValueError above 4096 classes.
+        """
+        return OnlineLabelSmoothing(num_classes, alpha=self.alpha)
 
 
 class OnlineLabelSmoothing(nn.Module):
@@ -151,8 +180,7 @@ class OnlineLabelSmoothing(nn.Module):
                 f"expected 2 to {MAX_ONLINE_CLASSES} classes for online label smoothing, got {num_classes}: "
                 "its state has K² entries; use Smoothing(prior=unigram_prior(...)) for a vocabulary"
             )
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"expected alpha in [0, 1], got {alpha}; it is the weight of the hard label, 0.5 in the paper")
+        OnlineSettings(alpha)
         if prior is None:
             prior = torch.full((num_classes,), 1 / num_classes, dtype=torch.float64)
         rows = Smoothing(prior=prior).prior_for(torch.arange(num_classes), num_classes, torch.float64)
@@ -172,7 +200,7 @@ class OnlineLabelSmoothing(nn.Module):
         Raises: as `terms`.
         """
         losses = self.terms(logits_of(outputs), labels).loss
-        count = (labels != self.ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+        count = (class_ids(labels) != self.ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
         return losses.sum() / torch.as_tensor(count, device=losses.device).clamp_min(1)
 
     def terms(self, logits: Tensor, labels: Tensor) -> SmoothedTerms:
@@ -185,11 +213,12 @@ class OnlineLabelSmoothing(nn.Module):
                 f"expected logits over {self.num_classes} classes, got {tuple(logits.shape)}; "
                 "build OnlineLabelSmoothing with the model's number of labels"
             )
+        labels = class_ids(labels)
         hard = smoothed_terms(logits, labels, Smoothing(0.0), ignore_index=self.ignore_index)
         if not self.training:
             return hard
         kept = labels != self.ignore_index
-        rows, kept_labels = logits[kept], labels[kept].long()
+        rows, kept_labels = logits[kept], labels[kept]
         soft = smoothed_cross_entropy(rows, self.matrix[kept_labels], 0.0, reduction="none")
         self._accumulate(rows.detach(), kept_labels)
         term = (1 - self.alpha) * (soft - hard.nll[kept])

@@ -1,21 +1,15 @@
-"""Smoothed cross entropy over logits: labels, masking, shift, reduction.
-
-Owns: the dense loss as a function and as a module which a stock Trainer can call.
-Does not own: where the mass goes (`smoothing`), the logits-free path (`linear`), counting across processes (`trainer`).
-"""
+"""The smoothed cross entropy over logits, as a function and as a module which a stock Trainer can call."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from hf_ls.losses._checks import Reduction, check_finite, check_options, check_range, class_ids, refuse
 from hf_ls.losses.smoothing import Smoothing
-
-Reduction = Literal["mean", "sum", "none"]
-Weighting = Literal["example", "torch"]
 
 
 class SmoothedTerms(NamedTuple):
@@ -43,13 +37,14 @@ def smoothed_terms(logits: Tensor, labels: Tensor, smoothing: Smoothing, *, igno
     `ignore_index`, NaN logits, and −inf logits on which the target puts mass.
     """
     _check_shapes(logits, labels)
+    labels = class_ids(labels)
     num_classes = logits.shape[-1]
     kept = labels != ignore_index
     check_range(labels, kept, num_classes, ignore_index)
     # Ignored rows are dropped, not masked: whatever they hold (NaN, -inf) then reaches neither the value nor the gradient.
     rows = kept.reshape(-1).nonzero().squeeze(1)
     whole = rows.numel() == labels.numel()
-    y = labels.reshape(-1).long() if whole else labels.reshape(-1)[rows].long()
+    y = labels.reshape(-1) if whole else labels.reshape(-1)[rows]
     z = logits.reshape(-1, num_classes) if whole else logits.reshape(-1, num_classes)[rows]
     # Half-precision logits lose 1e-3 nats in a log-softmax and overflow in a sum: compute in float32 whatever comes in.
     z = z if z.dtype == torch.float64 else z.float()
@@ -61,7 +56,7 @@ def smoothed_terms(logits: Tensor, labels: Tensor, smoothing: Smoothing, *, igno
         # 0·(−inf) is NaN, but a class without prior mass must add exactly 0.
         expected = (z.masked_fill(prior == 0, 0) * prior).sum(-1) if smoothing.prior is not None else z.mean(-1)
         term = smoothing.mixing(y, prior) * (z_y - expected)
-    check_finite(nll, term)
+    check_finite(nll + term)
     if not whole:
         nll, term = (part.new_zeros(labels.numel()).index_copy(0, rows, part) for part in (nll, term))
     return SmoothedTerms(nll.reshape(labels.shape), term.reshape(labels.shape))
@@ -76,7 +71,6 @@ def smoothed_cross_entropy(
     class_weight: Tensor | None = None,
     reduction: Reduction = "mean",
     num_items_in_batch: Tensor | float | None = None,
-    weighting: Weighting = "example",
     smooth_soft_targets: bool = False,
 ) -> Tensor:
     """Cross entropy between softmax(logits) and a smoothed target, in nats.
@@ -86,9 +80,9 @@ def smoothed_cross_entropy(
 
     Args:
         smoothing: a `Smoothing`, or a number taken as its epsilon.
-        class_weight: [K]; each example counts w_y times and its target stays as it is (`weighting="example"`).
-            `weighting="torch"` repeats `torch.nn.CrossEntropyLoss(weight=…, label_smoothing=…)`, which re-weights the
-            smoothing mass too and so moves the optimum: weights 1:99 at ε = 0.1 move p(y) from .95 to .16.
+        class_weight: [K]; each example counts w_y times and its target stays as it is.
+            `torch.nn.CrossEntropyLoss(weight=…, label_smoothing=…)` re-weights the smoothing mass too and so moves the
+            optimum: weights 1:99 at ε = 0.1 move p(y) from .95 to .16.
         reduction: "mean" over the kept items (weighted by w_y), "sum", or "none" with 0 at ignored items.
         num_items_in_batch: divides the sum instead of the local count; exact under gradient accumulation. Needs "mean".
         smooth_soft_targets: soft targets are refused at ε > 0 unless this is True: they are smoothed already.
@@ -99,17 +93,15 @@ def smoothed_cross_entropy(
     >>> round(smoothed_cross_entropy(logits, torch.tensor([0, 1, 0, 2]), 0.1).item(), 6)
     0.473108
 
-    Raises: ValueError/TypeError as `smoothed_terms`; for unknown `reduction` or `weighting`; for soft targets as above.
+    Raises: ValueError/TypeError as `smoothed_terms`; for an unknown `reduction`; for soft targets as above.
     Source: Szegedy et al. 2016, "Rethinking the Inception Architecture", section 7.
     """
     if not isinstance(smoothing, Smoothing):
         smoothing = Smoothing(smoothing)
     _check_tensors(logits, labels)
-    check_options(reduction, weighting, class_weight, num_items_in_batch, logits.shape[-1])
+    check_options(reduction, class_weight, num_items_in_batch, logits.shape[-1])
     if labels.is_floating_point():
         losses, weight = _soft_target_losses(logits, labels, smoothing, class_weight, smooth_soft_targets)
-    elif class_weight is not None and weighting == "torch":
-        losses, weight = _torch_weighted_losses(logits, labels, smoothing, class_weight, ignore_index)
     else:
         terms = smoothed_terms(logits, labels, smoothing, ignore_index=ignore_index)
         weight = item_weights(labels, class_weight, ignore_index, terms.nll.dtype)
@@ -129,10 +121,11 @@ def smoothed_cross_entropy(
 
 def item_weights(labels: Tensor, class_weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
     """How much each label counts in a mean: 0 where ignored, else 1 or its class weight. Same shape as the labels."""
+    labels = class_ids(labels)
     kept = labels != ignore_index
     if class_weight is None:
         return kept.to(dtype)
-    weight = class_weight.to(labels.device, dtype)[labels.long().masked_fill(~kept, 0)]
+    weight = class_weight.to(labels.device, dtype)[labels.masked_fill(~kept, 0)]
     return weight.masked_fill(~kept, 0)
 
 
@@ -146,7 +139,7 @@ class SmoothedCrossEntropy(nn.Module):
     Args:
         shift: True for decoder-only language models (position t predicts label t+1); False for encoder-decoder models and
             token classification. It must be said for logits [B, T, K]; a wrong shift trains on the wrong token in silence.
-        ignore_index, class_weight, weighting, smooth_soft_targets: as in `smoothed_cross_entropy`.
+        ignore_index, class_weight, smooth_soft_targets: as in `smoothed_cross_entropy`.
 
     >>> logits, label, loss = torch.tensor([[2.0, 0.5, -1.0]]), torch.tensor([0]), SmoothedCrossEntropy(0.1)
     >>> [round(value.item(), 4) for value in (loss(logits, label), loss.eval()(logits, label))]
@@ -165,19 +158,19 @@ class SmoothedCrossEntropy(nn.Module):
         shift: bool | None = None,
         ignore_index: int = -100,
         class_weight: Tensor | None = None,
-        weighting: Weighting = "example",
         smooth_soft_targets: bool = False,
     ) -> None:
         super().__init__()
         self.smoothing = smoothing if isinstance(smoothing, Smoothing) else Smoothing(smoothing)
         self.shift = shift
         self.ignore_index = ignore_index
-        self.weighting: Weighting = weighting
         self.smooth_soft_targets = smooth_soft_targets
         self._seen = False
         self.register_buffer("class_weight", class_weight, persistent=False)
         if self.smoothing.schedule is not None:
-            raise ValueError("expected a constant epsilon, got a schedule; only LabelSmoothingTrainer knows the training step")
+            raise ValueError(
+                f"expected a constant epsilon, got {self.smoothing.schedule}; only LabelSmoothingTrainer knows the training step"
+            )
 
     def forward(self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | float | None = None) -> Tensor:
         """The mean loss (sum / num_items_in_batch if given), nats."""
@@ -194,7 +187,6 @@ class SmoothedCrossEntropy(nn.Module):
             ignore_index=self.ignore_index,
             class_weight=self.class_weight,
             num_items_in_batch=num_items_in_batch,
-            weighting=self.weighting,
             smooth_soft_targets=self.smooth_soft_targets,
         )
 
@@ -240,7 +232,7 @@ def shift_if(shift: bool, logits: Tensor, labels: Tensor, ignore_index: int = -1
     """
     if not shift:
         return logits, labels
-    return logits, nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    return logits, nn.functional.pad(class_ids(labels), (0, 1), value=ignore_index)[..., 1:]
 
 
 def _soft_target_losses(
@@ -253,7 +245,8 @@ def _soft_target_losses(
         )
     if class_weight is not None:
         raise ValueError(
-            "expected no class_weight with soft targets, got one; a soft target has no single class, weight your sampler instead"
+            f"expected no class_weight with soft targets, got {tuple(class_weight.shape)}; they have no single class: weight "
+            "your sampler instead"
         )
     if smoothing.epsilon and not smooth_soft_targets:
         raise ValueError(
@@ -261,34 +254,27 @@ def _soft_target_losses(
             "say smooth_soft_targets=True"
         )
     if (smoothing.convention != "all" and smoothing.epsilon) or (smoothing.prior is not None and smoothing.prior.dim() == 2):
+        shape = "no prior" if smoothing.prior is None else f"a prior {tuple(smoothing.prior.shape)}"
         raise ValueError(
-            "expected convention='all' and a prior [K] over soft targets, got one that needs a single label; change it"
+            f"expected convention='all' and a prior [K] over soft targets, got {smoothing.convention!r} and {shape}, which need "
+            "a single label; change it"
         )
     z = logits if logits.dtype == torch.float64 else logits.float()
     q = targets.to(z.dtype)
     total = q.sum(-1)
-    if q.numel() and not (bool((q >= 0).all()) and bool(torch.allclose(total, torch.ones_like(total), atol=1e-3))):
-        raise ValueError("expected soft targets >= 0 summing to 1 in each row, got others; divide the counts by their sum")
+    wrong = ~((q >= 0).all(-1) & ((total - 1).abs() < 1e-3))
+    refuse(
+        wrong,
+        "soft targets >= 0 summing to 1 in each row",
+        lambda: f"a row with sum {float(total[wrong][0]):g} and minimum {float(q[wrong][0].min()):g}",
+        "divide the counts by their sum",
+    )
     if smoothing.epsilon:
         prior = smoothing.prior_for(torch.zeros((), dtype=torch.long, device=z.device), z.shape[-1], z.dtype)
         q = (1 - smoothing.epsilon) * q + smoothing.epsilon * prior
     losses = z.logsumexp(-1) * q.sum(-1) - (z.masked_fill(q == 0, 0) * q).sum(-1)
-    check_finite(losses, losses)
+    check_finite(losses)
     return losses, torch.ones_like(losses)
-
-
-def _torch_weighted_losses(
-    logits: Tensor, labels: Tensor, smoothing: Smoothing, class_weight: Tensor, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    """−Σ_k w_k·t_k·log p_k, torch's reading of `weight` with `label_smoothing` (pytorch issue 104776)."""
-    _check_shapes(logits, labels)
-    kept = labels != ignore_index
-    check_range(labels, kept, logits.shape[-1], ignore_index)
-    z = logits if logits.dtype == torch.float64 else logits.float()
-    target = smoothing.target(labels.long().masked_fill(~kept, 0), logits.shape[-1]).to(z.dtype)
-    weighted = target * class_weight.to(z.device, z.dtype)
-    losses = -(weighted * z.log_softmax(-1)).sum(-1).masked_fill(~kept, 0)
-    return losses, item_weights(labels, class_weight, ignore_index, z.dtype)
 
 
 def check_no_probabilities(logits: Tensor) -> None:
@@ -317,8 +303,6 @@ def _check_tensors(logits: Any, labels: Any) -> None:
 def _check_shapes(logits: Tensor, labels: Tensor) -> None:
     if not logits.is_floating_point():
         raise TypeError(f"expected floating-point logits, got {logits.dtype}; pass the scores before the softmax")
-    if labels.is_floating_point() or labels.dtype == torch.bool or labels.is_complex():
-        raise TypeError(f"expected integer labels, got {labels.dtype}; cast class ids to long")
     if labels.shape == logits.shape:
         raise ValueError(
             f"expected one label per row of logits {tuple(logits.shape)}, got one per class; use labels.argmax(-1) if each row "
@@ -331,44 +315,3 @@ def _check_shapes(logits: Tensor, labels: Tensor) -> None:
         )
     if logits.shape[-1] < 2:
         raise ValueError(f"expected logits over at least 2 classes, got {logits.shape[-1]}; a single output is a regression head")
-
-
-def check_range(labels: Tensor, kept: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Refuse labels outside the classes where they are kept.
-
-    Raises: ValueError for the first of them.
-    """
-    bad = kept & ((labels < 0) | (labels >= num_classes))
-    if bool(bad.any()):
-        raise ValueError(
-            f"expected labels in [0, {num_classes}) or {ignore_index} for ignored, got {int(labels[bad][0])}; map class names "
-            "to ids 0..K-1 and mask positions with ignore_index"
-        )
-
-
-def check_finite(nll: Tensor, term: Tensor) -> None:
-    """Refuse losses which are not numbers.
-
-    Raises: ValueError when the sum of both parts is not finite.
-    """
-    total = (nll + term).detach().sum()
-    if not bool(torch.isfinite(total)):
-        raise ValueError(
-            "expected finite logits wherever the target has mass, got NaN or -inf; give masked classes no mass with "
-            "Smoothing(prior=...) and never label an example with a masked class (NaN: lower the learning rate)"
-        )
-
-
-def check_options(reduction: str, weighting: str, class_weight: Tensor | None, num_items_in_batch: Any, num_classes: int) -> None:
-    """Refuse options which are unknown or contradict each other.
-
-    Raises: ValueError for the first such option.
-    """
-    if reduction not in get_args(Reduction):
-        raise ValueError(f"expected reduction in {get_args(Reduction)}, got {reduction!r}; choose one of them")
-    if weighting not in get_args(Weighting):
-        raise ValueError(f"expected weighting in {get_args(Weighting)}, got {weighting!r}; choose one of them")
-    if num_items_in_batch is not None and reduction != "mean":
-        raise ValueError(f"expected reduction='mean' with num_items_in_batch, got {reduction!r}; drop one of the two")
-    if class_weight is not None and (class_weight.shape != (num_classes,) or not bool((class_weight >= 0).all())):
-        raise ValueError(f"expected class_weight [{num_classes}] >= 0, got {tuple(class_weight.shape)}; one weight per class")

@@ -1,25 +1,28 @@
 """The smoothed cross entropy of a linear head from its hidden states: logits [N, K] are never built.
 
-Owns: `linear_smoothed_cross_entropy`, `linear_smoothed_terms`, kept rows, reductions, autograd.
-Does not own: the matmuls (`linear_chunks`), what a chunk of logits costs (`linear_objective`), GPU kernels
-(`linear_cuda`), where the hidden states of a model come from (`head`).
+Here are the checks, which rows are kept, reductions and autograd. The matmuls are in `_chunks`, what a chunk of logits costs in
+`_rows`, and the same for a head which is divided among processes in `_vocab_parallel`.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hf_ls.losses import _cuda as linear_cuda
+from hf_ls.losses import _checks
+from hf_ls.losses._checks import Reduction, check_finite, check_options, check_range, check_weights, class_ids
 from hf_ls.losses._chunks import Needs, RowsAndGradients, chunk_loop
-from hf_ls.losses._cuda import Backend, Engine
-from hf_ls.losses._rows import Observer, RowLoss, RowObjective, exact_dtype
-from hf_ls.losses.cross_entropy import Reduction, check_finite, check_options, check_range
+from hf_ls.losses._kept import KeptRows
+from hf_ls.losses._rows import RowLoss, RowObjective, exact_dtype
 from hf_ls.losses.smoothing import Smoothing
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+    from hf_ls.losses._vocab_parallel import Shard
 
 
 class LinearTerms(NamedTuple):
@@ -40,61 +43,65 @@ def linear_smoothed_cross_entropy(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     objective: RowObjective | None = None,
+    z_loss: float = 0.0,
     ignore_index: int = -100,
     token_weight: Tensor | None = None,
     reduction: Reduction = "mean",
     num_items_in_batch: Tensor | float | None = None,
-    z_loss: float = 0.0,
+    group: dist.ProcessGroup | None = None,
     chunk_rows: int | None = None,
-    backend: Backend = "auto",
 ) -> Tensor:
     """Smoothed cross entropy of the logits hidden·weightᵀ + bias, in nats, without building them.
 
     loss = lse(z) − (1−e)·z_y − e·⟨u, z⟩ + λ·lse(z)²  with  z = c·tanh(x/c),  x = logit_scale·(h·Wᵀ + b):
     bias, then scale (Cohere; Granite with 1/logits_scaling; FalconH1), then the soft-cap c (Gemma).
-    The same numbers and errors as `losses.smoothed_cross_entropy` gives for z.
+    The same numbers and errors as `smoothed_cross_entropy` gives for z.
     Shapes: hidden [..., d], weight [K, d], bias [K], labels [...] of integers. Float32; float64 for float64.
 
     Args:
         objective: another loss per row, objective(z [n, K], labels [n]) -> [n], differentiated inside each
             chunk. It brings its own smoothing: `smoothing` is then not used.
+        z_loss: λ ≥ 0.
         token_weight: [...] >= 0; each item counts that many times, in the denominator of a mean too. A
             constant: for a gradient to it multiply a reduction="none" loss.
-        reduction, num_items_in_batch: as in `losses.smoothed_cross_entropy`. With "none" any upstream
-            gradient may come, so the backward repeats the forward unless weight and bias are frozen.
-        z_loss: λ.
-        chunk_rows: rows of logits in memory at a time; None chooses (384 in float32).
-        backend: "auto", "torch" or "liger". On CUDA the nll of a plain request is left to Liger's or torch's
-            fused kernel (`linear_cuda.choose_engine`), not measured on a GPU. Else always the chunk loop.
+        reduction, num_items_in_batch: as in `smoothed_cross_entropy`. With "none" any upstream gradient may
+            come, so the backward repeats the forward unless weight and bias are frozen.
+        group: processes which share the head by its rows (a vocabulary-parallel head): weight and bias are then this process's
+            [K_r, d] and [K_r], in the order of the ranks and of any sizes, hidden and labels the same everywhere, and a prior
+            covers all K = Σ K_r classes. A DTensor with the placement Shard(0) on one mesh dimension says so itself.
+        chunk_rows: rows of logits in memory at a time; None chooses (384 in float32, 4096 on CUDA).
 
     Gradients are made in the forward, in the parameters' dtype, none for a frozen weight. Half precision does
     its softmax in float32. Under autocast the matmuls run in its dtype, as those of `nn.Linear`. A second
     backward through a retained graph computes again. All labels ignored give a differentiable 0.
+    On CUDA nothing waits for the device; labels out of range and losses which are not finite then end in a device assertion.
+
+    With a group every process gets the same loss, the whole gradient of `hidden` (do not reduce it again) and that of its own
+    rows, if the upstream gradient is the same everywhere. All processes must call it, and its backward, in the same order.
+    Megatron's `vocab_parallel_cross_entropy(label_smoothing=ε)` computes another loss on R > 1 processes: each takes the mean
+    log-probability of its own classes only, so that the processes disagree and the target sums to more than 1.
 
     >>> hidden, weight = torch.eye(2), torch.tensor([[2.0, 0.1], [0.5, 1.8], [-1.0, 0.2]])
     >>> round(linear_smoothed_cross_entropy(hidden, weight, torch.tensor([0, 1]), 0.1).item(), 6)
     0.413354
 
     Raises: ValueError/TypeError for shapes, dtypes, labels and options, and for a loss which is not finite;
-    RuntimeError under `create_graph=True`: second derivatives need `losses.smoothed_cross_entropy`.
+    RuntimeError under `create_graph=True`: second derivatives need `smoothed_cross_entropy`.
     """
+    if not isinstance(smoothing, Smoothing):
+        smoothing = Smoothing(smoothing)
     return linear_smoothed_terms(
         hidden,
         weight,
         labels,
-        smoothing,
+        RowLoss(smoothing, objective, logit_scale, softcap, z_loss),
         bias=bias,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        objective=objective,
         ignore_index=ignore_index,
         token_weight=token_weight,
         reduction=reduction,
         num_items_in_batch=num_items_in_batch,
-        z_loss=z_loss,
+        group=group,
         chunk_rows=chunk_rows,
-        backend=backend,
-        per_item=False,
     ).loss
 
 
@@ -104,57 +111,49 @@ def linear_smoothed_terms(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    smoothing: Smoothing | float,
+    loss: RowLoss,
     *,
     bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    objective: RowObjective | None = None,
     ignore_index: int = -100,
     token_weight: Tensor | None = None,
     reduction: Reduction = "mean",
     num_items_in_batch: Tensor | float | None = None,
-    z_loss: float = 0.0,
+    group: dist.ProcessGroup | None = None,
     chunk_rows: int | None = None,
-    backend: Backend = "auto",
-    per_item: bool = True,
-    observer: Observer | None = None,
 ) -> LinearTerms:
     """`linear_smoothed_cross_entropy` with the nll and the smoothing term of each item, in one pass.
 
-    Arguments and errors as there; only `loss` is reduced and weighted. Without `per_item` only the sum of the
-    nll need be right, which spares a delegated GPU kernel a second forward; the chunk loop gives all anyway.
-    An observer sees the logits and labels of the kept items once, a chunk at a time, and so rules out delegation.
+    `loss` says what a row costs. Arguments and errors as there; only the field `loss` is reduced and weighted.
     """
-    if not isinstance(smoothing, Smoothing):
-        smoothing = Smoothing(smoothing)
-    check_tensors(hidden, weight, bias, labels, token_weight)
-    check_options(reduction, "example", None, num_items_in_batch, weight.shape[0])
-    for name, value in (("logit_scale", logit_scale), ("softcap", softcap), ("chunk_rows", chunk_rows)):
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"expected {name} > 0, got {value}; leave it out for none")
+    shard = None
+    if group is not None or any(type(t) not in (Tensor, nn.Parameter) for t in (hidden, weight, bias) if t is not None):
+        from hf_ls.losses._vocab_parallel import divided
+
+        weight, bias, shard = divided(hidden, weight, bias, group, loss)
+    labels = class_ids(labels)
+    classes = weight.shape[0] if shard is None else shard.classes
+    check_tensors(hidden, weight, bias, labels, token_weight, classes)
+    check_options(reduction, None, num_items_in_batch, classes)
+    if chunk_rows is not None and not chunk_rows > 0:
+        raise ValueError(f"expected chunk_rows > 0, got {chunk_rows}; leave it out to have it chosen")
     is_kept = labels != ignore_index
-    check_range(labels, is_kept, weight.shape[0], ignore_index)
-    kept = None if bool(is_kept.all()) else is_kept.flatten().nonzero().squeeze(1)
+    check_range(labels, is_kept, classes, ignore_index)
     dtype = matmul_dtype(hidden, weight)
-    row_weight = None
-    if token_weight is not None:
-        row_weight = gather_rows(token_weight.reshape(-1), kept).to(exact_dtype(dtype))
+    # An observer and an objective see the kept rows and no others, so their number must be known beforehand.
+    rows = KeptRows.of(is_kept.flatten(), wait=loss.observer is not None or loss.objective is not None or shard is not None)
+    row_weight = None if token_weight is None else rows.gather(token_weight.reshape(-1)).to(exact_dtype(dtype))
     call = LinearCall(
-        loss=RowLoss(smoothing, objective, softcap, float(z_loss), observer),
-        labels=gather_rows(labels.reshape(-1), kept).long(),
-        kept=kept,
+        loss=loss,
+        labels=rows.gather(labels.reshape(-1)),
+        rows=rows,
         shape=labels.shape,
         row_weight=row_weight,
-        logit_scale=float(logit_scale),
         reduction=reduction,
-        factor=1.0,
+        factor=mean_factor(rows, row_weight, num_items_in_batch, exact_dtype(dtype)) if reduction == "mean" else 1.0,
         chunk_rows=chunk_rows,
-        engine="chunks",
-        per_item=per_item,
         dtype=dtype,
+        shard=shard,
     )
-    call = replace(call, factor=mean_factor(call, num_items_in_batch), engine=_engine(call, backend, hidden.device.type))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
         return LinearTerms(*LinearLoss.apply(hidden, weight, bias, call))
     return call.terms(call.solve(hidden, weight, bias, (False, False, False)))
@@ -166,37 +165,36 @@ class LinearCall:
 
     loss: RowLoss
     labels: Tensor  # [n] int64
-    kept: Tensor | None  # [n] positions in the flat batch of N; None: all
+    rows: KeptRows  # n of the flat batch of N
     shape: torch.Size  # of the labels as given
     row_weight: Tensor | None  # [n]
-    logit_scale: float
-    reduction: Reduction
-    factor: float  # a reduced loss is factor · Σ weight_i · loss_i
+    reduction: str
+    factor: float | Tensor  # a reduced loss is factor · Σ weight_i · loss_i; a tensor where its value is on a GPU
     chunk_rows: int | None
-    engine: Engine
-    per_item: bool
     dtype: torch.dtype  # of the matmuls
+    shard: Shard | None  # which classes this process holds; None: all
 
     def solve(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs) -> RowsAndGradients:
-        """Terms and gradients of the kept rows, by the engine of this call."""
-        rows = gather_rows(hidden.reshape(-1, hidden.shape[-1]), self.kept).to(self.dtype)
+        """Terms and gradients of the kept rows."""
+        chosen = self.rows.without_ignored(self.rows.gather(hidden.reshape(-1, hidden.shape[-1])).to(self.dtype))
         head, offset = weight.to(self.dtype), None if bias is None else bias.to(self.dtype)
-        # These casts are all that autocast stands for; left on, it would round the engines' float32 sums.
+        options: dict[str, Any] = {
+            "factor": self.factor,
+            "needs": needs,
+            "weight_dtype": weight.dtype,
+            "chunk_rows": self.chunk_rows,
+        }
+        # These casts are all that autocast stands for; left on, it would round the float32 sums.
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            common: dict[str, Any] = {
-                "logit_scale": self.logit_scale,
-                "factor": self.factor,
-                "needs": needs,
-                "weight_dtype": weight.dtype,
-            }
-            if self.engine == "chunks":
-                common |= {"row_weight": self.row_weight, "chunk_rows": self.chunk_rows}
-                found = chunk_loop(self.loss, rows, head, offset, self.labels, **common)
+            if self.shard is None:
+                found = chunk_loop(self.loss, chosen, head, offset, self.labels, self.row_weight, rows=self.rows, **options)
             else:
-                kernel = linear_cuda.fused_nll(self.engine)
-                common["per_row"] = self.per_item
-                found = linear_cuda.delegated(kernel, self.loss, rows, head, offset, self.labels, **common)
-        check_finite(found.losses, found.nll)
+                from hf_ls.losses._vocab_parallel import shard_chunk_loop
+
+                found = shard_chunk_loop(
+                    self.loss, chosen, head, offset, self.labels, self.row_weight, shard=self.shard, **options
+                )
+        check_finite(found.losses)
         return found
 
     def terms(self, found: RowsAndGradients) -> LinearTerms:
@@ -207,11 +205,9 @@ class LinearCall:
             return LinearTerms(self.scatter(losses).reshape(self.shape), nll, smoothing_term)
         return LinearTerms(losses.sum() * self.factor, nll, smoothing_term)
 
-    def scatter(self, rows: Tensor) -> Tensor:
-        """Rows [n, ...] at their places in [N, ...], 0 at ignored ones."""
-        if self.kept is None:
-            return rows
-        return rows.new_zeros((self.shape.numel(), *rows.shape[1:])).index_copy_(0, self.kept, rows)
+    def scatter(self, values: Tensor) -> Tensor:
+        """Values [n, ...] of the kept rows at their places in [N, ...], 0 at ignored ones."""
+        return self.rows.scatter(values, self.shape.numel())
 
 
 class LinearLoss(torch.autograd.Function):
@@ -241,7 +237,7 @@ class LinearLoss(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "expected a first derivative of the linear-head loss, got create_graph=True; use "
-                "losses.smoothed_cross_entropy on the logits for second derivatives"
+                "smoothed_cross_entropy on the logits for second derivatives"
             )
         # Whatever is computed again here was observed in the forward.
         call = replace(ctx.call, loss=replace(ctx.call.loss, observer=None))
@@ -251,7 +247,7 @@ class LinearLoss(torch.autograd.Function):
         # Given away once; a second backward through a retained graph makes them again.
         ctx.found = None
         if call.reduction == "none":
-            row_scale = gather_rows(grad_loss.reshape(-1), call.kept)
+            row_scale = call.rows.gather(grad_loss.reshape(-1))
             if found is None:
                 row_weight = row_scale if call.row_weight is None else row_scale * call.row_weight
                 found = replace(call, row_weight=row_weight).solve(*ctx.saved_tensors, ctx.needs)
@@ -272,40 +268,19 @@ class LinearLoss(torch.autograd.Function):
         return grad_hidden, found.grad_weight, grad_bias, None
 
 
-def gather_rows(values: Tensor, kept: Tensor | None) -> Tensor:
-    """The kept rows of values [N, ...]."""
-    return values if kept is None else values.index_select(0, kept)
-
-
-def mean_factor(call: LinearCall, num_items_in_batch: Tensor | float | None) -> float:
-    """1 over what a mean divides by; 0 for a mean over nothing, whose sum is 0."""
-    if call.reduction != "mean":
-        return 1.0
-    if num_items_in_batch is not None:
-        return 1 / float(num_items_in_batch) if num_items_in_batch else 1.0
-    total = call.labels.numel() if call.row_weight is None else float(call.row_weight.sum())
-    return 1 / total if total else 0.0
-
-
-def _engine(call: LinearCall, backend: Backend, device_type: str) -> Engine:
-    prior = call.loss.smoothing.prior
-    requested = {
-        "an objective": call.loss.objective is not None,
-        "a soft-cap": call.loss.softcap is not None,
-        "a z-loss": bool(call.loss.z_loss),
-        "a prior per label": prior is not None and prior.dim() == 2,
-        "token weights": call.row_weight is not None,
-        "reduction='none'": call.reduction == "none",
-        "an observer": call.loss.observer is not None,
-    }
-    engine = linear_cuda.choose_engine(
-        backend,
-        device_type,
-        unsupported=next((what for what, present in requested.items() if present), None),
-        has_liger=device_type == "cuda" and linear_cuda.has_liger(),
-        has_torch_operator=linear_cuda.has_torch_operator(),
-    )
-    return engine if call.labels.numel() else "chunks"
+def mean_factor(
+    rows: KeptRows, row_weight: Tensor | None, num_items_in_batch: Tensor | float | None, dtype: torch.dtype
+) -> float | Tensor:
+    """1 over what a mean divides by; 0 for a mean over nothing, whose sum is 0. A tensor where the value is on a GPU."""
+    if num_items_in_batch is None:
+        total: Tensor | float = rows.total(row_weight)
+        empty = 0.0
+    else:
+        total, empty = num_items_in_batch, 1.0
+    if isinstance(total, Tensor) and _checks.reading_waits(total):
+        total = total.detach().to(dtype).reshape(())
+        return torch.where(total == 0, empty, total.reciprocal())
+    return 1 / float(total) if total else empty
 
 
 def matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -320,8 +295,10 @@ def matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def check_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, token_weight: Tensor | None) -> None:
-    """Refuse tensors which do not fit together.
+def check_tensors(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, token_weight: Tensor | None, classes: int
+) -> None:
+    """Refuse tensors which do not fit together; `classes` counts those of all processes.
 
     Raises: TypeError for their dtypes, ValueError for their shapes and for token weights below 0 or with a gradient.
     """
@@ -331,8 +308,6 @@ def check_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: T
             f"expected floating-point hidden and weight, got {hidden.dtype} and {weight.dtype}; "
             "a quantised head needs the dense path"
         )
-    if labels.is_floating_point() or labels.dtype == torch.bool or labels.is_complex():
-        raise TypeError(f"expected integer labels, got {labels.dtype}; cast class ids to long")
     if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"expected hidden [..., d] and weight [K, d], got {given[0]} and {given[1]}; "
@@ -343,14 +318,17 @@ def check_tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: T
             f"expected labels {given[0][:-1]} for hidden {given[0]}, got {tuple(labels.shape)}; "
             "one label per hidden state (use the causal-LM shift for language models)"
         )
-    if weight.shape[0] < 2:
-        raise ValueError(f"expected a head over at least 2 classes, got {given[1][0]}; one output is a regression head")
+    if classes < 2:
+        raise ValueError(f"expected a head over at least 2 classes, got {classes}; one output is a regression head")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"expected bias [{given[1][0]}], got {tuple(bias.shape)}; flatten it")
+        raise ValueError(
+            f"expected bias [{given[1][0]}] as the weight has rows, got {tuple(bias.shape)}; flatten or shard it alike"
+        )
     if token_weight is not None:
         if token_weight.requires_grad:
             raise ValueError("expected token_weight without a gradient, got one; multiply a reduction='none' loss by it")
-        if token_weight.shape != labels.shape or not bool((token_weight >= 0).all()):
+        if token_weight.shape != labels.shape:
             raise ValueError(
                 f"expected token_weight {tuple(labels.shape)} >= 0, got {tuple(token_weight.shape)}; one weight per label"
             )
+        check_weights("token_weight", token_weight)

@@ -1,16 +1,14 @@
 """Objectives beside the smoothed cross entropy: what one prediction costs, per row.
 
-Owns: one function per objective, all f(logits [n, K], labels [n], smoothing, **own) -> losses [n]; the names
-in `OBJECTIVES`; the z-loss, which can be added to any of them.
-Does not own: target and prior (`smoothing`), reduction (`losses`, `trainer`), chunking (`linear`).
+One function per objective, all f(logits [n, K], labels [n], smoothing, **own) -> losses [n]; their names in `OBJECTIVES`; and
+`settle`, the one place where the name and the parameters which a user gives are checked.
 
 Every function computes in float32 (float64 stays float64), takes valid labels only (`masked_objective` drops
 the ignored rows first), and gives a −inf class without prior mass exactly no influence. Losses are in nats.
 Notation: z logits, p = softmax(z), nll = −log p_y, u the prior of `smoothing` (1/K if it has none).
 
-With ε > 0: smoothed_ce, confidence_penalty and generalised_smoothing use it; the others are alternatives to
-label smoothing with a strength of their own and refuse it (`check_smoothing`). ε < 0 is for
-generalised_smoothing alone.
+With ε > 0: smoothed_ce, confidence_penalty and generalised_smoothing use it; the others have a strength or an
+epsilon of their own and refuse it (`check_smoothing`). ε < 0 is for generalised_smoothing alone.
 """
 
 from __future__ import annotations
@@ -18,12 +16,22 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_ls.losses._checks import class_ids, refuse
+from hf_ls.losses.adaptive import (
+    OnlineLabelSmoothing,
+    OnlineSettings,
+    adaptive_smoothed_terms,
+    graduated_epsilon,
+    instance_epsilon,
+)
 from hf_ls.losses.cross_entropy import SmoothedTerms, smoothed_terms
 from hf_ls.losses.smoothing import Smoothing
 
@@ -70,7 +78,7 @@ def maxsup(logits: Tensor, labels: Tensor, smoothing: Smoothing, *, alpha: float
     _require("alpha", alpha, 0, math.inf)
     z = _float(logits)
     nll = _terms("maxsup", z, labels, smoothing).nll
-    prior = smoothing.prior_for(labels.long(), z.shape[-1], z.dtype)
+    prior = smoothing.prior_for(class_ids(labels), z.shape[-1], z.dtype)
     return _finite(nll + alpha * (z.amax(-1) - (z.masked_fill(prior == 0, 0) * prior).sum(-1)))
 
 
@@ -109,7 +117,7 @@ def margin_smoothing(logits: Tensor, labels: Tensor, smoothing: Smoothing, *, ma
     _require("margin", margin, 0, math.inf, inclusive=True)
     z = _float(logits)
     nll = _terms("margin_smoothing", z, labels, smoothing).nll
-    prior = smoothing.prior_for(labels.long(), z.shape[-1], z.dtype)
+    prior = smoothing.prior_for(class_ids(labels), z.shape[-1], z.dtype)
     excess = (z.amax(-1, keepdim=True) - z - margin).masked_fill(prior == 0, 0).relu()
     return _finite(nll + alpha * (prior * excess).sum(-1))
 
@@ -167,6 +175,37 @@ def generalised_smoothing(logits: Tensor, labels: Tensor, smoothing: Smoothing, 
     return terms.nll + terms.smoothing_term.clamp_min(-floor)
 
 
+def graduated(
+    logits: Tensor,
+    labels: Tensor,
+    smoothing: Smoothing,
+    *,
+    thresholds: Sequence[float] = (0.3, 0.7),
+    values: Sequence[float] = (0.0, 0.1, 0.3),
+) -> Tensor:
+    """Smoothed cross entropy with an ε for each bucket of the label's probability: `adaptive.graduated_epsilon`.
+
+    Raises: as `check_smoothing` (ε must be 0) and `adaptive.adaptive_smoothed_terms`; ValueError for thresholds which do not
+    increase inside (0, 1), values outside [0, 1), or another number of values than buckets.
+    Source: Wang et al. 2020, "On the Inference Calibration of Neural Machine Translation", section 5.
+    """
+    _check_rows("graduated", logits, labels, smoothing)
+    epsilon = partial(graduated_epsilon, thresholds=thresholds, values=values)
+    return adaptive_smoothed_terms(logits, labels, smoothing, epsilon).loss
+
+
+def instance(logits: Tensor, labels: Tensor, smoothing: Smoothing, *, maximum: float = 0.2) -> Tensor:
+    """Smoothed cross entropy with ε = maximum·(1 − H(p)/log K) for each row: `adaptive.instance_epsilon`.
+
+    Raises: as `check_smoothing` (ε must be 0) and `adaptive.adaptive_smoothed_terms`; ValueError for maximum outside [0, 1].
+    Source: Lee, Cheung & Zhang 2022, "Adaptive Label Smoothing with Self-Knowledge in Natural Language Generation".
+    """
+    _check_rows("instance", logits, labels, smoothing)
+    return adaptive_smoothed_terms(
+        logits, labels, smoothing, partial(instance_epsilon, maximum=maximum), confidence="entropy"
+    ).loss
+
+
 def z_loss(logits: Tensor) -> Tensor:
     """The squared log normaliser of each row, lse(z)², to be added with a small weight to any objective.
 
@@ -187,7 +226,10 @@ OBJECTIVES: dict[str, ObjectiveFunction] = {
     "focal": focal,
     "flsd": flsd,
     "generalised_smoothing": generalised_smoothing,
+    "graduated": graduated,
+    "instance": instance,
 }
+NAMES = (*OBJECTIVES, "online")
 COMBINES_WITH_EPSILON = frozenset({"smoothed_ce", "confidence_penalty", "generalised_smoothing"})
 
 
@@ -206,42 +248,86 @@ class Objective:
     Objective('focal', gamma=3)
 
     Raises: ValueError for an unknown name or parameter (with the nearest known one) and for values out of
-    range; TypeError for values which are no numbers.
+    range; TypeError for values of another type.
     """
 
     name: str
-    params: tuple[tuple[str, float], ...]
+    params: tuple[tuple[str, Any], ...]
     z_loss: float
 
-    def __init__(self, name: str, *, z_loss: float = 0.0, **params: float) -> None:
+    def __init__(self, name: str, *, z_loss: float = 0.0, **params: Any) -> None:
         """Check the name, the parameters and their ranges."""
-        if name not in OBJECTIVES:
-            raise ValueError(f"expected an objective in {sorted(OBJECTIVES)}, got {name!r}; {_nearest(name, OBJECTIVES)}")
+        _check_name(name, OBJECTIVES)
         signature = inspect.signature(OBJECTIVES[name]).parameters.values()
-        values = {p.name: p.default for p in signature if p.kind is inspect.Parameter.KEYWORD_ONLY}
-        for key, value in {**params, "z_loss": z_loss}.items():
-            if key not in values and key != "z_loss":
-                known = [*values, "z_loss"]
-                raise ValueError(f"expected parameters of {name!r} in {known}, got {key!r}; {_nearest(key, known)}")
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"expected {key} as a number, got {type(value).__name__}; pass e.g. {key}=0.1")
-        _require("z_loss", z_loss, 0, math.inf)
+        defaults = {p.name: p.default for p in signature if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        checked = _checked_params(name, {**params, "z_loss": z_loss}, {**defaults, "z_loss": 0.0})
         object.__setattr__(self, "name", name)
-        object.__setattr__(self, "params", tuple({**values, **params}.items()))
-        object.__setattr__(self, "z_loss", z_loss)
+        object.__setattr__(self, "z_loss", checked.pop("z_loss"))
+        object.__setattr__(self, "params", tuple({**defaults, **checked}.items()))
+        _require("z_loss", self.z_loss, 0, math.inf)
         # The function knows its ranges: let it complain now, not in the first training step.
         self(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), Smoothing(0.0))
 
     def __call__(self, logits: Tensor, labels: Tensor, smoothing: Smoothing) -> Tensor:
         """The loss of each row: logits [n, K], labels [n] -> [n], in nats."""
         z = _float(logits)
-        losses = OBJECTIVES[self.name](z, labels, smoothing, **dict(self.params))
+        losses = OBJECTIVES[self.name](z, class_ids(labels), smoothing, **dict(self.params))
         return losses + self.z_loss * z_loss(z) if self.z_loss else losses
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is the smoothed cross entropy and nothing else, which has faster ways than one objective per row."""
+        return self.name == "smoothed_ce" and not self.z_loss
+
+    def terms(self, logits: Tensor, labels: Tensor, smoothing: Smoothing, *, ignore_index: int = -100) -> SmoothedTerms:
+        """The NLL of each label and the rest of its loss, in nats: logits [..., K], labels [...], 0 where ignored.
+
+        Raises: as `masked_objective`.
+        """
+        if self.plain:
+            return smoothed_terms(logits, labels, smoothing, ignore_index=ignore_index)
+        nll = smoothed_terms(logits, labels, Smoothing(0.0), ignore_index=ignore_index).nll
+        losses = masked_objective(self, logits, labels, smoothing, ignore_index=ignore_index)
+        return SmoothedTerms(nll, losses - nll)
 
     def __repr__(self) -> str:
         """The call which makes this objective, every parameter spelled out."""
         values = [*self.params, ("z_loss", self.z_loss)] if self.z_loss else list(self.params)
         return f"Objective({', '.join([repr(self.name), *(f'{key}={value!r}' for key, value in values)])})"
+
+
+def settle(
+    objective: str | Objective | OnlineLabelSmoothing, params: Mapping[str, Any] | None = None
+) -> Objective | OnlineSettings | OnlineLabelSmoothing:
+    """What a user's choice of objective means, checked before the first batch.
+
+    Args:
+        objective: a name in `NAMES`, or an objective which is made already.
+        params: parameters of a named objective, e.g. {"gamma": 3}; the paper's defaults where left out.
+
+    Returns: an `Objective` for a name in `OBJECTIVES`; `adaptive.OnlineSettings` for "online", whose state needs the number of
+    classes (`.build(num_classes)`); what is made already, as it is.
+
+    >>> settle("flsd", {"threshold": 0.3})
+    Objective('flsd', gamma_low=5.0, gamma_high=3.0, threshold=0.3)
+
+    Raises: ValueError for an unknown name or parameter (with the nearest known one), for values out of range, and for
+    parameters beside an objective which has its own; TypeError for values of another type. Whether ε is allowed beside the
+    objective: `check_smoothing`.
+    """
+    if params is not None and not isinstance(params, Mapping):
+        raise TypeError(f"expected parameters as a mapping, got {type(params).__name__} {params!r}; write {{'gamma': 3}}")
+    if isinstance(objective, Objective | OnlineLabelSmoothing):
+        if params:
+            raise ValueError(
+                f"expected no parameters beside {type(objective).__name__}, which has its own, got {dict(params)}; "
+                "give the name and the parameters, or the object alone"
+            )
+        return objective
+    _check_name(objective, NAMES)
+    if objective == "online":
+        return OnlineSettings(**_checked_params("online", params or {}, {"alpha": OnlineSettings.alpha}))
+    return Objective(objective, **(params or {}))
 
 
 def masked_objective(
@@ -259,6 +345,7 @@ def masked_objective(
 
     Raises: ValueError for shapes which do not match; as the objective.
     """
+    labels = class_ids(labels)
     if labels.shape != logits.shape[:-1]:
         raise ValueError(
             f"expected labels {tuple(logits.shape[:-1])} for logits {tuple(logits.shape)}, got "
@@ -270,7 +357,7 @@ def masked_objective(
 
 
 def check_smoothing(name: str, smoothing: Smoothing) -> None:
-    """Refuse a smoothing (or the end of its schedule) which the named objective does not use.
+    """Refuse a smoothing (or the end of its schedule) which the objective of this name in `NAMES` does not use.
 
     Every objective calls it; call it before training to hear of it early.
 
@@ -287,12 +374,16 @@ def check_smoothing(name: str, smoothing: Smoothing) -> None:
 
 
 def _terms(name: str, logits: Tensor, labels: Tensor, smoothing: Smoothing) -> SmoothedTerms:
+    _check_rows(name, logits, labels, smoothing)
+    return smoothed_terms(logits, labels, smoothing)
+
+
+def _check_rows(name: str, logits: Tensor, labels: Tensor, smoothing: Smoothing) -> None:
     check_smoothing(name, smoothing)
     if logits.dim() != 2:
         raise ValueError(f"expected logits [n, K], got {tuple(logits.shape)}; use masked_objective for other shapes")
-    if labels.numel() and int(labels.min()) < 0:
-        raise ValueError(f"expected labels >= 0, got {int(labels.min())}; use masked_objective to drop ignored rows")
-    return smoothed_terms(logits, labels, smoothing)
+    ids = class_ids(labels)
+    refuse(ids < 0, "labels >= 0", lambda: int(ids.min()), "use masked_objective to drop ignored rows")
 
 
 def _float(logits: Tensor) -> Tensor:
@@ -306,11 +397,13 @@ def _p_wrong(nll: Tensor) -> Tensor:
 
 
 def _finite(losses: Tensor) -> Tensor:
-    if not bool(torch.isfinite(losses.detach().sum())):
-        raise ValueError(
-            "expected finite logits wherever the prior has mass, got NaN or inf; give masked classes no mass "
-            "with Smoothing(0.0, prior=support_prior(...))"
-        )
+    bad = ~torch.isfinite(losses.detach())
+    refuse(
+        bad,
+        "finite logits wherever the prior has mass",
+        lambda: f"NaN or inf in {int(bad.sum())} of {bad.numel()} rows",
+        "give masked classes no mass with Smoothing(0.0, prior=support_prior(...))",
+    )
     return losses
 
 
@@ -318,6 +411,34 @@ def _require(name: str, value: float, low: float, high: float, *, inclusive: boo
     if not (low <= value < high or (inclusive and value == high)):
         end = "]" if inclusive else ")"
         raise ValueError(f"expected {name} in [{low}, {high}{end}, got {value}; see the objective's docstring")
+
+
+def _check_name(name: str, known: Iterable[str]) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"expected the name of an objective, got {type(name).__name__} {name!r}; choose one of {sorted(known)}")
+    if name not in known:
+        raise ValueError(f"expected an objective in {sorted(known)}, got {name!r}; {_nearest(name, known)}")
+
+
+def _checked_params(name: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The given parameters, each known and of the type of its default: a number, or a tuple of numbers."""
+    found: dict[str, Any] = {}
+    for key, value in given.items():
+        if key not in defaults:
+            raise ValueError(f"expected parameters of {name!r} in {list(defaults)}, got {key!r}; {_nearest(str(key), defaults)}")
+        if not isinstance(defaults[key], tuple):
+            if not _is_number(value):
+                raise TypeError(f"expected {key} as a number, got {type(value).__name__} {value!r}; pass e.g. {defaults[key]}")
+            found[key] = value
+        else:
+            if not isinstance(value, list | tuple) or not all(_is_number(part) for part in value):
+                raise TypeError(f"expected {key} as a list of numbers, got {value!r}; pass e.g. {list(defaults[key])}")
+            found[key] = tuple(value)
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -1,7 +1,6 @@
 """Where the smoothing mass may go: priors for `Smoothing(prior=...)` and soft targets from annotator counts.
 
-Owns: prior tensors [K] or [K, K] and per-example targets [..., K] from ids, counts, confusions, embeddings.
-Does not own: checking and using a prior (`smoothing`), any loss (`losses`), loading or tokenising (`data`).
+Priors are tensors [K] or [K, K], and targets per example [..., K], from ids, counts, confusions or embeddings.
 
 A class with zero mass here adds exactly 0 to loss and gradient, even where its logit is −inf.
 """
@@ -14,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from hf_ls.losses._checks import class_ids
 
 _IDS_PER_COUNT = 1 << 20
 
@@ -35,7 +36,9 @@ def support_prior(support: Tensor | Sequence[int] | Sequence[bool] | range, num_
     """
     tensor = torch.as_tensor(support if isinstance(support, Tensor) else list(support))
     if not tensor.numel() or (tensor.dtype == torch.bool and not bool(tensor.any())):
-        raise ValueError("expected at least one class in the support, got none; name the classes which may receive mass")
+        raise ValueError(
+            f"expected at least one class in the support, got none in {tuple(tensor.shape)}; name those which may receive mass"
+        )
     if tensor.dtype == torch.bool:
         if tensor.shape != (num_classes,):
             raise ValueError(f"expected a mask of shape ({num_classes},), got {tuple(tensor.shape)}; one entry per class")
@@ -43,13 +46,14 @@ def support_prior(support: Tensor | Sequence[int] | Sequence[bool] | range, num_
     else:
         if tensor.is_floating_point() or tensor.is_complex():
             raise TypeError(f"expected class ids or a bool mask, got {tensor.dtype}; threshold scores first")
+        tensor = class_ids(tensor)
         if int(tensor.min()) < 0 or int(tensor.max()) >= num_classes:
             raise ValueError(
                 f"expected class ids in [0, {num_classes}), got {int(tensor.min())}..{int(tensor.max())}; "
                 "num_classes is the number of logits"
             )
         mask = torch.zeros(num_classes, dtype=torch.bool, device=tensor.device)
-        mask[tensor.long().reshape(-1)] = True
+        mask[tensor.reshape(-1)] = True
     return (mask.double() / mask.sum()).float()
 
 
@@ -71,7 +75,7 @@ def unigram_prior(counts: Tensor | Sequence[float], *, power: float = 1.0, addit
     """
     values = _non_negative(counts, "counts", 1) + _amount(additive, "additive")
     if not bool(values.any()):
-        raise ValueError("expected at least one counted label, got all zeros; check the label column and ignore_index")
+        raise ValueError(f"expected at least one counted label, got {len(values)} zeros; check the label column and ignore_index")
     # Relative to the largest count no power overflows; 0^0 would be 1 and give mass to an unseen class.
     weight = (values / values.max()).pow(_amount(power, "power")).masked_fill(values == 0, 0)
     return (weight / weight.sum()).float()
@@ -154,8 +158,12 @@ def similarity_prior(embedding: Tensor, *, temperature: float, top_k: int | None
     """
     if embedding.dim() != 2 or embedding.shape[0] < 2:
         raise ValueError(f"expected an embedding [K, d] with K >= 2, got {tuple(embedding.shape)}; one row per class")
-    if not bool(torch.isfinite(embedding).all()):
-        raise ValueError("expected finite embedding vectors, got NaN or inf; check the checkpoint")
+    bad = ~torch.isfinite(embedding).all(1)
+    if bool(bad.any()):
+        raise ValueError(
+            f"expected finite embedding vectors, got NaN or inf in {int(bad.sum())} of {len(bad)} rows, first row "
+            f"{int(bad.nonzero()[0])}; check the checkpoint"
+        )
     num_classes = embedding.shape[0]
     if not temperature > 0:
         raise ValueError(f"expected temperature > 0, got {temperature}; 0.1 is a usual value for cosines")
@@ -198,8 +206,12 @@ def soft_targets(counts: Tensor | Sequence[Any], *, additive: float = 0.0) -> Te
     """
     values = _non_negative(counts, "counts", None) + _amount(additive, "additive")
     total = values.sum(-1, keepdim=True)
-    if bool((total == 0).any()):
-        raise ValueError("expected at least one annotation per row, got a row of zeros; drop it or pass additive > 0")
+    empty = (total == 0).squeeze(-1)
+    if bool(empty.any()):
+        raise ValueError(
+            f"expected at least one annotation per row, got {int(empty.sum())} of {empty.numel()} rows of zeros; drop them or "
+            "pass additive > 0"
+        )
     return (values / total).float()
 
 
@@ -209,8 +221,9 @@ def _non_negative(values: Any, name: str, dim: int | None) -> Tensor:
         raise ValueError(
             f"expected {name} with {dim or 'one or more'} dimension(s), got {tuple(tensor.shape)}; the classes come last"
         )
-    if not bool(torch.isfinite(tensor).all()) or bool((tensor < 0).any()):
-        raise ValueError(f"expected finite {name} >= 0, got others; count occurrences, do not pass logits")
+    bad = ~torch.isfinite(tensor) | (tensor < 0)
+    if bool(bad.any()):
+        raise ValueError(f"expected finite {name} >= 0, got {float(tensor[bad][0]):g}; count occurrences, do not pass logits")
     return tensor
 
 
@@ -253,4 +266,4 @@ def _flat_ids(value: Any) -> Tensor:
     ids = tensor.reshape(-1).cpu()
     if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
         raise TypeError(f"expected integer label ids, got {ids.dtype}; soft targets and scores cannot be counted")
-    return ids.long()
+    return class_ids(ids)

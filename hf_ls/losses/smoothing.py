@@ -1,8 +1,4 @@
-"""Where the probability mass of a smoothed target goes.
-
-Owns: epsilon, its convention, the prior, the schedule, and the closed forms which follow from them.
-Does not own: any loss over logits (`losses`), any file, Trainer or process group.
-"""
+"""Where the probability mass of a smoothed target goes: epsilon, its convention, the prior, the schedule, and closed forms."""
 
 from __future__ import annotations
 
@@ -12,6 +8,8 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from hf_ls.losses._checks import class_ids, refuse
 
 Convention = Literal["all", "wrong"]
 # What ε means in other systems, read in their sources in 2026. Those in _WITHOUT_PAD give no mass to the padding token either.
@@ -152,7 +150,7 @@ class Smoothing:
                 "number of labels (or its vocabulary size including padding rows)"
             )
         rows = self.prior if self.prior.dim() == 1 else self.prior[labels.to(self.prior.device)]
-        return rows.to(labels.device, dtype)
+        return rows.to(labels.device, dtype, non_blocking=labels.is_cuda)
 
     def mixing(self, labels: Tensor, prior: Tensor) -> Tensor:
         """The weight e of the prior per label, shape [...]: ε, or ε/(1−u_y) for `convention="wrong"`.
@@ -162,8 +160,14 @@ class Smoothing:
         if self.convention == "all":
             return torch.full(labels.shape, float(self.epsilon), dtype=prior.dtype, device=labels.device)
         at_label = prior[labels] if prior.dim() == 1 else prior.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-        if self.epsilon and bool((at_label >= 1).any()):
-            raise ValueError("expected prior mass on a wrong class, got a prior all on the label; use convention='all'")
+        if self.epsilon:
+            alone = at_label >= 1
+            refuse(
+                alone,
+                "prior mass on a wrong class",
+                lambda: f"a prior all on the label {int(labels[alone][0])}",
+                "use convention='all'",
+            )
         return self.epsilon / (1 - at_label)
 
     def target(self, labels: Tensor, num_classes: int) -> Tensor:
@@ -176,12 +180,13 @@ class Smoothing:
 
         Raises: ValueError for labels outside [0, K).
         """
-        if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= num_classes):
-            raise ValueError(
-                f"expected labels in [0, {num_classes}), got {int(labels.min())}..{int(labels.max())}; "
-                "drop ignored positions before asking for their targets"
-            )
-        labels = labels.long()
+        labels = class_ids(labels)
+        refuse(
+            (labels < 0) | (labels >= num_classes),
+            f"labels in [0, {num_classes})",
+            lambda: f"{int(labels.min())}..{int(labels.max())}",
+            "drop ignored positions before asking for their targets",
+        )
         prior = self.prior_for(labels, num_classes)
         mixing = self.mixing(labels, prior).unsqueeze(-1)
         one_hot = torch.nn.functional.one_hot(labels, num_classes).to(prior.dtype)
@@ -253,5 +258,12 @@ def _check_prior(prior: Tensor) -> None:
     if prior.dim() not in (1, 2) or (prior.dim() == 2 and prior.shape[0] != prior.shape[1]) or not prior.numel():
         raise ValueError(f"expected a prior of shape [K] or [K, K], got {tuple(prior.shape)}; one row per label if 2-d")
     total = prior.double().sum(-1)
-    if not bool((prior >= 0).all()) or not bool(torch.allclose(total, torch.ones_like(total), atol=1e-4)):
-        raise ValueError("expected a non-negative prior summing to 1, got another tensor; divide it by its sum")
+    rows = prior.reshape(-1, prior.shape[-1])
+    wrong = ~((rows >= 0).all(-1) & ((total.reshape(-1) - 1).abs() <= 1e-4))
+    if bool(wrong.any()):
+        first = int(wrong.nonzero()[0])
+        where = "one" if prior.dim() == 1 else f"row {first}"
+        raise ValueError(
+            f"expected a non-negative prior summing to 1, got {where} with sum {float(total.reshape(-1)[first]):g} and minimum "
+            f"{float(rows[first].min()):g}; divide it by its sum"
+        )

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from hf_ls.common.errors import extra
 from hf_ls.metrics.ties import aurc_from_groups, equal_mass_sums, tie_groups
 from hf_ls.metrics.validation import (
     Booleans,
@@ -305,13 +306,8 @@ def smooth_ece(confidence: Any, correct: Any) -> float:
         ImportError: relplot is not installed.
     """
     values, hits = check_confidence(confidence, correct)
-    try:
+    with extra("scripts", "smooth_ece"):
         from relplot import smECE  # also imports matplotlib, so only where it is asked for
-    except ImportError as error:
-        raise ImportError(
-            "smooth_ece needs the library relplot, which is not installed; do: pip install relplot "
-            "(the extra hf_ls[test] also brings it)"
-        ) from error
     return float(smECE(values, hits.astype(np.float64)))
 
 

@@ -1,20 +1,22 @@
 """Quality of generated text against one reference each: exact match, error rate, BLEU and chrF with bootstrap intervals.
 
-Owns: which metrics there are and their intervals over sentences.
-Does not own: BLEU and chrF (sacrebleu), the edit distance (rapidfuzz), generating, calibration (`metrics`).
+BLEU and chrF are those of sacrebleu, the edit distance that of rapidfuzz; both come with `hf_ls[scripts]`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from rapidfuzz.distance import Levenshtein
-from sacrebleu.metrics import BLEU, CHRF
 
+from hf_ls.common.errors import extra
 from hf_ls.metrics.core import row_chunks
 from hf_ls.metrics.intervals import wilson_interval
 from hf_ls.metrics.paired import Draws, fingerprint
+
+if TYPE_CHECKING:
+    from sacrebleu.metrics import BLEU, CHRF
 
 TEXT_METRICS = ("exact_match", "word_error_rate", "phoneme_error_rate", "bleu", "chrf")
 
@@ -91,6 +93,8 @@ def _measured(
 def edit_statistics(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
     """Return (Levenshtein distance over blank-separated tokens, number of reference tokens) per sentence, int64 [n, 2]."""
     pairs = [(prediction.split(), reference.split()) for prediction, reference in zip(predictions, references, strict=True)]
+    with extra("scripts", "error rates of text"):
+        from rapidfuzz.distance import Levenshtein
     return np.array([(Levenshtein.distance(*pair), len(pair[1])) for pair in pairs], dtype=np.int64)
 
 
@@ -136,6 +140,8 @@ def _corpus_score(scorer: BLEU | CHRF) -> Callable[[np.ndarray], float]:
 
 def _scorer(metric: str) -> BLEU | CHRF:
     # force: generated text may end in " ." without sacrebleu taking it for tokenised.
+    with extra("scripts", "BLEU and chrF"):
+        from sacrebleu.metrics import BLEU, CHRF
     return BLEU(force=True) if metric == "bleu" else CHRF()
 
 

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from hf_ls.common.errors import read_json
 from hf_ls.common.files import write_atomically
 from hf_ls.losses.smoothing import Smoothing
+from hf_ls.run.manifest import CHECKPOINT, Manifest
 
 MARK = "hf_ls_complete.json"
 _SHAPE = ("model_type", "vocab_size", "hidden_size", "d_model", "dim", "num_hidden_layers", "n_layers", "n_layer", "id2label")
@@ -28,40 +28,69 @@ class CheckpointMark(TrainerCallback):
     """Write a mark into each checkpoint after every process has finished its part.
 
     The Trainer writes many files per checkpoint, some by each process; a killed run leaves some of them missing.
-    It also deletes old checkpoints before this mark is written, so give `save_total_limit` here instead of to the Trainer.
+    It also deletes old checkpoints before this mark is written, whoever made them, so give `save_total_limit` here instead of
+    to the Trainer: here only checkpoints go which the manifest lists, by default that of `output_dir`.
     """
 
-    def __init__(self, smoothing: Smoothing, save_total_limit: int | None = None) -> None:
+    def __init__(self, smoothing: Smoothing, save_total_limit: int | None = None, manifest: Manifest | None = None) -> None:
         self.smoothing = smoothing
         self.save_total_limit = save_total_limit
+        self.manifest = manifest
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the mark from checkpoints behind the step where training begins: it will write them anew, file by file."""
         if PartialState().is_main_process:
-            for step, folder in _checkpoints(args.output_dir).items():
+            self.manifest = self.manifest or Manifest(args.output_dir)
+            for step, folder in checkpoints(args.output_dir).items():
                 if step > state.global_step:
                     (folder / MARK).unlink(missing_ok=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """List the checkpoint which the Trainer is about to write."""
+        if control.should_save:
+            self._list(_checkpoint_of(args, state))
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """As `on_step_end`."""
+        self.on_step_end(args, state, control)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """As `on_step_end`: whether this evaluation is the best one, the Trainer decides after it."""
+        if control.should_save or args.save_strategy == SaveStrategy.BEST:
+            self._list(_checkpoint_of(args, state))
+
+    def _list(self, folder: Path) -> None:
+        if self.manifest is not None and PartialState().is_main_process:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            self.manifest.add(folder, CHECKPOINT)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called on every process once its files are written."""
         processes = PartialState()
         processes.wait_for_everyone()
-        if not processes.is_main_process:
+        if not processes.is_main_process or self.manifest is None:
             return
-        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        folder = _checkpoint_of(args, state)
         write_atomically(folder / MARK, json.dumps(_identity(self.smoothing) | {"files": _sizes(folder)}))
-        self._delete_old(args.output_dir, state.best_model_checkpoint, state.global_step)
+        self.manifest.finish(folder)
+        self._delete_old(self.manifest, args.output_dir, state.best_model_checkpoint, state.global_step)
 
-    def _delete_old(self, output_dir: str, best: str | None, step: int) -> None:
+    def _delete_old(self, manifest: Manifest, output_dir: str, best: str | None, step: int) -> None:
         if not self.save_total_limit:
             return
         # What a killed run left of a later step is no checkpoint, so it must not push out a whole one.
-        known = {str(folder) for at, folder in _checkpoints(output_dir).items() if at <= step}
-        folders = [f for f in sort_checkpoints(output_dir=output_dir, best_model_checkpoint=best) if f in known]
-        keep = max(self.save_total_limit, 2 if best and os.path.basename(folders[-1]) != os.path.basename(best) else 1)
-        for folder in folders[:-keep]:
-            (Path(folder) / MARK).unlink(missing_ok=True)  # first: a half-deleted folder must not look complete
-            shutil.rmtree(folder)
+        known = {at: folder for at, folder in checkpoints(output_dir).items() if at <= step and manifest.lists(folder)}
+        name = Path(best).name if best else None
+        order = sorted(known, key=lambda at: (at == step, known[at].name == name, at))  # the best one goes last but one
+        keep = max(self.save_total_limit, 2 if len(order) > 1 and known[order[-2]].name == name else 1)
+        for at in order[:-keep]:
+            names = manifest.below(known[at])
+            # The mark first: a half-deleted folder must not look complete.
+            manifest.remove(sorted(names, key=lambda name: not name.endswith(f"/{MARK}")))
+
+
+def _checkpoint_of(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 def _identity(smoothing: Smoothing) -> dict[str, Any]:
@@ -75,11 +104,11 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """The marked checkpoint with the highest step in `output_dir`, or None."""
-    steps = {step: folder for step, folder in _checkpoints(output_dir).items() if (folder / MARK).is_file()}
+    steps = {step: folder for step, folder in checkpoints(output_dir).items() if (folder / MARK).is_file()}
     return str(steps[max(steps)]) if steps else None
 
 
-def _checkpoints(output_dir: str | os.PathLike) -> dict[int, Path]:
+def checkpoints(output_dir: str | os.PathLike) -> dict[int, Path]:
     """The folders of checkpoints by their step, complete or not."""
     folders = [(folder.name.rsplit("-", 1)[1], folder) for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
     return {int(step): folder for step, folder in folders if step.isdigit()}

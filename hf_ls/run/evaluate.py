@@ -128,7 +128,9 @@ def parse_evaluation(argv: Sequence[str] | None = None) -> EvaluateArguments:
     settings, *_, rest = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True, look_for_args_file=False)
     if rest:
         known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
-        raise ValueError(f"expected known settings, got {rest[0]}{nearest(rest[0].lstrip('-').split('=')[0], known)}; see --help")
+        raise ValueError(
+            f"expected known settings, got {rest[0].split('=')[0]}{nearest(rest[0].lstrip('-').split('=')[0], known)}; see --help"
+        )
     return settings
 
 
@@ -308,7 +310,7 @@ def _matched(settings: EvaluateArguments, raw: dict[str, Dataset], names: list[s
         content = {ours: list(part[theirs]) for theirs, ours in columns.items()}
         labels = [[ids[label] for label in row] for row in values[split]]
         made[split] = Dataset.from_dict(content | ({"tags": labels} if per_token else {"label": [row[0] for row in labels]}))
-        check_texts(made[split], split)
+        check_texts(kept[split], split, [] if per_token else list(columns))
     return made, match
 
 

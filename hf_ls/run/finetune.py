@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, DatasetDict
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, SchedulerType, set_seed
@@ -24,18 +25,20 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.training_args import OptimizerNames
 
 from hf_ls.common.errors import read_json
-from hf_ls.common.files import UNFINISHED, remove_leftovers, write_atomically
+from hf_ls.common.files import TEMPORARY_FOLDER, move, tell, temporary_name, write_atomically
+from hf_ls.common.privacy import token_in_environment
 from hf_ls.data.sequences import token_counts
 from hf_ls.losses.smoothing import Smoothing
 from hf_ls.report.calibration_report import REPORT, SETTINGS, CalibrationReport
 from hf_ls.report.card import check_card
 from hf_ls.report.pictures import PENULTIMATE, penultimate
-from hf_ls.run.checkpoint import CheckpointMark, check_resumable, last_complete_checkpoint
+from hf_ls.run.checkpoint import CheckpointMark, check_resumable, checkpoints, last_complete_checkpoint
 from hf_ls.run.config import Config
 from hf_ls.run.launch import announce
 from hf_ls.run.loading import Data, check_tokens, load_data, load_distillation_teacher, load_model, load_tokenizer, load_tokens
+from hf_ls.run.manifest import Manifest
 from hf_ls.run.outcome import OUTCOME, Outcome, evaluate_classes, evaluate_tokens, run_name, write_metrics
-from hf_ls.run.publish import check_push, folder_of, publish
+from hf_ls.run.publish import check_push, folder_of, publish, push
 from hf_ls.run.tasks import TASKS
 from hf_ls.trainer.arguments import LabelSmoothingArguments, smoothing_of
 
@@ -55,6 +58,11 @@ def finetune(config: Config, callbacks: Sequence[Any] = ()) -> CalibrationReport
 
     Raises: ValueError for settings, data or checkpoints which cannot give an honest result.
     """
+    with token_in_environment(config.training):
+        return _finetune(config, callbacks)
+
+
+def _finetune(config: Config, callbacks: Sequence[Any]) -> CalibrationReport | None:
     training = config.training
     if not (training.do_train or training.do_eval or training.do_predict):
         raise ValueError(
@@ -74,8 +82,21 @@ def finetune(config: Config, callbacks: Sequence[Any] = ()) -> CalibrationReport
     if config.run.dry_run:
         announce(f"dry run: {_sizes(tokens)}; {type(model).__name__}, {model.num_parameters():,} weights; settings are sound")
         return None
-    _prepare_output(config, model)
+    manifest = _check_output(config, model)
     del model
+    with _recorded(config, manifest):
+        runs = _runs(config, data, tokens, tokenizer, callbacks, manifest)
+        if not training.should_save:
+            return None
+        report = publish(config, data, runs)
+        if training.push_to_hub:
+            push(config, manifest.files())
+        return report
+
+
+def _runs(
+    config: Config, data: Data, tokens: DatasetDict, tokenizer: Any, callbacks: Sequence[Any], manifest: Manifest
+) -> dict[str, Outcome]:
     runs = {}
     if config.run.with_baseline:
         baseline = _with_training(
@@ -88,9 +109,9 @@ def finetune(config: Config, callbacks: Sequence[Any] = ()) -> CalibrationReport
             output_dir=str(folder_of(config) / "baseline"),
             push_to_hub=False,
         )
-        runs["baseline"] = _run(baseline, data, tokens, tokenizer, callbacks)
-    runs[run_name(training)] = _run(config, data, tokens, tokenizer, callbacks)
-    return publish(config, data, runs) if training.should_save else None
+        runs["baseline"] = _run(baseline, data, tokens, tokenizer, manifest, callbacks)
+    runs[run_name(config.training)] = _run(config, data, tokens, tokenizer, manifest, callbacks)
+    return runs
 
 
 def _with_training(config: Config, **changes: Any) -> Config:
@@ -111,29 +132,27 @@ def settings_of(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(fields, default=str))
 
 
-def _prepare_output(config: Config, model: Any) -> None:
-    """Refuse to mix two runs in one folder, and note the settings of this one.
+def _check_output(config: Config, model: Any) -> Manifest:
+    """Refuse to mix two runs in one folder, before anything is written; what an earlier run there has written.
 
     Raises: ValueError for an earlier run in the folder, for resuming one with other settings or of another model, for a README.md
     written by hand, and for deleting what is not the run's.
     """
     training, folder = config.training, folder_of(config)
     check_card(folder)
-    earlier = sorted(str(path) for name in (SETTINGS, REPORT, "checkpoint-*") for path in folder.glob(name))
-    settings = settings_of(config)
+    manifest, settings = Manifest(folder), settings_of(config)
+    known = [*(folder / name for name in (SETTINGS, REPORT)), *checkpoints(folder).values()]
+    earlier = sorted({str(path) for path in known if path.exists()} | {str(folder / name) for name in manifest.files()})
     if training.push_to_hub and training.should_save:
         check_push(config)
-    if earlier and not training.resume_from_checkpoint:
-        if not config.run.overwrite_output_dir:
-            raise ValueError(
-                f"expected an output_dir without an earlier run, got {earlier[0]}; use --resume_from_checkpoint last, "
-                "--overwrite_output_dir, or another output_dir"
-            )
+    if config.run.overwrite_output_dir and not training.resume_from_checkpoint:
         _check_deletable(config, folder)
-        PartialState().wait_for_everyone()  # every process has looked before the first one deletes
-        if training.should_save:
-            (folder / SETTINGS).unlink(missing_ok=True)  # first: nobody may resume a half-deleted run
-            shutil.rmtree(folder)
+        manifest.check_alone()
+    elif earlier and not training.resume_from_checkpoint:
+        raise ValueError(
+            f"expected an output_dir without an earlier run, got {earlier[0]}; use --resume_from_checkpoint last, "
+            "--overwrite_output_dir, or another output_dir"
+        )
     elif earlier and not (folder / SETTINGS).is_file():
         raise ValueError(
             f"expected {SETTINGS} beside {earlier[0]}, got none: that run was being deleted, or is of another program; use "
@@ -150,30 +169,55 @@ def _prepare_output(config: Config, model: Any) -> None:
             )
     if training.resume_from_checkpoint not in (None, "last"):
         check_resumable(training.resume_from_checkpoint, smoothing_of(training), model)
-    PartialState().wait_for_everyone()
-    if training.should_save:
-        remove_leftovers(folder)
-        write_atomically(folder / SETTINGS, json.dumps(settings, indent=1))
+    PartialState().wait_for_everyone()  # every process has looked before the first one writes
+    return manifest
+
+
+@contextmanager
+def _recorded(config: Config, manifest: Manifest) -> Iterator[None]:
+    """Hold the folder of the run, delete the earlier run if that is wanted, and note the settings of this one.
+
+    Raises: ValueError on all processes while another run works in the folder.
+    """
+    training, refused = config.training, None
+    with ExitStack() as stack:
+        if training.should_save:
+            try:
+                stack.enter_context(manifest.recording())
+                if config.run.overwrite_output_dir and not training.resume_from_checkpoint:
+                    manifest.delete(first=SETTINGS)  # nobody may resume a half-deleted run
+                write_atomically(manifest.folder / SETTINGS, json.dumps(settings_of(config), indent=1))
+            except ValueError as error:
+                refused = str(error)
+        reasons = [reason for reason in gather_object([refused]) if reason]
+        if reasons:
+            raise ValueError(reasons[0])
+        yield
 
 
 def _check_deletable(config: Config, folder: Path) -> None:
-    """Refuse to delete a folder in which somebody works, or what this run reads.
+    """Refuse to delete in a folder which is a link, in which somebody works, or from which this run reads.
 
     Raises: ValueError.
     """
+    if folder.is_symlink():
+        raise ValueError(f"expected a folder to delete an earlier run in, got the link {folder}; give the folder it leads to")
     names = [*config.data.files.values(), config.model.model_name_or_path, config.model.tokenizer_name, config.data.dataset_name]
     read = [Path(name) for name in [*names, config.training.distillation_teacher] if name and Path(name).exists()]
-    for path in (Path.cwd(), Path.home(), *read):
+    for path in (Path.cwd(), Path.home(), *read):  # `/` and the folders above these too
         if path.resolve().is_relative_to(folder.resolve()):
             raise ValueError(
                 f"expected a folder of a run alone to delete, got {folder} with {path} in it; give another output_dir"
             )
 
 
-def _run(config: Config, data: Data, tokens: DatasetDict, tokenizer: Any, more: Sequence[Any] = ()) -> Outcome:
+def _run(
+    config: Config, data: Data, tokens: DatasetDict, tokenizer: Any, manifest: Manifest, more: Sequence[Any] = ()
+) -> Outcome:
     """Train one model (or take up where it stopped), evaluate it, save it."""
+    # The Trainer would push all that is in the folder, whosever it is; `push` sends what may leave, once all is written.
     training, patience, folder, task = (
-        config.training,
+        _with_training(config, push_to_hub=False).training,
         config.run.early_stopping_patience,
         folder_of(config),
         TASKS[config.run.task],
@@ -182,7 +226,7 @@ def _run(config: Config, data: Data, tokens: DatasetDict, tokenizer: Any, more: 
         announce(f"{folder} is complete: its outcome is used as it is")
         return Outcome.load(folder)
     set_seed(training.seed)
-    callbacks: list[Any] = [CheckpointMark(smoothing_of(training), training.save_total_limit), *more]
+    callbacks: list[Any] = [CheckpointMark(smoothing_of(training), training.save_total_limit, manifest), *more]
     training.save_total_limit = None  # the callback deletes old checkpoints once the new one is complete
     if patience is not None:
         callbacks.append(EarlyStoppingCallback(patience))
@@ -203,12 +247,14 @@ def _run(config: Config, data: Data, tokens: DatasetDict, tokenizer: Any, more: 
         result = trainer.train(resume_from_checkpoint=_checkpoint(training, folder, trainer.smoothing, model))
         write_metrics(trainer, "train", result.metrics)
         if trainer.is_world_process_zero():
-            write_atomically(folder / TRAINER_STATE_NAME, json.dumps(asdict(trainer.state), indent=2, sort_keys=True) + "\n")
+            write_atomically(folder / TRAINER_STATE_NAME, json.dumps(_state(trainer), indent=2, sort_keys=True) + "\n")
     if task.per_token:
         outcome = evaluate_tokens(trainer, tokens, data.splits, config.run.text_metrics, has_classes=task.has_classes)
     else:
         outcome = evaluate_classes(trainer, tokens)
     _save_model(trainer, folder)
+    if config.training.push_to_hub and outcome.split is None:
+        trainer.create_model_card(model_name=(training.hub_model_id or folder.absolute().name).split("/")[-1])
     if training.should_save:
         if task.has_classes and not task.per_token and outcome.split is not None:
             _save_penultimate(trainer, tokens[outcome.split], folder)
@@ -216,21 +262,29 @@ def _run(config: Config, data: Data, tokens: DatasetDict, tokenizer: Any, more: 
     return outcome
 
 
+def _state(trainer: Any) -> dict[str, Any]:
+    """The Trainer's state, the best checkpoint by its name."""
+    best = trainer.state.best_model_checkpoint
+    return asdict(trainer.state) | {"best_model_checkpoint": Path(best).name if best else None}
+
+
 def _save_model(trainer: Any, folder: Path) -> None:
     """As `Trainer.save_model`, but each file whole: the Trainer and peft write configs, tokenizers and a README.md in place."""
-    made = folder / UNFINISHED
+    names = [temporary_name(folder)]
+    broadcast_object_list(names)
+    made = names[0]
+    if trainer.args.should_save:
+        tell(made, TEMPORARY_FOLDER)
+        made.mkdir()
+    PartialState().wait_for_everyone()
     trainer.save_model(str(made), _internal_call=True)
     PartialState().wait_for_everyone()
-    if trainer.args.should_save and made.is_dir():
+    if trainer.args.should_save:
         if (folder / "README.md").exists():  # perhaps written by hand
             (made / "README.md").unlink(missing_ok=True)
         for file in sorted(path for path in made.rglob("*") if path.is_file()):
-            target = folder / file.relative_to(made)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, target)
+            move(file, folder / file.relative_to(made))
         shutil.rmtree(made)
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
 
 
 def _save_penultimate(trainer: Any, tokens: Dataset, folder: Path) -> None:

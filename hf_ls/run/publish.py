@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from accelerate import PartialState
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from rich.console import Console
 from transformers import SchedulerType
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from hf_ls.calibration.temperature import bake_folder
 from hf_ls.common.errors import uploading
 from hf_ls.common.files import write_atomically
-from hf_ls.common.text import portable_name
+from hf_ls.common.privacy import local_name, paths_here, without_paths
+from hf_ls.common.text import hub_id
 from hf_ls.data.classification import ClassificationData
 from hf_ls.data.sequences import SequenceData
 from hf_ls.metrics.paired import differences
-from hf_ls.report.calibration_report import REPORT, CalibrationReport, package_versions
+from hf_ls.report.calibration_report import REPORT, SETTINGS, CalibrationReport, package_versions
 from hf_ls.report.card import write_card
 from hf_ls.report.facts import DatasetFacts, SmoothingFacts, TrainingFacts
 from hf_ls.report.pictures import PENULTIMATE, Penultimate, write_pictures
@@ -28,10 +30,13 @@ from hf_ls.report.plots import write_plots
 from hf_ls.report.sentences import regime, verdict, warnings
 from hf_ls.report.table import group_table, table
 from hf_ls.run.config import Config
+from hf_ls.run.launch import announce
 from hf_ls.run.outcome import DRAWS, GENERATIONS, OUTCOME, PREDICTIONS, Outcome
 from hf_ls.run.tasks import TASKS
-from hf_ls.trainer.arguments import LabelSmoothingArguments, smoothing_of, techniques_of
-from hf_ls.trainer.criterion import ADAPTIVE, Criterion, parse_params
+from hf_ls.trainer.arguments import LabelSmoothingArguments, criterion_of, smoothing_of, techniques_of
+from hf_ls.trainer.criterion import ADAPTIVE
+
+_TEXTS = (".json", ".md", ".txt", ".jinja")
 
 
 def folder_of(config: Config) -> Path:
@@ -44,7 +49,7 @@ def publish(config: Config, data: ClassificationData | SequenceData, runs: dict[
 
     Raises: ValueError for adapters with `bake_temperature`, and as `write_card`.
     """
-    training, task = config.training, TASKS[config.run.task]
+    training, task, base = config.training, TASKS[config.run.task], config.model.model_name_or_path
     published, main = list(runs.items())[-1]
     if main.split is None:
         return None
@@ -55,7 +60,7 @@ def publish(config: Config, data: ClassificationData | SequenceData, runs: dict[
     report = CalibrationReport(
         task=task.hub_task,
         model_name=training.hub_model_id or folder_of(config).name,
-        base_model=None if config.model.model_type else portable_name(config.model.model_name_or_path),
+        base_model=None if config.model.model_type else base if hub_id(base) else local_name(base),
         dataset=_dataset_facts(config, data, main),
         label_names=list(data.label_names),
         smoothing=_smoothing_facts(training, main.num_classes, over="classes" if task.has_classes else "vocabulary"),
@@ -79,8 +84,6 @@ def publish(config: Config, data: ClassificationData | SequenceData, runs: dict[
     pictures_of(report, {name: folder if run is main else folder / "baseline" for name, run in runs.items()}, folder / "plots")
     write_card(report, folder)
     console.print(f"Report, plots and card: {folder}", markup=False, highlight=False, soft_wrap=True)
-    if training.push_to_hub:
-        _push(training, folder)
     return report
 
 
@@ -100,27 +103,51 @@ def pictures_of(report: CalibrationReport, folders: Mapping[str, Path], folder: 
 def check_push(config: Config) -> None:
     """Make the repository to be pushed to, so that a token which may not is noticed before the training.
 
-    Raises: ValueError for no token, a refused one, no connection.
+    Raises: ValueError for no token, a refused one, no connection, and for checkpoints to be pushed.
     """
     training, name = config.training, config.training.hub_model_id or folder_of(config).absolute().name
+    strategy = HubStrategy(training.hub_strategy)
+    if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        raise ValueError(
+            f"expected hub_strategy end or every_save, got {strategy.value}: checkpoints hold paths of this machine "
+            "and pickles; drop it, what a run leaves is pushed at its end"
+        )
     with uploading("the model", name):
-        HfApi(token=training.hub_token).create_repo(name, private=training.hub_private_repo, exist_ok=True)
+        HfApi(token=get_token()).create_repo(name, private=training.hub_private_repo, exist_ok=True)
 
 
-def _push(training: LabelSmoothingArguments, folder: Path) -> None:
-    """Upload the folder once more: the Trainer's own pushes came before the report and carry its stock card."""
-    api = HfApi(token=training.hub_token)
+def push(config: Config, names: Sequence[str]) -> None:
+    """Upload those of the run's files which are for others, in one commit, without paths of this machine.
+
+    names: of files in the run's folder. Predictions, settings, checkpoints, the baseline and pickles stay here, as does a text
+    from which a path cannot be taken.
+
+    Raises: ValueError for no token, a refused one, no connection.
+    """
+    training, folder = config.training, folder_of(config)
     name = training.hub_model_id or folder.absolute().name
-    private = [PREDICTIONS, DRAWS, OUTCOME, PENULTIMATE, f"*_{GENERATIONS}", "training_args.bin"]
+    model, data = config.model, config.data
+    given = (model.model_name_or_path, model.tokenizer_name, training.distillation_teacher, data.dataset_name)
+    paths = paths_here(folder, *given, *data.files.values())
+    operations = []
+    for found in sorted(filter(_is_public, names)):
+        content = (folder / found).read_bytes() if (folder / found).suffix in _TEXTS else None
+        text = None if content is None else without_paths(content.decode(), paths)
+        if content is not None and text is None:
+            announce(f"{found} is not pushed: it names a path of this machine")
+            continue
+        operations.append(CommitOperationAdd(found, str(folder / found) if text is None else text.encode()))
+    api = HfApi(token=get_token())
     with uploading(f"{folder}, where everything is,", name):
         repo = api.create_repo(name, private=training.hub_private_repo, exist_ok=True)
-        api.upload_folder(
-            repo_id=repo.repo_id,
-            folder_path=folder,
-            revision=training.hub_revision,
-            commit_message="Calibration report and model card",
-            ignore_patterns=[f"{PREFIX_CHECKPOINT_DIR}-*", "baseline/*", "_*", ".*", *private],
-        )
+        message = "Model, calibration report and model card"
+        api.create_commit(repo.repo_id, operations, commit_message=message, revision=training.hub_revision)
+
+
+def _is_public(name: str) -> bool:
+    top, last = name.split("/")[0], name.rsplit("/", 1)[-1]
+    here = top == "baseline" or top.startswith((f"{PREFIX_CHECKPOINT_DIR}-", "_", ".")) or last.endswith(f"_{GENERATIONS}")
+    return not here and last not in (PREDICTIONS, DRAWS, OUTCOME, PENULTIMATE, SETTINGS, TRAINING_ARGS_NAME)
 
 
 def _bake(config: Config, temperature: float) -> None:
@@ -152,8 +179,8 @@ def _smoothing_facts(
 ) -> SmoothingFacts:
     if not training.do_train:
         return SmoothingFacts(None)
-    smoothing, params = smoothing_of(training), parse_params(training.label_smoothing_objective_params)
-    criterion = Criterion(smoothing, training.label_smoothing_objective, params)
+    smoothing = smoothing_of(training)
+    criterion = criterion_of(training, smoothing)
     adaptive = criterion.name in ADAPTIVE
     return SmoothingFacts.of(smoothing, num_classes, plain=criterion.plain, over=over, item_by_item=adaptive)
 
@@ -171,7 +198,7 @@ def _training_facts(config: Config, runs: dict[str, Outcome]) -> TrainingFacts:
         lr_scheduler_type=SchedulerType(training.lr_scheduler_type).value,
         weight_decay=training.weight_decay,
         objective=training.label_smoothing_objective,
-        objective_params=parse_params(training.label_smoothing_objective_params),
+        objective_params=criterion_of(training, smoothing_of(training)).params,
         techniques=techniques_of(training),
         teacher=Path(training.distillation_teacher).name if training.distillation_teacher else None,  # not a path here
         max_length=config.data.max_length,

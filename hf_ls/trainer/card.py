@@ -5,17 +5,15 @@ Here the facts are gathered from a Trainer; the card is made of them by `hf_ls.r
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
-from transformers import Trainer
 from transformers.modelcard import TASK_MAPPING
 
 from hf_ls.common.files import write_atomically
@@ -24,45 +22,25 @@ from hf_ls.report.calibration_report import REPORT, CalibrationReport, package_v
 from hf_ls.report.card import CardFacts, is_generated, model_card, render
 from hf_ls.report.card_metadata import HubFacts
 from hf_ls.report.facts import DatasetFacts, SmoothingFacts, TrainingFacts
-from hf_ls.trainer.criterion import ADAPTIVE
-from hf_ls.trainer.softening import techniques
-
-if TYPE_CHECKING:
-    _Trainer = Trainer  # what the mixin is mixed into
-else:
-    _Trainer = object
+from hf_ls.trainer.criterion import ADAPTIVE, techniques
 
 logger = logging.getLogger(__name__)
 
 _NO_METRICS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
-class TrainerCard(_Trainer):
-    """What `LabelSmoothingMixin` does in `create_model_card`, and thereby in `push_to_hub` and the saving of TRL.
+def write_trainer_card(trainer: Any, given: Mapping[str, Any]) -> None:
+    """Write `README.md` into the output folder; nothing is looked up on the network.
 
     The stock card drops every metric which is no accuracy, F1, BLEU or ROUGE, writes NumPy scalars as Python objects which
     the Hub cannot read, states `label_smoothing_factor` also where nothing was trained, and replaces cards written by hand.
     """
-
-    smoothing: Any
-    criterion: Any
-    class_weight: Any
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write `README.md`, arguments as in the Trainer below this mixin; nothing is looked up on the network.
-
-        A README.md which was written by hand stays as it is. Where `calibration.json` belongs to these weights the card is
-        that of the report, with its intervals; else it states the last evaluation and the smoothing which training used.
-        """
-        if not self.is_world_process_zero():
-            return
-        given = inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments
-        path = Path(self.args.output_dir or "trainer_output", "README.md")
-        if path.exists() and not is_generated(path.read_text(encoding="utf-8", errors="replace")):
-            logger.warning("%s was written by hand and stays as it is; move it away for a generated card", path)
-            return
-        report = _report_of(self)
-        write_atomically(path, render(card_facts(self, given)) if report is None else model_card(report, _hub_facts(given)))
+    path = Path(trainer.args.output_dir or "trainer_output", "README.md")
+    if path.exists() and not is_generated(path.read_text(encoding="utf-8", errors="replace")):
+        logger.warning("%s was written by hand and stays as it is; move it away for a generated card", path)
+        return
+    report = _report_of(trainer)
+    write_atomically(path, render(card_facts(trainer, given)) if report is None else model_card(report, _hub_facts(given)))
 
 
 def card_facts(trainer: Any, given: Mapping[str, Any]) -> CardFacts:

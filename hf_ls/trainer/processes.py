@@ -4,7 +4,7 @@ Owns: which rows accelerate repeats to fill the last batch of every process, gat
 FSDP2 leaves gathered after an evaluation.
 Does not own: the loss and its counting (`trainer`), starting and ending processes (`launch`).
 
-`copies` is how many processes in a row see the same batch: the tensor-parallel times the context-parallel size.
+`copies` is how many processes in a row see the same batch: the tensor-parallel size.
 """
 
 from __future__ import annotations
@@ -48,6 +48,33 @@ def gather_once(accelerator: Accelerator, items: Any, copies: int = 1) -> Any:
         return every if remainder is None else every[:remainder]
 
     return recursively_apply(once, accelerator.gather(items))
+
+
+def check_parallelism(sequence: int, context: int) -> None:
+    """Refuse to cut sequences among processes.
+
+    Raises: ValueError for sequence parallelism, and for context parallelism, in which an evaluation would gather only the tokens
+    of the first of every group. Its ring attention (torch 2.13) has operators for GPUs alone: no test could show it right.
+    """
+    if sequence > 1:
+        raise ValueError(
+            f"expected no sequence parallelism, got sp_size = {sequence}: there the Trainer reduces the model's own loss; set 1"
+        )
+    if context > 1:
+        raise ValueError(
+            f"expected no context parallelism, got cp_size = {context}: each process has other tokens of one sequence, which is "
+            "not shown to be counted right; set 1 (shorter sequences, gradient checkpointing or FSDP spread the memory)"
+        )
+
+
+def forget_preparation(accelerator: Any, model: Any) -> None:
+    """Let a later training wrap a model which was prepared for evaluation.
+
+    accelerate >= 1.14 takes it as prepared for good and leaves it out of DDP, so that the processes drift apart in silence.
+    """
+    accelerator._models = [prepared for prepared in accelerator._models if prepared is not model]
+    if getattr(model, "_is_accelerate_prepared", False):
+        model._is_accelerate_prepared = False
 
 
 def reshard(model: nn.Module) -> None:

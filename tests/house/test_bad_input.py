@@ -19,6 +19,7 @@ from small_tokenizer import save_tokenizer
 
 from hf_ls import Smoothing
 from hf_ls.common.errors import one_sentence
+from hf_ls.run.manifest import MANIFEST
 
 ROWS: list[Row] = [*bad_input_core.ROWS, *bad_input_files.ROWS, *bad_input_outside.ROWS]
 NAMES = {0: "bad", 1: "good"}
@@ -53,7 +54,7 @@ def _earlier_run(model: str, folder: Path) -> Path:
         finetune(*argv)(Place(folder, {"good": model}, patch))
     out = folder / "out"
     for path in (out / "checkpoint-2", *out.iterdir()):
-        if path.name not in ("checkpoint-1", "settings.json"):
+        if path.name not in ("checkpoint-1", "settings.json", MANIFEST):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return out
 

@@ -53,8 +53,8 @@ def test_graduated_epsilon_against_numpy_digitize():
         ((0.7, 0.3), (0.0, 0.1, 0.3), "thresholds increasing"),
         ((0.0, 0.3), (0.0, 0.1, 0.3), "thresholds increasing"),
         ((0.3, 0.7), (0.0, 0.1), "3 values"),
-        ((0.3, 0.7), (0.0, 0.1, 1.0), r"values in \[0, 1\)"),
-        ((0.3,), (-0.1, 0.1), r"values in \[0, 1\)"),
+        ((0.3, 0.7), (0.0, 0.1, 1.0), r"values with 0 <= epsilon < 1, got \(0.0, 0.1, 1.0\)"),
+        ((0.3,), (-0.1, 0.1), r"values with 0 <= epsilon < 1, got \(-0.1, 0.1\)"),
     ],
 )
 def test_graduated_epsilon_refuses(thresholds, values, text):

@@ -15,10 +15,11 @@ from linear_reference import (
     head_logits,
     prior_of,
     problem,
+    terms_of,
 )
 
 from hf_ls.losses.cross_entropy import smoothed_cross_entropy, smoothed_terms
-from hf_ls.losses.linear import linear_smoothed_cross_entropy, linear_smoothed_terms
+from hf_ls.losses.linear import linear_smoothed_cross_entropy
 from hf_ls.losses.smoothing import Smoothing
 
 
@@ -69,7 +70,7 @@ def test_default_chunks_and_tiles_of_a_long_batch() -> None:
 def test_same_value_as_the_dense_function_of_this_package() -> None:
     inputs = problem()
     logits = head_logits(inputs["hidden"], inputs["weight"], inputs["bias"])
-    terms = linear_smoothed_terms(**inputs, smoothing=0.1, reduction="sum")
+    terms = terms_of(**inputs, smoothing=0.1, reduction="sum")
     wanted = smoothed_terms(logits, inputs["labels"], Smoothing(0.1))
     torch.testing.assert_close(terms.loss, smoothed_cross_entropy(logits, inputs["labels"], 0.1, reduction="sum"))
     torch.testing.assert_close(terms.nll, wanted.nll.detach())
@@ -84,7 +85,7 @@ def test_same_value_as_the_dense_function_of_this_package() -> None:
 def test_terms_are_unweighted_and_sum_to_the_loss(options: dict) -> None:
     inputs, options = problem(), dict(options)
     smoothing = Smoothing(0.2, prior=prior_of(options.pop("prior", "uniform")))
-    nll, term = linear_smoothed_terms(**inputs, smoothing=smoothing, **options)[1:]
+    nll, term = terms_of(**inputs, smoothing=smoothing, **options)[1:]
     plain = {"softcap": options.get("softcap"), "prior": smoothing.prior, "epsilon": 0.2}
     torch.testing.assert_close(nll + term, dense_losses(**inputs, **plain).detach())
     torch.testing.assert_close(nll, dense_losses(**inputs, **(plain | {"epsilon": 0.0})).detach())
@@ -263,8 +264,8 @@ def test_underflowing_label_probability_is_exact(dtype: torch.dtype, z_loss: flo
     ({"chunk_rows": 0}, ValueError, "chunk_rows"),
     ({"smoothing": 1.5}, ValueError, "epsilon"),
     ({"smoothing": Smoothing(prior=torch.ones(K + 1) / (K + 1))}, ValueError, "expected a prior over"),
-    ({"backend": "cuda"}, ValueError, "expected backend"),
-    ({"backend": "liger"}, ValueError, "expected CUDA tensors"),
+    ({"z_loss": -0.1}, ValueError, r"z_loss >= 0, got -0.1"),
+    ({"z_loss": float("nan")}, ValueError, "z_loss"),
     ({"hidden": torch.full((N, D), float("nan"), dtype=torch.float64)}, ValueError, "finite"),
 ])  # fmt: skip
 def test_errors_say_what_was_expected(change: dict, error: type[Exception], match: str) -> None:

@@ -13,10 +13,11 @@ from linear_reference import (
     gradients,
     head_logits,
     problem,
+    terms_of,
 )
 from torch import Tensor
 
-from hf_ls.losses.linear import linear_smoothed_cross_entropy, linear_smoothed_terms
+from hf_ls.losses.linear import linear_smoothed_cross_entropy
 
 
 def focal(logits: Tensor, labels: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ def test_objective_equals_autograd(objective: Any, reduction: str, head: dict) -
 
 def test_objective_terms_split_into_nll_and_the_rest() -> None:
     inputs = problem()
-    terms = linear_smoothed_terms(**inputs, smoothing=0.0, objective=focal)
+    terms = terms_of(**inputs, smoothing=0.0, objective=focal)
     nll = dense_losses(**inputs, epsilon=0.0).detach()
     torch.testing.assert_close(terms.nll, nll)
     torch.testing.assert_close(terms.nll + terms.smoothing_term, (1 - (-nll).exp()) ** 2 * nll)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_ls.losses import objectives as ob
+from hf_ls.losses.adaptive import OnlineLabelSmoothing
 from hf_ls.losses.cross_entropy import smoothed_cross_entropy
 from hf_ls.losses.objectives import COMBINES_WITH_EPSILON, OBJECTIVES, Objective, masked_objective
 from hf_ls.losses.priors import confusion_prior, restrict_prior
@@ -45,6 +46,10 @@ CASES = [
     ("generalised_smoothing", {}, Smoothing(-0.3, "wrong", prior=UNIGRAM, allow_negative=True)),
     ("generalised_smoothing", {"floor": 0.2}, Smoothing(-0.4, allow_negative=True)),
     ("generalised_smoothing", {}, Smoothing(0.2)),
+    ("graduated", {}, PLAIN),
+    ("graduated", {"thresholds": (0.2, 0.4, 0.9), "values": (0.0, 0.3, 0.1, 0.2)}, Smoothing(0.0, "wrong", prior=UNIGRAM)),
+    ("instance", {}, PLAIN),
+    ("instance", {"maximum": 0.6}, Smoothing(0.0, prior=MATRIX)),
 ]
 IDS = [f"{name}-{i}" for i, (name, _, _) in enumerate(CASES)]
 all_cases = pytest.mark.parametrize(("name", "params", "smoothing"), CASES, ids=IDS)
@@ -72,6 +77,19 @@ def _reference(name: str, params: dict, smoothing: Smoothing, z: Tensor, y: Tens
     p_y = (p * hot).sum(-1)
     hard = -p_y.log()
     soft = -(target * p.log()).sum(-1)
+    if name in ("graduated", "instance"):
+        confidence = 1 + (p * p.log()).sum(-1) / math.log(num_classes) if name == "instance" else p_y
+        if name == "instance":
+            epsilon = params.get("maximum", 0.2) * confidence.detach()
+        else:
+            edges = torch.tensor(params.get("thresholds", (0.3, 0.7)), dtype=torch.float64)
+            epsilon = torch.tensor(params.get("values", (0.0, 0.1, 0.3)), dtype=torch.float64)
+            epsilon = epsilon[(confidence.detach().unsqueeze(-1) >= edges).sum(-1)]
+        spread = u
+        if smoothing.convention == "wrong":
+            spread = u * (1 - hot) / (u * (1 - hot)).sum(-1, keepdim=True)
+        target = (1 - epsilon).unsqueeze(-1) * hot + epsilon.unsqueeze(-1) * spread
+        return -(target * p.log()).sum(-1)
     if name == "smoothed_ce":
         return soft
     if name == "confidence_penalty":
@@ -111,7 +129,8 @@ def test_values_and_gradients_are_those_of_the_formula(name, params, smoothing):
     torch.testing.assert_close(gradient, expected_gradient, **exact)
 
 
-@all_cases
+# The ε of "instance" moves with the logits but is a constant to the gradient, which a finite difference cannot know.
+@pytest.mark.parametrize(("name", "params", "smoothing"), [case for case in CASES if case[0] != "instance"])
 def test_gradcheck(name, params, smoothing):
     logits, labels = _batch(6, seed=3)
     objective = Objective(name, **params)
@@ -356,6 +375,8 @@ def test_objective_has_the_papers_defaults():
         "focal": {"gamma": 2.0},
         "flsd": {"gamma_low": 5.0, "gamma_high": 3.0, "threshold": 0.2},
         "generalised_smoothing": {"floor": math.inf},
+        "graduated": {"thresholds": (0.3, 0.7), "values": (0.0, 0.1, 0.3)},
+        "instance": {"maximum": 0.2},
     }
 
 
@@ -375,24 +396,69 @@ def test_objective_is_frozen_and_compares_by_value():
         Objective("focal").name = "flsd"
 
 
+# name -> a misspelt parameter with the nearest name, a value out of range with the message, a value of a wrong type
+WRONG = {
+    "smoothed_ce": ({"zloss": 1.0}, "z_loss", {"z_loss": -1.0}, r"z_loss in \[0, inf\), got -1.0", {"z_loss": None}),
+    "confidence_penalty": ({"betta": 1.0}, "beta", {"beta": -0.1}, r"beta in \[0, inf\), got -0.1", {"beta": "0.1"}),
+    "maxsup": ({"alpah": 0.3}, "alpha", {"alpha": math.inf}, r"alpha in \[0, inf\), got inf", {"alpha": True}),
+    "label_relaxation": ({"alfa": 0.3}, "alpha", {"alpha": 1.0}, r"alpha in \[0, 1\), got 1.0", {"alpha": [0.1]}),
+    "margin_smoothing": ({"margins": 1.0}, "margin", {"margin": -1.0}, r"margin in .*, got -1.0", {"margin": "10"}),
+    "focal": ({"gama": 1.0}, "gamma", {"gamma": math.nan}, r"gamma in \[0, inf\), got nan", {"gamma": "2"}),
+    "flsd": ({"treshold": 1.0}, "threshold", {"threshold": 1.1}, r"threshold in \[0, 1\], got 1.1", {"gamma_low": {}}),
+    "generalised_smoothing": ({"flor": 1.0}, "floor", {"floor": 0.0}, r"floor > 0, got 0.0", {"floor": "inf"}),
+    "graduated": ({"value": (0.0,)}, "values", {"thresholds": (0.7, 0.3)}, r"increasing .*, got \(0.7, 0.3\)", {"thresholds": 0.5}),
+    "instance": ({"maximun": 0.1}, "maximum", {"maximum": 1.5}, r"maximum in \[0, 1\], got 1.5", {"maximum": (0.2,)}),
+    "online": ({"alpah": 0.3}, "alpha", {"alpha": 1.1}, r"alpha in \[0, 1\], got 1.1", {"alpha": "0.5"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ob.NAMES)
+def test_every_objective_refuses_wrong_parameters_when_it_is_made(name):
+    misspelt, nearest, outside, sentence, mistyped = WRONG[name]
+    with pytest.raises(ValueError, match=f"got {next(iter(misspelt))!r}; did you mean {nearest!r}"):
+        ob.settle(name, misspelt)
+    with pytest.raises(ValueError, match=sentence):
+        ob.settle(name, outside)
+    with pytest.raises(TypeError, match=f"{next(iter(mistyped))} as a (number|list of numbers), got"):
+        ob.settle(name, mistyped)
+
+
 @pytest.mark.parametrize(
-    ("name", "params", "error", "text"),
+    ("objective", "params", "error", "text"),
     [
         ("focl", {}, ValueError, "did you mean 'focal'"),
+        ("onlin", {}, ValueError, "did you mean 'online'"),
         ("label_smoothing", {}, ValueError, "expected an objective in"),
-        ("focal", {"gama": 1.0}, ValueError, "did you mean 'gamma'"),
-        ("focal", {"gamma": "2"}, TypeError, "gamma as a number"),
-        ("focal", {"gamma": -1.0}, ValueError, "gamma in"),
-        ("focal", {"gamma": math.nan}, ValueError, "gamma in"),
-        ("focal", {"z_loss": -1.0}, ValueError, "z_loss in"),
-        ("focal", {"zloss": 1.0}, ValueError, "did you mean 'z_loss'"),
-        ("confidence_penalty", {"beta": -0.1}, ValueError, "beta in"),
-        ("label_relaxation", {"alpha": 1.0}, ValueError, "alpha in"),
-        ("margin_smoothing", {"margin": -1.0}, ValueError, "margin in"),
-        ("flsd", {"threshold": 1.1}, ValueError, "threshold in"),
-        ("generalised_smoothing", {"floor": 0.0}, ValueError, "floor > 0"),
+        (3, {}, TypeError, "name of an objective, got int 3"),
+        (None, {}, TypeError, "name of an objective, got NoneType"),
+        ("focal", ["gamma", 3], TypeError, "as a mapping, got list"),
+        (Objective("focal"), {"gamma": 3.0}, ValueError, "no parameters beside Objective.*'gamma': 3.0"),
+        (OnlineLabelSmoothing(3), {"alpha": 0.3}, ValueError, "no parameters beside OnlineLabelSmoothing"),
+        ("graduated", {"values": (0.0, 0.1)}, ValueError, r"3 values .*, got \(0.0, 0.1\)"),
+        ("graduated", {"values": ("a", 0.1, 0.2)}, TypeError, "list of numbers"),
     ],
-)
-def test_objective_refuses(name, params, error, text):
+)  # fmt: skip
+def test_settle_refuses(objective, params, error, text):
     with pytest.raises(error, match=text):
-        Objective(name, **params)
+        ob.settle(objective, params)
+
+
+def test_settle_gives_what_was_asked_for():
+    assert ob.settle("graduated", {"thresholds": [0.5], "values": [0, 0.2]}) == Objective(
+        "graduated", thresholds=(0.5,), values=(0, 0.2)
+    )
+    made = Objective("focal", gamma=3.0)
+    assert ob.settle(made) is made and ob.settle(made, {}) is made
+    online = ob.settle("online", {"alpha": 0.25}).build(4)
+    assert (online.num_classes, online.alpha) == (4, 0.25)
+
+
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_terms_are_the_nll_and_the_rest_of_the_loss(name):
+    logits, labels = _batch()
+    labels[::5] = -100
+    smoothing = Smoothing(0.2) if name in COMBINES_WITH_EPSILON else PLAIN
+    objective = Objective(name, z_loss=0.01)
+    terms = objective.terms(logits, labels, smoothing)
+    torch.testing.assert_close(terms.nll, F.cross_entropy(logits, labels, reduction="none"))
+    torch.testing.assert_close(terms.loss, masked_objective(objective, logits, labels, smoothing))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from launching import launch
+from linear_reference import problem, terms_of
 from parallel_worker import CASES, made, upstream
 
-from hf_ls.losses._vocab_parallel import vocab_parallel_smoothed_cross_entropy
-from hf_ls.losses.linear import linear_smoothed_terms
+from hf_ls import linear_smoothed_cross_entropy
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -22,7 +22,7 @@ def results(tmp_path_factory):
 
 def expected(case):
     inputs, smoothing, options = made(case)
-    found = linear_smoothed_terms(**inputs, smoothing=smoothing, backend="torch", **options)
+    found = terms_of(**inputs, smoothing=smoothing, **options)
     found.loss.backward(upstream(found.loss))
     gradients = {k: v.grad for k, v in inputs.items() if k != "labels"}
     return {"loss": found.loss.detach(), "nll": found.nll, "smoothing_term": found.smoothing_term}, gradients
@@ -73,7 +73,11 @@ def test_megatron_loss_differs_between_processes_and_its_target_has_too_much_mas
     assert abs(float(expected("uniform wrong")[1]["bias"].sum())) < 1e-12
 
 
-def test_a_process_group_is_needed():
-    inputs, smoothing, _ = made("uniform all")
-    with pytest.raises(ValueError, match="expected a process group, got none; use linear_smoothed_cross_entropy"):
-        vocab_parallel_smoothed_cross_entropy(**inputs, smoothing=smoothing)
+@pytest.mark.parametrize("name", ["objective", "observer"])
+def test_what_needs_all_logits_of_a_row_is_refused(results, name):
+    assert results["needs all logits"][name].startswith(f"expected no {name} with a divided head, got <function")
+
+
+def test_a_plain_head_without_a_group_is_one_process(results):
+    """Inside a process group too: only `group` or a DTensor divides the vocabulary."""
+    assert_close(results["alone"], linear_smoothed_cross_entropy(**problem(), smoothing=0.1).detach(), torch.float64)

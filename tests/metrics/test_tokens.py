@@ -22,7 +22,7 @@ from hf_ls.metrics import (
     signed_gap,
 )
 from hf_ls.metrics.core import CELLS
-from hf_ls.trainer.statistics import item_statistics
+from hf_ls.trainer.evaluation import item_statistics
 
 
 def same_within(one, two, tolerance=1e-12):

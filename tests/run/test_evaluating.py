@@ -21,7 +21,7 @@ from helpers import tiny_bert
 from huggingface_hub import ModelCard
 from places import ROOT
 from reports import make_report
-from small_tokenizer import WORDS, save_tokenizer
+from small_tokenizer import WORDS, save_tokenizer, texts
 
 import hf_ls
 from hf_ls.data.labels import match_labels, permutation_warning
@@ -44,11 +44,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bert.classifier.weight.mul_(400)
     bert.save_pretrained(folder)
     return folder
-
-
-def texts(n: int, seed: int) -> list[str]:
-    rng = np.random.default_rng(seed)
-    return [" ".join(WORDS[i] for i in rng.integers(4, len(WORDS), rng.integers(3, 9))) for _ in range(n)]
 
 
 def logits_of(folder: Path, lines: list[str]) -> np.ndarray:

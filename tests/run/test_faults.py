@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from hf_ls.report.calibration_report import CalibrationReport
 from hf_ls.run.checkpoint import MARK, last_complete_checkpoint
 from hf_ls.run.config import parse_config
 from hf_ls.run.finetune import finetune
+from hf_ls.run.manifest import Manifest
 from hf_ls.run.outcome import OUTCOME
 from hf_ls.run.torchrun import failure
 
@@ -152,14 +154,13 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(tiny, tmp_path, wh
 def test_a_run_killed_while_it_was_deleted_is_not_resumed(tiny, tmp_path, whole):
     """Marks of complete checkpoints may outlive their files, and settings of another run would go unnoticed."""
     folder = tmp_path / "old"
-    (folder / "checkpoint-9").mkdir(parents=True)
-    (folder / "checkpoint-9" / MARK).write_bytes((whole / "checkpoint-9" / MARK).read_bytes())
-    (folder / "settings.json").write_bytes((whole / "settings.json").read_bytes())
+    shutil.copytree(whole, folder)
     argv = arguments(tiny, folder, *RUN, *SHORT)
     code, output = with_fault([*argv, "--overwrite_output_dir"], folder, Fault("remove", "checkpoint-9/*"))
     assert code == -signal.SIGKILL, output
     with pytest.raises(ValueError, match=r"expected settings.json beside .*checkpoint-9.*--overwrite_output_dir"):
         finetune(parse_config([*argv, *RESUME]))
+    assert not Manifest(folder).foreign()  # what is left is still known as the run's: the next start deletes it
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -12,7 +11,6 @@ import pytest
 import torch
 import transformers as tf
 from huggingface_hub import HfApi, RepoUrl
-from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from tiny_run import ALL, arguments, save_tiny_model, script
 
@@ -153,24 +151,22 @@ def test_lora_trains_adapters_and_the_head(tiny, tmp_path):
     assert report.training.peft == "lora"
 
 
-def test_the_last_push_carries_our_card_and_no_baseline(tiny, tmp_path, monkeypatch):
+def test_the_push_carries_our_card_and_no_baseline(tiny, tmp_path, monkeypatch):
     pushes = []
 
-    def upload(self, *, repo_id, folder_path, ignore_patterns, **kwargs):
-        kept = filter_repo_objects(
-            [str(p.relative_to(folder_path)) for p in Path(folder_path).rglob("*")], ignore_patterns=ignore_patterns
-        )
-        pushes.append((repo_id, Path(folder_path, "README.md").read_text(), set(kept)))
+    def commit(self, repo_id, operations, **kwargs):
+        pushes.append((repo_id, {found.path_in_repo: found for found in operations}))
 
     monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **kwargs: RepoUrl(f"https://huggingface.co/{name}"))
-    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    monkeypatch.setattr(HfApi, "create_commit", commit)
     push = ["--push_to_hub", "--hub_model_id", "me/tiny", "--label_smoothing_factor", "0.1", "--with_baseline"]
     report = finetune(parse_config(arguments(tiny, tmp_path, *ALL, "--max_steps", "2", "--save_strategy", "no", *push)))
-    repo_id, card, files = pushes[-1]
+    ((repo_id, files),) = pushes
     assert repo_id == report.model_name == "me/tiny"
-    assert card == model_card(report)
-    assert {"README.md", "calibration.json", "model.safetensors", "plots/reliability.png"} <= files
-    assert not {name for name in files if name.startswith(("baseline/", "checkpoint", "predictions", "training_args"))}
+    assert files["README.md"].path_or_fileobj.decode() == model_card(report)
+    assert {"README.md", "calibration.json", "model.safetensors", "tokenizer.json", "plots/reliability.png"} <= set(files)
+    private = ("baseline/", "checkpoint", "predictions", "training_args", "settings", "outcome", "penultimate", "hf_ls_")
+    assert not {name for name in files if name.startswith(private)}
 
 
 def test_early_stopping_ends_the_run_and_keeps_the_best_weights(tiny, tmp_path):

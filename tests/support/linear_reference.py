@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_ls.losses.linear import linear_smoothed_cross_entropy
+from hf_ls.losses._rows import RowLoss
+from hf_ls.losses.linear import LinearTerms, linear_smoothed_cross_entropy, linear_smoothed_terms
 from hf_ls.losses.smoothing import Smoothing
 
 
@@ -136,6 +137,16 @@ def assert_same(inputs: dict[str, Any], smoothing: Smoothing, tolerance: float, 
         assert gradient.dtype == inputs[name].dtype
         atol = tolerance * max(1.0, float(wanted[name].abs().max()))
         torch.testing.assert_close(gradient.double(), wanted[name], rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+
+
+ROW_OPTIONS = ("objective", "logit_scale", "softcap", "z_loss", "observer")
+
+
+def terms_of(smoothing: Smoothing | float, **options: Any) -> LinearTerms:
+    """`linear_smoothed_terms` with the options of `linear_smoothed_cross_entropy`."""
+    own = {name: options.pop(name) for name in ROW_OPTIONS if name in options}
+    smoothing = smoothing if isinstance(smoothing, Smoothing) else Smoothing(smoothing)
+    return linear_smoothed_terms(**options, loss=RowLoss(smoothing, **own))
 
 
 class Matmuls(TorchDispatchMode):

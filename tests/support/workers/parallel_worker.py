@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from linear_reference import K, N, prior_of, problem
+from linear_reference import K, N, prior_of, problem, terms_of
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from hf_ls.losses._vocab_parallel import vocab_parallel_smoothed_cross_entropy, vocab_parallel_smoothed_terms
+from hf_ls import linear_smoothed_cross_entropy
 from hf_ls.losses.smoothing import Smoothing
 
 SIZES = {2: (17, 14), 4: (11, 0, 19, 1)}  # rows of each process, one of them without any
@@ -83,7 +83,7 @@ def solve(case: str, rank: int, sizes: tuple[int, ...], group: Any = None) -> di
     """Loss and gradients of one case, as every process has them; those of the shards put together."""
     inputs, smoothing, options = made(case)
     mine = {k: shard(v, rank, sizes) if k in ("weight", "bias") else v for k, v in inputs.items()}
-    found = vocab_parallel_smoothed_terms(**mine, smoothing=smoothing, group=group, **options)
+    found = terms_of(**mine, smoothing=smoothing, group=group or dist.group.WORLD, **options)
     found.loss.backward(upstream(found.loss), retain_graph=True)
     first = {k: None if v.grad is None else v.grad.clone() for k, v in mine.items()}
     found.loss.backward(upstream(found.loss))  # a second backward computes again
@@ -109,7 +109,7 @@ def as_dtensor(rank: int, world: int) -> dict[str, Any]:
     inputs, smoothing, _ = made("explicit all")
     mesh = init_device_mesh("cpu", (world,))
     head = {k: distribute_tensor(inputs[k].detach(), mesh, [Shard(0)]).requires_grad_() for k in ("weight", "bias")}
-    loss = vocab_parallel_smoothed_cross_entropy(inputs["hidden"], labels=inputs["labels"], smoothing=smoothing, **head)
+    loss = linear_smoothed_cross_entropy(inputs["hidden"], labels=inputs["labels"], smoothing=smoothing, **head)
     loss.backward(upstream(loss))
     refused = []
     for wrong in (
@@ -119,7 +119,7 @@ def as_dtensor(rank: int, world: int) -> dict[str, Any]:
         dict(hidden=distribute_tensor(inputs["hidden"].detach(), mesh, [Replicate()])),
     ):
         try:
-            vocab_parallel_smoothed_cross_entropy(
+            linear_smoothed_cross_entropy(
                 **({"hidden": inputs["hidden"], **head} | wrong), labels=inputs["labels"], smoothing=0.1
             )
         except ValueError as error:
@@ -145,6 +145,18 @@ def megatron(rank: int, sizes: tuple[int, ...]) -> dict[str, Any]:
     return {"losses": torch.stack([one[0] for one in every]), "gradient": torch.cat([one[1] for one in every], 1)}
 
 
+def needing_all_logits(rank: int, sizes: tuple[int, ...]) -> dict[str, str]:
+    inputs, smoothing, _ = made("uniform all")
+    mine = {k: shard(v, rank, sizes) if k in ("weight", "bias") else v for k, v in inputs.items()}
+    found = {}
+    for name in ("objective", "observer"):
+        try:
+            terms_of(**mine, smoothing=smoothing, group=dist.group.WORLD, **{name: lambda z, y: z.sum(1)})
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
 def main(path: str) -> None:
     """Run every case and save the results of rank 0."""
     torch.set_num_threads(1)
@@ -155,6 +167,8 @@ def main(path: str) -> None:
     for case in CASES:
         results[case, 4] = solve(case, rank, SIZES[4])
         results[case, 2] = solve(case, rank % 2, SIZES[2], pairs[rank // 2])
+    results["alone"] = linear_smoothed_cross_entropy(**problem(), smoothing=0.1).detach()
+    results["needs all logits"] = needing_all_logits(rank, SIZES[4])
     results["dtensor"] = as_dtensor(rank, world)
     results["megatron"] = megatron(rank, (8, 8, 8, 7))
     dist.barrier()
