@@ -31,7 +31,7 @@ from hf_ls.common.text import one_line
 from hf_ls.report.calibration_report import CLASS_METRICS, CalibrationReport
 from hf_ls.report.card import _TRAINER_COMMENT, MARKER, model_card, write_card
 from hf_ls.report.card_metadata import eval_results
-from hf_ls.report.facts import TrainingFacts
+from hf_ls.report.facts import SmoothingFacts, TrainingFacts
 from hf_ls.report.plots import plots_of
 from hf_ls.report.sentences import regime, verdict
 from hf_ls.report.table import cells as table_cells
@@ -324,6 +324,14 @@ def test_smoothing_is_stated_truthfully() -> None:
     assert "excluded from the loss: padding" in section(excluded="padding")
     none = section(epsilon=0.0, optimal_logit_gap=None, max_confidence=1.0)
     assert "No label smoothing was used" in none and "nats" not in none
+
+
+def test_nothing_is_claimed_of_a_smoothing_of_which_only_epsilon_is_known() -> None:
+    unknown = body(replace(make_report(rows=1), rows=[replace(make_report(rows=1).rows[0], run="evaluated")], history={},
+                           published=None, differences=[], training=None, smoothing=SmoothingFacts(0.1)))  # fmt: skip
+    section = unknown.split("## Label smoothing")[1].split("## Training")[0]
+    assert "effective epsilon: 0.1" in section and "convention not known" in section and "prior: not known" in section
+    assert "`all`" not in section and "schedule: not known" in section
 
 
 def test_limitations_follow_the_report() -> None:

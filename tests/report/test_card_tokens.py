@@ -56,7 +56,7 @@ def test_token_results_survive_huggingface_hub_with_their_types(tmp_path: Path) 
     report = on_the_hub_tokens()
     row = report.published_row
     assert row is not None
-    extra = {"bleu": {"value": 41.0}, "chrf": {"value": 62.5}, "f1": {"value": 0.5}}
+    extra = {"bleu": {"value": 41.0, "signature": "nrefs:1|tok:13a"}, "chrf": {"value": 62.5}, "f1": {"value": 0.5}}
     row = replace(row, metrics={**row.metrics, **extra})
     report = replace(report, rows=[row if other.name == row.name else other for other in report.rows])
     found = ModelCard.load(write_card(report, tmp_path)).data.eval_results
@@ -65,7 +65,7 @@ def test_token_results_survive_huggingface_hub_with_their_types(tmp_path: Path) 
     assert [(r.metric_type, r.metric_value, r.metric_args) for r in found] == [
         ("per", row.value("phoneme_error_rate"), None),
         ("exact_match", row.value("exact_match"), None),
-        ("bleu", 41.0, None),
+        ("bleu", 41.0, {"signature": "nrefs:1|tok:13a"}),
         ("chrf", 62.5, None),
         ("f1", 0.5, None),
         ("accuracy", row.value("accuracy"), None),
@@ -76,6 +76,11 @@ def test_token_results_survive_huggingface_hub_with_their_types(tmp_path: Path) 
         ("expected_calibration_error", 0.05, bins | {"level": "sequence"}),
     ]
     assert {r.task_type for r in found} == {"text2text-generation"}
+    text = body(report)
+    assert (
+        "bleu: sacrebleu signature nrefs:1\\|tok:13a." in text
+        and "chrf: sacrebleu score, whose signature was not recorded" in text
+    )
     assert all(type(r.metric_value) is float and r.verified is None for r in found)
 
 

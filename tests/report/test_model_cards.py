@@ -24,6 +24,8 @@ def test_every_example_belongs_to_an_embedded_default():
 @pytest.mark.parametrize("name", list(CARDS))
 def test_the_card_is_what_its_report_makes(name):
     folder = ROOT / "model_cards" / name
+    written = (folder / "calibration.json").read_text(encoding="utf-8")
+    assert CalibrationReport.from_json(written).to_json() == written
     assert (folder / "README.md").read_text(encoding="utf-8") == model_card(CalibrationReport.load(folder / "calibration.json"))
 
 

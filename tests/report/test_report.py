@@ -16,9 +16,12 @@ import pytest
 from places import ROOT
 from reports import interval, make_report, make_token_report, toy_logits, toy_tokens, with_metrics
 
+from hf_ls.losses.smoothing import Schedule, Smoothing
 from hf_ls.metrics import summarise
 from hf_ls.report.calibration_report import CalibrationReport, CalibrationRow
-from hf_ls.report.facts import TrainingFacts
+from hf_ls.report.card import model_card
+from hf_ls.report.facts import SmoothingFacts, TrainingFacts
+from hf_ls.report.figures import row_colours
 
 
 def test_row_holds_what_an_independent_count_finds() -> None:
@@ -213,3 +216,31 @@ def test_import_stays_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
+
+
+def test_runs_of_one_epsilon_are_told_apart_by_their_names() -> None:
+    """A distilled run beside its baseline, both without label smoothing, and a temperature which happens to be 1."""
+    report = make_report()
+    names = {"smoothed": "distilled"}
+    rows = [replace(row, run=names.get(row.run, row.run), epsilon=0.0) for row in report.rows]
+    rows[1] = replace(rows[1], temperature=1.0)
+    report = replace(report, rows=[rows[2], rows[0], rows[3], rows[1]], history={}, published=None, differences=[])
+    assert (report.smoothed, report.baseline) == (rows[2], rows[0])
+    assert report.tempered(rows[0]) == rows[1] and report.tempered(rows[2]) == rows[3] and report.tempered(rows[3]) is None
+    assert len(set(row_colours(report).values())) == 4
+    with pytest.raises(ValueError, match="set tempered=True"):
+        replace(rows[3], tempered=False)
+
+
+def test_a_run_which_ramps_from_0_is_not_said_to_be_unsmoothed() -> None:
+    ramp = SmoothingFacts.of(Smoothing(0.0, schedule=Schedule("linear", 0.4)), 3, steps=(5, 5))
+    assert (ramp.final_epsilon, ramp.epsilon_at, ramp.is_used, ramp.optimal_logit_gap) == (0.4, [0.0, 0.2, 0.4], True, None)
+    never = SmoothingFacts.of(Smoothing(0.1, schedule=Schedule("constant", warmup_steps=9)), 3, steps=(5, 5))
+    assert never.is_used is False and SmoothingFacts(None).is_used is None
+    report = make_report()
+    rows = [replace(row, epsilon=0.0) for row in report.rows]
+    report = replace(report, rows=rows, smoothing=ramp)
+    assert [report.epsilon_text(row) for row in rows] == ["0", "0", "0 → 0.4", "0 → 0.4"]
+    card = model_card(report)
+    assert "with label smoothing (epsilon = 0 → 0.4)" in card and "No label smoothing was used" not in card
+    assert CalibrationReport.from_json(report.to_json()) == report
