@@ -24,6 +24,7 @@ from hf_ls.compare.results import Predictions, clearly_worse
 from hf_ls.losses.smoothing import Smoothing
 from hf_ls.metrics.ceiling import ceiling_warning, last_epsilon
 from hf_ls.report.calibration_report import REPORT, CalibrationReport
+from hf_ls.report.plots import write_plots
 from hf_ls.run.config import Config, Parser, about, parse_config
 from hf_ls.run.publish import folder_of, pictures_of
 from hf_ls.run.settings import check_same, settings_of
@@ -327,7 +328,8 @@ def _pictures(cells: Sequence[Cell], comparison: Comparison, folder: Path) -> li
     first, second = (CalibrationReport.load(path / REPORT) for path in folders)
     both = replace(second, rows=[*first.rows, *second.rows], history=first.history | second.history)
     names = [BASELINE, smoothed.variant]
-    return pictures_of(both, dict(zip(names, folders, strict=True)), folder / "pictures")
+    while_training = write_plots(both, folder / "pictures", only=["calibration_steps.png"])
+    return [*while_training, *pictures_of(both, dict(zip(names, folders, strict=True)), folder / "pictures")]
 
 
 def _announce(text: str) -> None:

@@ -22,7 +22,7 @@ from hf_ls.common.errors import read_json
 from hf_ls.common.files import write_arrays, write_atomically
 from hf_ls.metrics.core import PredictionStatistics
 from hf_ls.metrics.paired import Draws, draws_as_arrays, draws_from_arrays, draws_of_examples, draws_of_tokens
-from hf_ls.metrics.text import draws_of_texts, text_metrics
+from hf_ls.metrics.text import draws_of_texts, signature, text_metrics
 from hf_ls.report.calibration_report import CalibrationRow
 from hf_ls.run.launch import announce
 from hf_ls.trainer.arguments import LabelSmoothingArguments, smoothing_of
@@ -86,6 +86,11 @@ def run_name(training: LabelSmoothingArguments) -> str:
     return "distilled" if training.distillation_teacher else "mixup" if training.mixup_alpha else "baseline"
 
 
+def _epsilon(training: LabelSmoothingArguments) -> float | None:
+    """Of the training; not known where there was none."""
+    return training.label_smoothing_factor if training.do_train else None
+
+
 def evaluate_classes(trainer: Any, tokens: DatasetDict) -> Outcome:
     """One label per example: logits of both splits, kept in `predictions.npz`; T fitted on validation, rows on test."""
     training, num_classes = trainer.args, trainer.model.config.num_labels
@@ -98,12 +103,12 @@ def evaluate_classes(trainer: Any, tokens: DatasetDict) -> Outcome:
         _save_predictions(Path(training.output_dir), logits, labels)
     if not logits:
         return Outcome(None, 0, None, num_classes, None, [], trainer.state.log_history)
-    split, name, epsilon = list(logits)[-1], run_name(training), training.label_smoothing_factor
-    rows = [CalibrationRow.from_logits(name, epsilon, 1.0, logits[split], labels[split])]
+    split, name, epsilon = list(logits)[-1], run_name(training), _epsilon(training)
+    rows = [CalibrationRow.from_logits(name, epsilon, None, logits[split], labels[split])]
     if split == "test" and "validation" in logits:  # a temperature is never judged on the data it was fitted on
         try:
             temperature = fit_temperature(logits["validation"], labels["validation"])
-            rows.append(CalibrationRow.from_logits(f"{name} + temperature", epsilon, temperature, logits[split], labels[split]))
+            rows.append(CalibrationRow.from_logits(name, epsilon, temperature, logits[split], labels[split]))
         except NoFiniteTemperature as error:
             announce(f"{name}: no row with temperature, {error}")
     counts = np.bincount(labels[split], minlength=num_classes).tolist()
@@ -126,7 +131,7 @@ def evaluate_tokens(trainer: Any, tokens: DatasetDict, texts: DatasetDict, metri
         has_classes: labels are classes with names, as in token classification, not a vocabulary.
     """
     training, rows = trainer.args, []
-    name, epsilon = run_name(training), training.label_smoothing_factor
+    name, epsilon = run_name(training), _epsilon(training)
     temperature, reported, counts = None, None, None
     draws: dict[str, list[Draws]] = {}
     model_config = trainer.model.config.get_text_config()
@@ -134,17 +139,19 @@ def evaluate_tokens(trainer: Any, tokens: DatasetDict, texts: DatasetDict, metri
     generating = bool(getattr(training, "predict_with_generate", False))
     for split, prefix in _wanted(training, tokens):
         output = _predict(trainer, tokens[split], prefix, loss_only=not generating)
-        reported, extra, of_texts = trainer.token_calibration, {}, []
+        reported, of_texts = trainer.token_calibration, []
+        extra: dict[str, Any] = {}
         if generating:
             generated, references = _decode(trainer, output.predictions), texts[split]["target"]
-            extra = text_metrics(generated, references, metrics, seed=training.seed)
+            extra.update(text_metrics(generated, references, metrics, seed=training.seed))
+            extra.update({name: extra[name] | {"signature": signature(name)} for name in ("bleu", "chrf") if name in extra})
             of_texts = [draws_of_texts(generated, references, metrics, seed=training.seed)]
             extra["sequence_ece"] = {"value": trainer.sequence_calibration.compute()["ece"]}
             output.metrics.update({f"{prefix}_{metric}": found["value"] for metric, found in extra.items()})
             if training.should_save:
                 _save_generations(Path(training.output_dir), split, texts[split]["source"], references, generated)
         write_metrics(trainer, prefix, output.metrics)
-        rows = [CalibrationRow.from_tokens(name, epsilon, 1.0, reported, extra)]
+        rows = [CalibrationRow.from_tokens(name, epsilon, None, reported, extra)]
         draws = {name: [draws_of_tokens(reported), *of_texts]}
         counts = _class_counts(tokens[split], num_classes) if has_classes else None
         if split == "validation":
@@ -157,9 +164,7 @@ def evaluate_tokens(trainer: Any, tokens: DatasetDict, texts: DatasetDict, metri
             _predict(trainer, tokens[split], prefix, loss_only=True)
             trainer.temperature = 1.0
             extra.pop("sequence_ece", None)  # of untempered probabilities; what greedy search writes is the same at every T
-            rows.append(
-                CalibrationRow.from_tokens(f"{name} + temperature", epsilon, temperature, trainer.token_calibration, extra)
-            )
+            rows.append(CalibrationRow.from_tokens(name, epsilon, temperature, trainer.token_calibration, extra))
             draws[rows[-1].name] = [draws_of_tokens(trainer.token_calibration), *of_texts]
     if reported is None:
         return Outcome(None, 0, None, num_classes, None, [], trainer.state.log_history)

@@ -111,10 +111,10 @@ def test_the_trainer_says_nothing_of_a_model_that_errs(tmp_path: Path, caplog: p
 def _smoothed(**changes: Any) -> Any:
     """A report whose baseline is right in 198 of 200 cases, smoothed with ε = 0.3."""
     report = make_report()
-    facts = dict(report.smoothing, epsilon=0.3)
+    facts = replace(report.smoothing, epsilon=0.3)
     sure = interval(0.99, 0.97, 1.0)
     rows = [replace(with_metrics(row, accuracy=sure), epsilon=0.3 if row.epsilon else 0.0) for row in report.rows]
-    return replace(report, rows=rows, smoothing=facts | changes)
+    return replace(report, rows=rows, smoothing=replace(facts, **changes))
 
 
 def test_the_report_warns_by_the_error_of_the_baseline() -> None:

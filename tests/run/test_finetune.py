@@ -64,7 +64,7 @@ def test_the_rows_are_both_runs_with_and_without_temperature(done):
     assert [row.name for row in report.rows] == ["baseline", "baseline + temperature", "smoothed", "smoothed + temperature"]
     assert [row.epsilon for row in report.rows] == [0.0, 0.0, 0.1, 0.1]
     assert CalibrationReport.load(folder / "calibration.json") == report
-    assert report.dataset["split"] == "test"
+    assert report.dataset.split == "test"
     assert report.published == "smoothed"
     for row, name in ((0, "baseline"), (2, ".")):
         with np.load(folder / name / "predictions.npz") as saved:
@@ -193,7 +193,7 @@ def test_lora_trains_adapters_and_the_head(tiny, tmp_path):
         parse_config(arguments(tiny, tmp_path, *ALL, "--max_steps", "3", "--save_strategy", "no", "--peft", "lora"))
     )
     assert (tmp_path / "adapter_model.safetensors").is_file()
-    assert report.training["peft"] == "lora"
+    assert report.training.peft == "lora"
 
 
 def test_the_push_carries_our_card_and_no_baseline(tiny, tmp_path, monkeypatch):
@@ -228,7 +228,7 @@ def test_early_stopping_ends_the_run_and_keeps_the_best_weights(tiny, tmp_path):
 
 def test_evaluation_only_and_nothing_asked(tiny, tmp_path):
     report = finetune(parse_config(arguments(tiny, tmp_path / "eval", "--do_eval")))
-    assert (report.dataset["split"], len(report.rows)) == ("validation", 1)
+    assert (report.dataset.split, len(report.rows)) == ("validation", 1)
     with pytest.raises(ValueError, match="do_train"):
         finetune(parse_config(arguments(tiny, tmp_path / "none")))
 

@@ -95,7 +95,7 @@ def test_the_reported_nll_is_the_models_own_loss(done):
             n = int((labels if task == "seq2seq" else labels[:, 1:]).ne(-100).sum())
             total, count = total + float(model(**batch).loss) * n, count + n
     assert report.rows[2].value("nll") == pytest.approx(total / count, rel=1e-5)
-    assert report.dataset["n"] == count
+    assert report.dataset.n == count
 
 
 def test_generations_are_what_was_scored(done):
@@ -159,8 +159,8 @@ def test_tags_of_words_from_a_local_file(tmp_path):
     ]))  # fmt: skip
     assert len(report.rows) == 4
     tags = sum(len(words) - i % 3 + 1 for i in range(20))
-    assert report.dataset["n"] == tags
-    assert sum(report.dataset["class_counts"]) == tags
+    assert report.dataset.n == tags
+    assert sum(report.dataset.class_counts) == tags
     assert load_file(tmp_path / "out" / "model.safetensors")["classifier.weight"].shape == (2, 16)
 
 
