@@ -31,7 +31,7 @@ from hf_ls.run.settings import check_same, settings_of
 from hf_ls.trainer.arguments import smoothing_of
 from hf_ls.trainer.criterion import Criterion, parse_params
 
-COMPARED = "compare.json"
+_SETTINGS_FILE = "compare.json"
 _GRID = (0.0, 0.05, 0.1, 0.2)
 _SEARCH_GRID = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 
@@ -241,7 +241,7 @@ def _keep_settings(folder: Path, settings: dict[str, Any], threads: int) -> int:
 
     Raises: ValueError for other settings than those of the comparison in the folder.
     """
-    path = folder / COMPARED
+    path = folder / _SETTINGS_FILE
     if path.is_file():
         saved = read_json(path, "give another output_dir")
         check_same(saved["settings"], settings, f"the comparison in {folder}", "restore them or give another output_dir")

@@ -299,26 +299,6 @@ def write_plots(report: CalibrationReport, folder: str | os.PathLike[str], only:
     ]
 
 
-def plot_loss_curve(report: CalibrationReport, path: str | os.PathLike[str]) -> Path:
-    """Save `loss_curve` as a PNG."""
-    return save_figure(loss_curve(report), path)
-
-
-def plot_reliability(report: CalibrationReport, path: str | os.PathLike[str]) -> Path:
-    """Save `reliability` as a PNG."""
-    return save_figure(reliability(report), path)
-
-
-def plot_confidence(report: CalibrationReport, path: str | os.PathLike[str]) -> Path:
-    """Save `confidence` as a PNG."""
-    return save_figure(confidence(report), path)
-
-
-def plot_groups(report: CalibrationReport, path: str | os.PathLike[str]) -> Path:
-    """Save `groups` as a PNG."""
-    return save_figure(groups(report), path)
-
-
 def _draw_bins(ax: Axes, row: CalibrationRow, colour: str) -> None:
     edges, count = _array(row, "edges"), _array(row, "count")
     filled = count > 0

@@ -323,7 +323,7 @@ def _check_values(config: Config) -> None:
         raise ValueError(f'expected lr_scheduler_kwargs as JSON, got {training.lr_scheduler_kwargs!r}; write {{"a": 1}}')
     if any("=" not in pair for pair in (training.optim_args or "=").split(",")):
         raise ValueError(f"expected optim_args as name=value,name=value, got {training.optim_args!r}; see the optimizer's docs")
-    loggers = set(training.report_to) - {"all", "none"}
+    loggers = set(training.report_to or ()) - {"all", "none"}
     if unknown := sorted(loggers - INTEGRATION_TO_CALLBACK.keys()):
         raise ValueError(
             f"expected report_to among {', '.join(sorted(INTEGRATION_TO_CALLBACK))} or none, got {unknown[0]!r}"

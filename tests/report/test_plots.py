@@ -21,7 +21,7 @@ from reports import make_report, make_token_report
 from hf_ls.metrics import wilson_interval
 from hf_ls.report.calibration_report import CalibrationReport
 from hf_ls.report.figures import DPI
-from hf_ls.report.plots import confidence, groups, loss_curve, plot_reliability, reliability, write_plots
+from hf_ls.report.plots import confidence, groups, loss_curve, reliability, write_plots
 
 REPORTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -201,7 +201,7 @@ def test_files_are_png_at_150_dpi_whatever_the_users_settings(report: Calibratio
 
 def test_plots_come_from_the_file_alone(report: CalibrationReport, tmp_path: Path) -> None:
     loaded = CalibrationReport.load(report.save(tmp_path / "calibration.json"))
-    one, two = plot_reliability(report, tmp_path / "1.png"), plot_reliability(loaded, tmp_path / "2.png")
+    (one,), (two,) = (write_plots(given, tmp_path / name, ["reliability.png"]) for name, given in (("1", report), ("2", loaded)))
     assert one.read_bytes() == two.read_bytes()
 
 
