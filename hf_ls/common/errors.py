@@ -90,7 +90,8 @@ def one_sentence(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in _DISK and not str(error.strerror).startswith("expected"):
         return disk_sentence(error)
     if not isinstance(error, OSError | ValueError) and any(said in str(error) for said in _DISK_FULL):
-        return disk_sentence(OSError(errno.ENOSPC, "a file which could not be written to its end, as on a full disk"))
+        said = next((said for said in _DISK_FULL[:2] if said in str(error)), "a file cut short, as on a full disk")
+        return disk_sentence(OSError(errno.ENOSPC, said))
     if not isinstance(error, ValueError | TypeError | OSError | ImportError):
         return None
     frames = traceback.extract_tb(error.__traceback__)
