@@ -30,7 +30,7 @@ class KeptRows:
         total = is_kept.numel()
         if total and not wait and _checks.reading_waits(is_kept):
             # Stable, so that the kept rows stay in the order of the batch.
-            order = torch.argsort(is_kept, descending=True, stable=True)
+            order = torch.argsort(is_kept.to(torch.uint8), descending=True, stable=True)
             return cls(total, order, is_kept[order], later(is_kept.sum()))
         if bool(is_kept.all()):
             return cls(total, None, None, lambda: total)
