@@ -1,7 +1,7 @@
 """Which rows of a batch a loss keeps, without waiting for a GPU to count them.
 
-On a CPU ignored rows are left out. On CUDA their number is known to the device alone: all rows are put in order, the kept ones
-first, and the number travels to the host while the first chunk runs, so that no later chunk has ignored rows.
+Ignored rows are left out. In training on CUDA their number is known to the device alone: there all rows are put in order, the
+kept ones first, and the number travels to the host while the first chunk runs, so that no later chunk has ignored rows.
 """
 
 from __future__ import annotations

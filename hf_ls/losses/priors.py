@@ -76,7 +76,7 @@ def unigram_prior(counts: Tensor | Sequence[float], *, power: float = 1.0, addit
     values = _non_negative(counts, "counts", 1) + _amount(additive, "additive")
     if not bool(values.any()):
         raise ValueError(
-            f"expected at least one counted label, got all zeros over {len(values)} classes; check the label column and ignore_index"
+            f"expected at least one counted label, got all zeros over {len(values)} classes; check the labels and ignore_index"
         )
     # Relative to the largest count no power overflows; 0^0 would be 1 and give mass to an unseen class.
     weight = (values / values.max()).pow(_amount(power, "power")).masked_fill(values == 0, 0)
