@@ -25,13 +25,13 @@ def _row_kernel(
     label = tl.load(labels + row)
     # Before the passes: their barriers keep it ahead of the second one, which overwrites it.
     z_y = tl.load(logits + label).to(tl.float32)
-    highest = -float("inf")
+    highest = float("-inf")
     total = 0.0
     for start in range(0, classes, COLUMNS):
         at = start + tl.arange(0, COLUMNS)
-        z = tl.load(logits + at, mask=at < classes, other=-float("inf")).to(tl.float32)
+        z = tl.load(logits + at, mask=at < classes, other=float("-inf")).to(tl.float32)
         new = tl.maximum(highest, tl.max(z, axis=0))
-        base = tl.where(new == -float("inf"), 0.0, new)  # −inf − (−inf) is NaN
+        base = tl.where(new == float("-inf"), 0.0, new)  # −inf − (−inf) is NaN
         total = total * tl.exp(highest - base) + tl.sum(tl.exp(z - base), axis=0)
         highest = new
     lse = highest + tl.log(total)
@@ -49,7 +49,7 @@ def _row_kernel(
         tl.debug_barrier()
         for start in range(0, classes, COLUMNS):
             at = start + tl.arange(0, COLUMNS)
-            z = tl.load(logits + at, mask=at < classes, other=-float("inf")).to(tl.float32)
+            z = tl.load(logits + at, mask=at < classes, other=float("-inf")).to(tl.float32)
             gradient = tl.exp(z - lse) * scale
             # The difference in float32, then one rounding: p_y − 1 is small for most rows of a trained model.
             gradient = tl.where(at == label, gradient - removed, gradient)

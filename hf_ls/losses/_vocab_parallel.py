@@ -15,7 +15,15 @@ from torch.distributed import tensor as distributed
 from torch.distributed.tensor import DTensor
 
 from hf_ls.losses import _checks
-from hf_ls.losses._chunks import CLASS_BLOCK, Needs, RowsAndGradients, accumulate, default_chunk_rows, finished, rows_times_weight
+from hf_ls.losses._chunks import (
+    CLASS_BLOCK,
+    Needs,
+    RowsAndGradients,
+    accumulate,
+    default_chunk_rows,
+    in_parameter_dtype,
+    rows_times_weight,
+)
 from hf_ls.losses._rows import RowLoss, exact_dtype
 
 
@@ -135,7 +143,7 @@ def shard_chunk_loop(
         if small is not None:
             small.mul_(scale)
     if grad_weight is not None:
-        grad_weight = finished(grad_weight, factor, weight_dtype)
+        grad_weight = in_parameter_dtype(grad_weight, factor, weight_dtype)
     return RowsAndGradients(losses, nll, smoothing_term, grad_hidden, grad_weight, grad_bias)
 
 
