@@ -24,6 +24,8 @@ from safetensors import SafetensorError
 _HTTP_ERROR: type[Exception] = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)
 _PACKAGE = Path(__file__).parents[1]
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EIO)
+# What safetensors, tokenizers (a bare Exception) and torch.save (a RuntimeError) say of it.
+_DISK_FULL = ("No space left on device", "Disk quota exceeded", "] . unexpected pos", "PytorchStreamWriter failed")
 # Names of other programs and of habit, and what they are called here.
 _ALIASES = {
     "label_smoothing_factor": ("epsilon", "eps", "smoothing", "label_smoothing", "label_smoothing_epsilon", "ls"),
@@ -87,8 +89,9 @@ def one_sentence(error: BaseException) -> str | None:
     """
     if isinstance(error, OSError) and error.errno in _DISK and not str(error.strerror).startswith("expected"):
         return disk_sentence(error)
-    if isinstance(error, SafetensorError) and "No space left" in str(error):
-        return disk_sentence(OSError(errno.ENOSPC, "No space left on device"))
+    if not isinstance(error, OSError | ValueError) and any(said in str(error) for said in _DISK_FULL):
+        said = next((said for said in _DISK_FULL[:2] if said in str(error)), "a file cut short, as on a full disk")
+        return disk_sentence(OSError(errno.ENOSPC, said))
     if not isinstance(error, ValueError | TypeError | OSError | ImportError):
         return None
     frames = traceback.extract_tb(error.__traceback__)
@@ -151,7 +154,7 @@ def need_scripts() -> None:
 
     Raises: ImportError as `extra`, for the first which is not installed.
     """
-    for name in ("yaml", "rich", "jinja2", "matplotlib", "filelock", "relplot", "sacrebleu", "rapidfuzz"):
+    for name in ("yaml", "rich", "jinja2", "matplotlib", "relplot", "sacrebleu", "rapidfuzz"):
         with extra("scripts", "the scripts of hf_ls"):
             if find_spec(name) is None:
                 raise ImportError(name=name)

@@ -6,17 +6,16 @@ created, temporary ones too, so that what a killed run leaves can be told from w
 
 from __future__ import annotations
 
-import fcntl
 import io
 import os
 import secrets
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from hf_ls.common.errors import disk_sentence
@@ -112,23 +111,16 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(path: Path, remedy: str, *, patience: float = 0.0) -> Iterator[int]:
-    """Hold a lock file, as its descriptor, until the end of the block or of the last process which has the descriptor.
+def locked(path: Path, remedy: str, *, patience: float = 0.0) -> Iterator[None]:
+    """Hold a lock file, which stays in its place, until the end of the block or of this process.
 
     Raises: ValueError when another process still holds it after `patience` seconds.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise ValueError(f"expected {path} to be free, got it held by another process; {remedy}") from None
-                time.sleep(0.05)
-        yield descriptor
-    finally:
-        os.close(descriptor)
+        with FileLock(path, timeout=patience):
+            yield
+    except Timeout as error:
+        if error.lock_file != str(path):
+            raise
+        raise ValueError(f"expected {path} to be free, got it held by another process; {remedy}") from None

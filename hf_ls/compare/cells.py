@@ -15,15 +15,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hf_ls.common.errors import read_json
 from hf_ls.common.files import locked, write_atomically
 from hf_ls.run.config import Config, DataArguments
 from hf_ls.run.manifest import Manifest
-from hf_ls.trainer.arguments import smoothing_of
+from hf_ls.trainer.arguments import smoothing_of, without_smoothing
 from hf_ls.trainer.criterion import Criterion, parse_params
 
 CELL = "cell.json"  # written last: a cell with it is finished
@@ -88,8 +89,10 @@ def cell_config(base: Config, spec: Spec, folder: Path) -> Config:
 
     Raises: ValueError for an ε or an objective which cannot be.
     """
-    cell, training = spec.cell, copy.copy(base.training)
+    cell = spec.cell
+    training = copy.copy(base.training) if cell.epsilon else without_smoothing(base.training)
     changes: dict[str, Any] = {
+        "label_smoothing_convention": base.training.label_smoothing_convention,  # which objectives read too
         "label_smoothing_factor": cell.epsilon,
         "label_smoothing_objective": cell.objective,
         "label_smoothing_objective_params": cell.params,
@@ -124,7 +127,7 @@ def finished(folder: Path, spec: Spec) -> dict[str, Any] | None:
     """
     if not (folder / CELL).is_file():
         return None
-    found = json.loads((folder / CELL).read_text(encoding="utf-8"))
+    found = read_json(folder / CELL, f"delete {CELL}, and the cell is run again")
     return found if Cell(**found["spec"]["cell"]) == spec.cell else None
 
 
@@ -181,12 +184,12 @@ def _run_cells(
 
 
 def _start(spec: Spec, manifest: Manifest, threads: int, slot: int) -> subprocess.Popen[bytes]:
-    """Start a cell in an empty folder; it inherits a lock, so that a dying one is waited for.
+    """Start a cell in an empty folder, once one which is dying there has ended: a cell holds a lock while it lives.
 
     Raises: ValueError for a folder in which there is more than what the cell's run and this comparison wrote.
     """
-    folder, cell = manifest.folder, manifest.folder / spec.cell.name
-    with locked(folder / f".{cell.name}.lock", "end that process", patience=30) as lock:
+    cell = manifest.folder / spec.cell.name
+    with cell_lock(cell):
         earlier = Manifest(cell)
         for path in (cell / SPEC, cell / LOG):
             if manifest.lists(path):
@@ -200,10 +203,17 @@ def _start(spec: Spec, manifest: Manifest, threads: int, slot: int) -> subproces
         environment |= {} if (gpu := one_gpu(slot)) is None else {"CUDA_VISIBLE_DEVICES": gpu}
         with open(cell / LOG, "wb") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "hf_ls.compare.experiment.worker", str(cell)],
-                stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment, pass_fds=[lock],
-                start_new_session=True,
+                [sys.executable, "-m", "hf_ls.compare.worker", str(cell)],
+                stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
             )  # fmt: skip
+
+
+def cell_lock(cell: Path) -> AbstractContextManager[None]:
+    """The lock of the cell in this folder.
+
+    Raises: ValueError on entering, where another process does not give it up.
+    """
+    return locked(cell.parent / f".{cell.name}.lock", "end that process", patience=30)
 
 
 def one_gpu(slot: int) -> str | None:
@@ -224,6 +234,6 @@ def _close(process: subprocess.Popen[bytes]) -> None:
 def _kill(process: subprocess.Popen[bytes]) -> None:
     """End a cell and all that it started."""
     with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
     process.wait()
     _close(process)

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from hf_ls.compare.contrasts import (
-    BASELINE,
     METRICS,
     TEST,
     Comparison,
@@ -26,6 +25,7 @@ from hf_ls.compare.verdict import judge
 from hf_ls.metrics.core import rmsce_debiased, smooth_ece
 from hf_ls.metrics.paired import COMPARED, RESAMPLED, Contrast, Resamples, holm, seed_difference, seed_interval
 from hf_ls.metrics.validation import check_count
+from hf_ls.report.calibration_report import BASELINE
 
 __all__ = [
     "BASELINE", "METRICS", "TEST", "Comparison", "Contrast", "Measurement", "Result", "Variant", "Verdict",

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from hf_ls.metrics.ceiling import has_learnt
 from hf_ls.metrics.core import PredictionStatistics
 from hf_ls.metrics.paired import Contrast
+from hf_ls.report.calibration_report import BASELINE
 
 Kind = Literal["smooth", "temperature", "no_difference", "not_learnt"]
 
-BASELINE = "baseline"
 TEST = "test"
 # Of every variant and set, in this order; task metrics of `Result.extra` follow. "null_ece" and "null_ece_q95" are the
 # mean and 95 % quantile of the ECE which a calibrated model with the same confidences shows at this n.

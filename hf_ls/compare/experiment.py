@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from hf_ls.common.errors import read_json
 from hf_ls.common.files import write_atomically
 from hf_ls.common.privacy import token_in_environment, without_secrets, yaml_without_secrets
 from hf_ls.compare.cells import Cell, Spec, cell_config, locked, run_cells
@@ -23,16 +24,16 @@ from hf_ls.compare.results import Predictions, clearly_worse
 from hf_ls.losses.smoothing import Smoothing
 from hf_ls.metrics.ceiling import ceiling_warning, last_epsilon
 from hf_ls.report.calibration_report import REPORT, CalibrationReport
+from hf_ls.report.plots import write_plots
 from hf_ls.run.config import Config, Parser, about, parse_config
 from hf_ls.run.publish import folder_of, pictures_of
+from hf_ls.run.settings import check_same, settings_of
 from hf_ls.trainer.arguments import smoothing_of
 from hf_ls.trainer.criterion import Criterion, parse_params
 
-COMPARED = "compare.json"
+_SETTINGS_FILE = "compare.json"
 _GRID = (0.0, 0.05, 0.1, 0.2)
 _SEARCH_GRID = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
-# These name a place or what to print, not what is compared.
-_FREE = ("output_dir", "logging_dir", "run_name", "disable_tqdm", "report_to", "log_level", "hub_token", "overwrite_output_dir")
 
 
 @dataclass
@@ -232,11 +233,7 @@ def _with_frozen_config(argv: Sequence[str], folder: Path) -> list[str]:
 
 def _settings(options: CompareArguments, config: Config, data: CompareData) -> dict[str, Any]:
     """What decides the result, as JSON holds it."""
-    training = {name: value for name, value in config.training.to_dict().items() if name not in _FREE}
-    compared = asdict(options)
-    del compared["jobs"]
-    found = {**compared, **asdict(config.model), **asdict(config.data), **training, "data": data.hashes}
-    return json.loads(json.dumps(found, default=str))
+    return settings_of(options, config.run, config.model, config.data, config.training, data=data.hashes)
 
 
 def _keep_settings(folder: Path, settings: dict[str, Any], threads: int) -> int:
@@ -244,20 +241,10 @@ def _keep_settings(folder: Path, settings: dict[str, Any], threads: int) -> int:
 
     Raises: ValueError for other settings than those of the comparison in the folder.
     """
-    path = folder / COMPARED
+    path = folder / _SETTINGS_FILE
     if path.is_file():
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        names = sorted(settings.keys() | saved["settings"].keys())
-        different = [
-            f"{name}: {saved['settings'].get(name)} then, {settings.get(name)} now"
-            for name in names
-            if saved["settings"].get(name) != settings.get(name)
-        ]
-        if different:
-            raise ValueError(
-                f"expected the settings of the comparison in {folder}, got {'; '.join(different)}; restore them or give another "
-                "output_dir"
-            )
+        saved = read_json(path, "give another output_dir")
+        check_same(saved["settings"], settings, f"the comparison in {folder}", "restore them or give another output_dir")
         return int(saved["threads"])
     if (folder / REPORT).exists() or any(folder.glob("checkpoint-*")):
         raise ValueError(f"expected an output_dir without another run, got {folder}; give another output_dir")
@@ -341,7 +328,8 @@ def _pictures(cells: Sequence[Cell], comparison: Comparison, folder: Path) -> li
     first, second = (CalibrationReport.load(path / REPORT) for path in folders)
     both = replace(second, rows=[*first.rows, *second.rows], history=first.history | second.history)
     names = [BASELINE, smoothed.variant]
-    return pictures_of(both, dict(zip(names, folders, strict=True)), folder / "pictures")
+    while_training = write_plots(both, folder / "pictures", only=["calibration_steps.png"])
+    return [*while_training, *pictures_of(both, dict(zip(names, folders, strict=True)), folder / "pictures")]
 
 
 def _announce(text: str) -> None:

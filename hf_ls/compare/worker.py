@@ -20,7 +20,9 @@ def end_with_parent() -> None:
     def watch() -> None:
         while os.read(0, 1 << 10):
             pass
-        os.killpg(0, signal.SIGKILL)
+        if hasattr(os, "killpg"):
+            os.killpg(0, signal.SIGKILL)
+        os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -88,7 +90,11 @@ def _predict(config: Any, model: Any, files: dict[str, str], folder: Path) -> No
 def main() -> None:
     """Run the cell in the folder named on the command line."""
     end_with_parent()
-    run_cell(Path(sys.argv[1]))
+    from hf_ls.compare.cells import cell_lock
+
+    folder = Path(sys.argv[1])
+    with cell_lock(folder):
+        run_cell(folder)
 
 
 if __name__ == "__main__":

@@ -124,7 +124,8 @@ def load_classification(
     labels of a later split which train does not have.
     """
     splits, name, hub_id = read_splits(dataset_name, dataset_config, files, validation_fraction, seed)
-    columns = [column for column in (text_column, text_pair_column, label_column) if column]
+    texts = [text_column, *([text_pair_column] if text_pair_column else [])]
+    columns = [*texts, label_column]
     if len(set(columns)) < len(columns):
         raise ValueError(f"expected different columns for texts and labels, got {columns}; set text_column and label_column")
     for split, part in splits.items():
@@ -133,7 +134,7 @@ def load_classification(
             raise ValueError(f"expected columns {columns} in {split}, got {part.column_names}; set text_column and label_column")
         if not len(part):
             raise ValueError(f"expected examples in {split}, got none; check the file")
-        check_texts(part, split, [column for column in (text_column, text_pair_column) if column])
+        check_texts(part, split, texts)
     labelled, names = _integer_labels(splits.select_columns(columns), label_column)
     ours = dict(zip(columns, ("text", "text_pair", "label") if text_pair_column else ("text", "label"), strict=True))
     labelled = labelled.rename_columns({theirs: name for theirs, name in ours.items() if theirs != name})

@@ -20,7 +20,7 @@ _LONGEST_TEXT = 10_000_000  # bytes
 _ONLY_EMPTY_IS_MISSING = {"keep_default_na": False, "na_values": [""]}
 _TYPES = {
     r"^[+-]?(0|[1-9][0-9]{0,17})$": "int64",
-    r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$": "float64",
+    r"^[+-]?((0|[1-9][0-9]{0,14})(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?$": "float64",
     "^(True|False|true|false)$": "bool",
 }
 
@@ -80,7 +80,10 @@ def _read_csv(files: dict[str, str]) -> DatasetDict:
 
 
 def _typed(splits: DatasetDict) -> DatasetDict:
-    """Columns of text as numbers or booleans where the text of every row of every split is one; 007 stays a text."""
+    """Columns of text as numbers or booleans where the text of every row of every split is one.
+
+    007 stays a text, and so does a number with more digits than float64 keeps.
+    """
     features = Features(next(iter(splits.values())).features)
     for column in features:
         chunks = [chunk for part in splits.values() for chunk in part.with_format("arrow")[column].chunks]

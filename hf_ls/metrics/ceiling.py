@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from hf_ls.metrics.intervals import wilson_interval
+from hf_ls.metrics.validation import as_array
 
 
 def _moved(num_classes: int, convention: str) -> float:
@@ -74,7 +75,7 @@ def constant_scores(class_counts: Sequence[float]) -> tuple[float, float]:
 
     Raises: ValueError without any label.
     """
-    counts = np.asarray(class_counts, dtype=np.float64)
+    counts = as_array(class_counts).astype(np.float64)
     if not counts.sum() > 0:
         raise ValueError(f"expected at least one label, got the counts {counts.tolist()}; count the evaluated split")
     shares = counts[counts > 0] / counts.sum()

@@ -21,7 +21,7 @@ from hf_ls.metrics.core import N_BINS, PredictionStatistics, aurc, bin_index, di
 from hf_ls.metrics.intervals import ece_interval, null_gaps, wilson_interval
 from hf_ls.metrics.ties import tie_groups
 from hf_ls.metrics.tokens import TokenCalibration
-from hf_ls.metrics.validation import Floats, Integers
+from hf_ls.metrics.validation import Floats, Integers, as_array
 
 RESAMPLED = ("accuracy", "nll", "brier", "signed_gap", "aurc", "e_aurc", "ece")
 COMPARED = ("accuracy", "nll", "brier", "ece", "aurc", "e_aurc")  # the difference of two signed gaps says nothing
@@ -113,7 +113,7 @@ def draws_of_tokens(tokens: TokenCalibration) -> Draws:
 
 def fingerprint(*values: Any) -> str:
     """A hash of arrays, numbers and texts in order."""
-    parts = [repr((array.dtype.kind, array.shape)).encode() + array.tobytes() for array in map(np.asarray, values)]
+    parts = [repr((array.dtype.kind, array.shape)).encode() + array.tobytes() for array in map(as_array, values)]
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
@@ -190,7 +190,7 @@ class Resamples:
     def __init__(self, cells: Sequence[PredictionStatistics], cluster: Any, *, repetitions: int, seed: int) -> None:
         """Draw the weights block by block, and add up what each model needs."""
         n = len(cells[0])
-        unit = np.arange(n) if cluster is None else np.unique(np.asarray(cluster), return_inverse=True)[1].ravel()
+        unit = np.arange(n) if cluster is None else np.unique(as_array(cluster), return_inverse=True)[1].ravel()
         self.units, self.clustered = int(unit.max()) + 1, cluster is not None
         self._cells, self._seed = cells, seed
         self._repetitions = repetitions

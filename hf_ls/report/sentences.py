@@ -7,7 +7,7 @@ intervals of the same examples decide nothing.
 from __future__ import annotations
 
 from hf_ls.common.text import one_line
-from hf_ls.metrics.ceiling import ceiling_warning, constant_scores, has_learnt, last_epsilon
+from hf_ls.metrics.ceiling import ceiling_warning, constant_scores, has_learnt
 from hf_ls.metrics.intervals import wilson_interval
 from hf_ls.metrics.paired import Finding
 from hf_ls.report.calibration_report import CalibrationReport, CalibrationRow
@@ -25,7 +25,7 @@ def regime(report: CalibrationReport) -> str:
     """
     row = report.baseline or report.rows[0]
     interval, confidence = _gap_interval(report, row), row.value("accuracy") + row.value("signed_gap")
-    who = f"The model of row '{one_line(row.name)}' (epsilon {row.epsilon_text})"
+    who = f"The model of row '{one_line(row.name)}' (epsilon {report.epsilon_text(row)})"
     facts = (
         f"mean confidence {confidence:.3f}, accuracy {row.show('accuracy')}, signed gap {row.show('signed_gap')}, {report.size}"
     )
@@ -43,7 +43,7 @@ def regime(report: CalibrationReport) -> str:
         return f"{who} is under-confident: {facts}.{advice}"
     sentence = f"{who} is, on average, not distinguishable from calibrated at this n: {facts}."
     null_q95 = row.metrics["ece"].get("null_q95")
-    if null_q95 is not None and row.value("ece") > null_q95:
+    if isinstance(null_q95, float) and row.value("ece") > null_q95:
         sentence += (
             f" Its ECE of {row.value('ece'):.3f} is still above {null_q95:.3f}, which a calibrated model"
             " would exceed in 5 % of samples: some confidences are too high and others too low."
@@ -75,7 +75,7 @@ def verdict(report: CalibrationReport) -> str:
     label = "the baseline" if rival is baseline else "temperature scaling of the baseline"
     who = f"Smoothing (epsilon {smoothed.epsilon:g})" if smoothed.epsilon else f"Training with {one_line(smoothed.name)}"
     unit = "sequences" if report.is_token_task else "examples"
-    size = report.dataset.get("n_sequences") or report.dataset["n"]
+    size = report.dataset.n_sequences or baseline.n
     pairs = [(smoothed, rival, metric) for metric in metrics]
     each = (
         []
@@ -85,7 +85,7 @@ def verdict(report: CalibrationReport) -> str:
     paired = any(report.difference(metric, row, against) for row, against, metric in [*pairs, *each])
     how = f"differences are paired over the same {size:,} {unit}" if paired else "only the interval of each row is known"
     found = [
-        f"{who} against {label}, {one_line(report.dataset['split'])} split, {report.size}; {how}",
+        f"{who} against {label}, {one_line(report.dataset.split or '')} split, {report.size}; {how}",
         *(_clause(report, *pair) for pair in pairs),
     ]
     if report.is_token_task:
@@ -102,14 +102,14 @@ def learnt(report: CalibrationReport, row: CalibrationRow) -> bool:
 
     True where that is not known: of a vocabulary the labels are not counted, and a single sequence has no interval.
     """
-    counts = report.dataset["class_counts"]
+    counts = report.dataset.class_counts
     judged = [(r.interval("accuracy"), r.interval("nll")) for r in (row, report.tempered(row)) if r is not None]
     known = [(accuracy[0], nll[1]) for accuracy, nll in judged if accuracy and nll]
     return counts is None or not known or any(has_learnt(low, high, counts) for low, high in known)
 
 
 def _unlearnt(report: CalibrationReport, row: CalibrationRow) -> str:
-    accuracy, nll = constant_scores(report.dataset["class_counts"])
+    accuracy, nll = constant_scores(report.dataset.class_counts or [])
     return (
         f"has not learnt: its accuracy {row.show('accuracy')} is not measurably above {accuracy:.3f}, the share of the most "
         f"frequent class, nor its NLL {row.show('nll')} below {nll:.3f}, that of the class shares alone"
@@ -119,21 +119,21 @@ def _unlearnt(report: CalibrationReport, row: CalibrationRow) -> str:
 def warnings(report: CalibrationReport) -> list[str]:
     """Sentences on smoothed rows: ε above its ceiling (by the baseline's error, where there is one; only where the classes have
     names), and under-confidence which `regime` does not speak of."""
-    found, convention = [], report.smoothing["convention"]
+    found, known = [], report.smoothing
     judged = report.baseline or report.rows[0]
     for row in report.rows:
-        if not row.epsilon or row.temperature != 1:
+        if row.tempered or not report.smoothing_of(row).is_used:
             continue
-        if report.smoothing["prior"] == "uniform" and row.epsilon == report.smoothing["epsilon"]:
-            epsilon = last_epsilon(row.epsilon, report.smoothing["schedule"])
-            size = report.dataset.get("n_sequences") or judged.n
+        last = known.epsilon if known.final_epsilon is None else known.final_epsilon
+        if known.prior == "uniform" and known.convention and last and row.epsilon == known.epsilon and not known.item_by_item:
+            size = report.dataset.n_sequences or judged.n
             classes, who = len(report.label_names), f"row '{one_line(judged.name)}'"
-            warning = ceiling_warning(epsilon, convention, judged.value("accuracy"), size, classes, who)
+            warning = ceiling_warning(last, known.convention, judged.value("accuracy"), size, classes, who)
             found += [warning] if warning else []
         interval = _gap_interval(report, row)
         if row is not judged and interval is not None and interval[1] < 0 and learnt(report, row):
             found.append(
-                f"the model of row '{one_line(row.name)}' (epsilon {row.epsilon_text}) is under-confident: signed gap "
+                f"the model of row '{one_line(row.name)}' (epsilon {report.epsilon_text(row)}) is under-confident: signed gap "
                 f"{row.show('signed_gap')}, {report.size}; use a smaller epsilon, or temperature scaling"
             )
     return found
@@ -141,8 +141,8 @@ def warnings(report: CalibrationReport) -> list[str]:
 
 def seeds(report: CalibrationReport) -> str:
     """How many seeds stand behind the numbers, in words."""
-    known = report.training.get("seeds")
-    if not isinstance(known, list) or not known:
+    known = report.training.seeds if report.training else None
+    if not known:
         return "The number of seeds is not recorded"
     return "One seed" if len(known) == 1 else f"{len(known)} seeds"
 
@@ -156,14 +156,14 @@ def _gap_interval(report: CalibrationReport, row: CalibrationRow) -> tuple[float
     accuracy, interval = row.value("accuracy"), row.interval("signed_gap")
     if accuracy not in (0, 1):
         return interval
-    size = report.dataset.get("n_sequences") or row.n
+    size = report.dataset.n_sequences or row.n
     low, high = (float(end) for end in wilson_interval(accuracy * size, size))
     confidence = accuracy + row.value("signed_gap")
     return confidence - high, confidence - low
 
 
 def _clause(report: CalibrationReport, row: CalibrationRow, rival: CalibrationRow, metric: str) -> str:
-    who = "smoothing" if row.epsilon else one_line(row.name.removesuffix(" + temperature"))
+    who = "smoothing" if row.epsilon else one_line(row.run)
     title = _title(metric)
     title = title[0].upper() + title[1:] if title.islower() else title
     text = f"{title} {row.show(metric)} against {rival.show(metric)}"

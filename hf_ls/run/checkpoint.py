@@ -6,12 +6,15 @@ Does not own: what is in a checkpoint (the Trainer's business).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
@@ -71,7 +74,7 @@ class CheckpointMark(TrainerCallback):
         if not processes.is_main_process or self.manifest is None:
             return
         folder = _checkpoint_of(args, state)
-        write_atomically(folder / MARK, json.dumps(_identity(self.smoothing) | {"files": _sizes(folder)}))
+        write_atomically(folder / MARK, json.dumps(_identity(self.smoothing) | {"files": _contents(folder)}))
         self.manifest.finish(folder)
         self._delete_old(self.manifest, args.output_dir, state.best_model_checkpoint, state.global_step)
 
@@ -97,9 +100,17 @@ def _identity(smoothing: Smoothing) -> dict[str, Any]:
     return {"num_processes": PartialState().num_processes, "epsilon": smoothing.epsilon, "convention": smoothing.convention}
 
 
-def _sizes(folder: Path) -> dict[str, int]:
+def _contents(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and hash of each file by its name, the mark left out."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARK and path.suffix != ".tmp")
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+    def content(path: Path) -> dict[str, Any]:
+        with open(path, "rb") as file:
+            return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing lets other threads run
+        names = [path.relative_to(folder).as_posix() for path in files]
+        return dict(zip(names, pool.map(content, files), strict=True))
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
@@ -131,20 +142,35 @@ def check_resumable(checkpoint: str | os.PathLike, smoothing: Smoothing, model: 
     if different:
         shown = ", ".join(f"{name} {old} there and {new} here" for name, (old, new) in different.items())
         raise ValueError(f"expected the settings of {checkpoint}, got {shown}; resume with the same ones or start afresh")
-    # A missing optimizer.pt would not stop the Trainer: it goes on without the optimizer's state, in silence.
-    sizes = _sizes(Path(checkpoint))
-    changed = [
-        f"{name} with {sizes.get(name, 'no')} of {size} bytes"
-        for name, size in saved.get("files", {}).items()
-        if sizes.get(name) != size
-    ]
-    if changed:
+    # A missing optimizer.pt would not stop the Trainer: it goes on without the optimizer's state, in silence. Nor does a bit
+    # which has changed on the disk or in a copy.
+    if changed := _changed(Path(checkpoint), saved.get("files")):
         raise ValueError(
             f"expected {checkpoint} as it was written, got {', '.join(changed)}; copy it again, resume from an earlier "
             "checkpoint, or start afresh"
         )
     if model is not None:
         _check_model(Path(checkpoint), model)
+
+
+def _changed(checkpoint: Path, written: Any) -> list[str]:
+    """In words, the files which are not as they were written; the main process looks, since all would read the same."""
+    found: list[list[str]] = [[]]
+    if PartialState().is_main_process:
+        now = _contents(checkpoint)
+        if not isinstance(written, dict) or not written:
+            found = [[f"a {MARK} which names no files"]]
+        else:
+            found = [[_difference(name, now.get(name), was) for name, was in written.items() if now.get(name) != was]]
+    return broadcast_object_list(found)[0]
+
+
+def _difference(name: str, now: Any, was: Any) -> str:
+    if now is None or not isinstance(was, dict):
+        return f"no {name}" if now is None else f"{name} of another version of hf_ls"
+    if now["bytes"] != was.get("bytes"):
+        return f"{name} with {now['bytes']} of {was.get('bytes')} bytes"
+    return f"{name} with other content"
 
 
 def _check_model(checkpoint: Path, model: Any) -> None:

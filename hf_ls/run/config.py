@@ -41,6 +41,11 @@ _TASKS_OF = {
     "sortish_sampler": ("seq2seq",),
 }
 _TASKS_OF |= dict.fromkeys(("mixup_alpha", "mixup_per"), ("text-classification",))
+# What an evaluation during training gives, by which the best checkpoint can be chosen; signed_gap is best at 0, at neither end.
+_METRICS = ("loss", "nll", "brier", "ece", "accuracy")
+_METRICS_OF: dict[str, tuple[str, ...]] = dict.fromkeys(("seq2seq", "causal-lm"), ("perplexity", "eos_nll", "eos_ece"))
+_METRICS_OF["token-classification"] = ("perplexity",)
+_GENERATED_METRICS = ("exact_match", "sequence_ece")
 # Smallest value, and the one which must not be reached; what is checked elsewhere is not here.
 _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("seed", "data_seed"), (0, 2**32)),
@@ -318,12 +323,20 @@ def _check_values(config: Config) -> None:
         raise ValueError(f'expected lr_scheduler_kwargs as JSON, got {training.lr_scheduler_kwargs!r}; write {{"a": 1}}')
     if any("=" not in pair for pair in (training.optim_args or "=").split(",")):
         raise ValueError(f"expected optim_args as name=value,name=value, got {training.optim_args!r}; see the optimizer's docs")
-    loggers = set(training.report_to) - {"all", "none"}
+    loggers = set(training.report_to or ()) - {"all", "none"}
     if unknown := sorted(loggers - INTEGRATION_TO_CALLBACK.keys()):
         raise ValueError(
             f"expected report_to among {', '.join(sorted(INTEGRATION_TO_CALLBACK))} or none, got {unknown[0]!r}"
             f"{nearest(unknown[0], INTEGRATION_TO_CALLBACK)}; use none for no reports"
         )
+    if training.torch_compile and training.torch_compile_backend:
+        from torch import _dynamo  # takes a second
+
+        if training.torch_compile_backend not in (known := _dynamo.list_backends(exclude_tags=())):
+            raise ValueError(
+                f"expected torch_compile_backend among {', '.join(known)}, got {training.torch_compile_backend!r}; "
+                "inductor is usual"
+            )
     generation = str(training.generation_config or "")
     if generation.endswith(".json") and not Path(generation).is_file():
         raise ValueError(
@@ -345,8 +358,14 @@ def _check(config: Config) -> None:
             "of one run; use last"
         )
     metric = training.metric_for_best_model or ""
+    known = [*_METRICS, *_METRICS_OF.get(run.task, ()), *(_GENERATED_METRICS if training.predict_with_generate else ())]
     if "test" in metric.replace("eval_", "").split("_") or "predict" in metric:
         raise ValueError(f"expected metric_for_best_model on validation, got {metric!r}; the test split is only ever reported on")
+    if metric and metric.removeprefix("eval_") not in known:
+        raise ValueError(
+            f"expected metric_for_best_model among {', '.join(known)}, which an evaluation during training gives for this task, "
+            f"got {metric!r}{nearest(metric, known)}; change it"
+        )
     if run.early_stopping_patience is not None and not training.load_best_model_at_end:
         raise ValueError(
             "expected load_best_model_at_end with early_stopping_patience, got False; set it and metric_for_best_model"

@@ -1,7 +1,7 @@
 """What one run wrote, by name: all that this run, and a later start with `--overwrite_output_dir`, may delete.
 
 Each line of the file is the JSON of one name, appended before that name is created, so whatever a run killed at any moment
-has left is listed. What is not listed is somebody else's and stays. While a run works it holds a lock on the file.
+has left is listed. What is not listed is somebody else's and stays. While a run works it holds a lock file beside it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from hf_ls.common.files import FILE, TEMPORARY, TEMPORARY_FOLDER, locked, told
 
 MANIFEST = "hf_ls_manifest.jsonl"
+LOCK = ".hf_ls_manifest.lock"  # held while a run works in the folder
 FOLDER = "folder"  # deleted when nothing is left in it
 CHECKPOINT = "checkpoint"  # a folder this run has begun to fill: until its files are listed, all in it is the run's
 _WHOLE = (TEMPORARY_FOLDER, CHECKPOINT)
@@ -97,7 +98,7 @@ class Manifest:
         Raises: ValueError while another run works in the folder.
         """
         remedy = "wait for the run which works in that folder, or give another output_dir"
-        with locked(self.folder / MANIFEST, remedy, patience=_PATIENCE):
+        with locked(self.folder / LOCK, remedy, patience=_PATIENCE):
             found = self._read()
             if found != self.kinds:
                 raise ValueError(
@@ -129,7 +130,7 @@ class Manifest:
                     yield from self._strangers(Path(entry.path))
                 elif kind not in _WHOLE:
                     yield f"{name}/"
-            elif kind not in (FILE, TEMPORARY) and (name != MANIFEST or entry.is_symlink()):
+            elif kind not in (FILE, TEMPORARY) and (name not in (MANIFEST, LOCK) or entry.is_symlink()):
                 yield name
 
     def remove(self, names: Sequence[str]) -> None:

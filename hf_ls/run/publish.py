@@ -1,15 +1,10 @@
-"""From the outcomes of runs to what a reader sees: the report, its plots and its card.
-
-Owns: the facts which a report states, the files made of it, what is uploaded, the baked temperature.
-Does not own: training (`finetune`), evaluation (`outcome`), numbers and pictures (`report`, `plots`, `card`).
-"""
+"""From the outcomes of runs to what a reader sees: the report, its plots and its card, what is uploaded, a baked temperature."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from accelerate import PartialState
@@ -29,6 +24,7 @@ from hf_ls.data.sequences import SequenceData
 from hf_ls.metrics.paired import differences
 from hf_ls.report.calibration_report import REPORT, SETTINGS, CalibrationReport, package_versions
 from hf_ls.report.card import write_card
+from hf_ls.report.facts import DatasetFacts, SmoothingFacts, TrainingFacts
 from hf_ls.report.pictures import PENULTIMATE, Penultimate, write_pictures
 from hf_ls.report.plots import write_plots
 from hf_ls.report.sentences import regime, verdict, warnings
@@ -37,8 +33,8 @@ from hf_ls.run.config import Config
 from hf_ls.run.launch import announce
 from hf_ls.run.outcome import DRAWS, GENERATIONS, OUTCOME, PREDICTIONS, Outcome
 from hf_ls.run.tasks import TASKS
-from hf_ls.trainer.arguments import LabelSmoothingArguments, smoothing_of, techniques_of
-from hf_ls.trainer.criterion import parse_params
+from hf_ls.trainer.arguments import LabelSmoothingArguments, criterion_of, smoothing_of, techniques_of
+from hf_ls.trainer.criterion import ADAPTIVE
 
 _TEXTS = (".json", ".md", ".txt", ".jinja")
 
@@ -53,23 +49,23 @@ def publish(config: Config, data: ClassificationData | SequenceData, runs: dict[
 
     Raises: ValueError for adapters with `bake_temperature`, and as `write_card`.
     """
-    training, base = config.training, config.model.model_name_or_path
+    training, task, base = config.training, TASKS[config.run.task], config.model.model_name_or_path
     published, main = list(runs.items())[-1]
     if main.split is None:
         return None
-    tempered = next((row for row in main.rows if row.temperature != 1), None)
+    tempered = next((row for row in main.rows if row.tempered), None)
     if config.run.bake_temperature and tempered is not None:
         published = tempered.name
         _bake(config, tempered.temperature)
     report = CalibrationReport(
-        task=TASKS[config.run.task].hub_task,
+        task=task.hub_task,
         model_name=training.hub_model_id or folder_of(config).name,
         base_model=None if config.model.model_type else base if hub_id(base) else local_name(base),
         dataset=_dataset_facts(config, data, main),
         label_names=list(data.label_names),
-        smoothing=_smoothing_facts(training, main.num_classes),
+        smoothing=_smoothing_facts(training, main.num_classes, over="classes" if task.has_classes else "vocabulary"),
         rows=[row for run in runs.values() for row in run.rows],
-        training=_training_facts(config, runs),
+        training=_training_facts(config, runs) if training.do_train else None,
         history={name: run.history for name, run in runs.items()},
         versions=package_versions(),
         published=published,
@@ -97,7 +93,7 @@ def pictures_of(report: CalibrationReport, folders: Mapping[str, Path], folder: 
     for name, path in folders.items():
         if (path / PREDICTIONS).is_file():
             with np.load(path / PREDICTIONS, allow_pickle=False) as arrays:
-                split = report.dataset["split"]
+                split = report.dataset.split
                 predictions[name] = (arrays[f"logits_{split}"], arrays[f"labels_{split}"])
         if (path / PENULTIMATE).is_file():
             features[name] = Penultimate.load(path / PENULTIMATE)
@@ -169,55 +165,45 @@ def _bake(config: Config, temperature: float) -> None:
     write_atomically(folder / OUTCOME, outcome)
 
 
-def _dataset_facts(config: Config, data: ClassificationData | SequenceData, main: Outcome) -> dict[str, Any]:
-    sizes = {f"n_{name}": len(part) for name, part in data.splits.items() if name != "test"}
-    facts = {
-        "name": data.name,
-        "hub_id": data.hub_id,
-        "split": main.split,
-        "n": main.n,
-        "class_counts": main.class_counts,
-        "licence": data.licence,
-    }
+def _dataset_facts(config: Config, data: ClassificationData | SequenceData, main: Outcome) -> DatasetFacts:
+    sizes: dict[str, Any] = {f"n_{name}": len(part) for name, part in data.splits.items() if name != "test"}
     example = None if data.example is None else config.data.source_prefix + data.example + config.data.source_suffix
-    known = {"n_sequences": main.n_sequences, "example": example}
-    return facts | sizes | {name: value for name, value in known.items() if value is not None}
+    return DatasetFacts(
+        name=data.name, hub_id=data.hub_id, split=main.split, n=main.n, n_sequences=main.n_sequences,
+        class_counts=main.class_counts, licence=data.licence, example=example, **sizes,
+    )  # fmt: skip
 
 
-def _smoothing_facts(training: LabelSmoothingArguments, num_classes: int) -> dict[str, Any]:
+def _smoothing_facts(
+    training: LabelSmoothingArguments, num_classes: int, over: Literal["classes", "vocabulary"]
+) -> SmoothingFacts:
+    if not training.do_train:
+        return SmoothingFacts(None)
     smoothing = smoothing_of(training)
-    gap = smoothing.optimal_logit_gap(num_classes)
-    return {
-        "epsilon": smoothing.epsilon,
-        "convention": smoothing.convention,
-        "prior": "uniform",
-        "schedule": None if smoothing.schedule is None else asdict(smoothing.schedule),
-        "optimal_logit_gap": gap if np.isfinite(gap) else None,
-        "max_confidence": smoothing.max_confidence(num_classes),
-    }
+    criterion = criterion_of(training, smoothing)
+    adaptive = criterion.name in ADAPTIVE
+    return SmoothingFacts.of(smoothing, num_classes, plain=criterion.plain, over=over, item_by_item=adaptive)
 
 
-def _training_facts(config: Config, runs: dict[str, Outcome]) -> dict[str, Any]:
+def _training_facts(config: Config, runs: dict[str, Outcome]) -> TrainingFacts:
     training = config.training
     last = [run.history[-1] for run in runs.values() if run.history]
     seconds = [entry["train_runtime"] for entry in last if "train_runtime" in entry]
-    return {
-        "seeds": [training.seed],
-        "steps": last[-1].get("step") if last else None,
-        "epochs": round(last[-1]["epoch"], 2) if last and "epoch" in last[-1] else None,
-        "global_batch": training.per_device_train_batch_size
-        * training.gradient_accumulation_steps
-        * PartialState().num_processes,
-        "learning_rate": training.learning_rate,
-        "lr_scheduler_type": SchedulerType(training.lr_scheduler_type).value,
-        "weight_decay": training.weight_decay,
-        "objective": training.label_smoothing_objective,
-        "objective_params": parse_params(training.label_smoothing_objective_params),
-        "techniques": techniques_of(training),
-        "teacher": Path(training.distillation_teacher).name if training.distillation_teacher else None,  # not a path here
-        "max_length": config.data.max_length,
-        "model_config_overrides": config.model.overrides,
-        "peft": config.model.peft,
-        "num_processes": PartialState().num_processes,
-        "train_runtime_s": round(sum(seconds), 1) if len(seconds) == len(runs) else None,
-    }
+    return TrainingFacts(
+        seeds=[training.seed],
+        steps=last[-1].get("step") if last else None,
+        epochs=round(last[-1]["epoch"], 2) if last and "epoch" in last[-1] else None,
+        global_batch=training.per_device_train_batch_size * training.gradient_accumulation_steps * PartialState().num_processes,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=SchedulerType(training.lr_scheduler_type).value,
+        weight_decay=training.weight_decay,
+        objective=training.label_smoothing_objective,
+        objective_params=criterion_of(training, smoothing_of(training)).params,
+        techniques=techniques_of(training),
+        teacher=Path(training.distillation_teacher).name if training.distillation_teacher else None,  # not a path here
+        max_length=config.data.max_length,
+        model_config_overrides=config.model.overrides,
+        peft=config.model.peft,
+        num_processes=PartialState().num_processes,
+        train_runtime_s=round(sum(seconds), 1) if len(seconds) == len(runs) else None,
+    )

@@ -133,7 +133,8 @@ class Batch:
     def for_model(self, model: nn.Module) -> dict[str, Any]:
         """Fresh inputs for one forward which returns logits: no labels, and decoder inputs where the model needs them."""
         inputs = copied(self.others)
-        return inputs if self.spans else decoder_inputs(model, inputs, self.given.clone())
+        decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and not self.spans
+        return decoder_inputs(model, inputs, self.given.clone()) if decodes and "decoder_input_ids" not in inputs else inputs
 
     def label_inputs(self) -> dict[str, Tensor]:
         """Fresh labels as the model's own loss takes them; an ignored position of an answer lies beyond every text."""

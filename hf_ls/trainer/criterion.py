@@ -23,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_ls.common.files import write_atomically
 from hf_ls.losses.adaptive import OnlineLabelSmoothing, OnlineSettings
-from hf_ls.losses.cross_entropy import SmoothedTerms
+from hf_ls.losses.cross_entropy import SmoothedTerms, smoothed_terms
 from hf_ls.losses.objectives import Objective, check_smoothing, settle
 from hf_ls.losses.smoothing import Smoothing
 from hf_ls.trainer.batch import Batch
@@ -61,17 +61,14 @@ class Criterion:
         self._given_online = self.online = settled if isinstance(settled, OnlineLabelSmoothing) else None
         self.name = "online" if self.objective is None else self.objective.name
         self.params = dict(params or {}) if self.objective is None else dict(self.objective.params)
+        # Whether this is the smoothed cross entropy and nothing else.
+        self.plain = self.objective is not None and self.objective.plain
         check_smoothing(self.name, smoothing)
-
-    @property
-    def plain(self) -> bool:
-        """Whether this is the smoothed cross entropy and nothing else."""
-        return self.objective is not None and self.objective.plain
 
     def for_rows(self, smoothing: Smoothing) -> Callable[[Tensor, Tensor], Tensor] | None:
         """The objective as (logits [n, K], labels [n]) -> losses [n] for the logits-free loop; None if `plain`."""
         objective = self.objective
-        if objective is None or objective.plain:
+        if objective is None or self.plain:
             return None
         return lambda logits, labels: objective(logits, labels, smoothing)
 
@@ -95,6 +92,8 @@ class Criterion:
 
         Raises: as `Objective.terms` and `OnlineLabelSmoothing.terms`.
         """
+        if self.plain:  # the short way
+            return smoothed_terms(logits, labels, smoothing, ignore_index=ignore_index)
         if self.objective is not None:
             return self.objective.terms(logits, labels, smoothing, ignore_index=ignore_index)
         return self.build(logits.shape[-1]).to(logits.device).terms(logits, labels)

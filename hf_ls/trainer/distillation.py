@@ -261,7 +261,8 @@ def _file_text(name_or_path: str, file: str, local_files_only: bool) -> str | No
 def _in_report(text: str) -> str | None:
     report = _json(text)
     rows = [row for row in report.get("rows") or [] if isinstance(row, dict)]
-    named = [row for row in rows if row.get("name") is not None and row.get("name") == report.get("published")]
+    names = [f"{row.get('run')}{' + temperature' if row.get('tempered') else ''}" for row in rows]
+    named = [row for row, name in zip(rows, names, strict=True) if name == report.get("published")]
     row = next(iter(named or (rows if len(rows) == 1 else [])), {})
     epsilon = row.get("epsilon", (report.get("smoothing") or {}).get("epsilon"))
     if not isinstance(epsilon, int | float):

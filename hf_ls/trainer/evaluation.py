@@ -7,7 +7,6 @@ are evaluated, and what is gathered, is the Trainer's part (`mixin`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -36,7 +35,7 @@ class Evaluation:
     Attributes:
         sums: over all labels which count.
         tokens: the same for labels [B, T], with groups and intervals; None for other labels.
-        pending: items [..., 4] and labels [...] of the batch under way; None until the loss has seen it.
+        pending: rows of numbers per item [..., 5 or 6] and labels [...] of the batch under way; None until the loss has seen it.
         examples: rows with a label, the number of independent observations.
         labelled: whether any batch had labels at all, ignored or not.
         reached: whether any batch came through our `prediction_step`.
@@ -56,7 +55,7 @@ class Evaluation:
         self.labelled = self.reached = False
         self._eos_token_id, self._token_counts = eos_token_id, token_counts
         self._temperature, self._fit = temperature, fit
-        self._inverse_classes, self._spans = 0.0, False
+        self._inverse_classes, self._classes, self._spans = 0.0, 1, False
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Keep the items of a batch and return their mean NLL, NaN where no label counts; 0 while a temperature is fitted."""
@@ -89,18 +88,21 @@ class Evaluation:
         return self._keep(items, batch, head.head.weight.shape[0]), outputs
 
     def _keep(self, items: Tensor, batch: Batch, classes: int) -> Tensor:
-        # Rows [..., 6]: four numbers, the label, and 1/K of its logits. Ids below 2**53 are exact.
-        inverse = torch.full_like(items[..., :1], 1 / classes)
-        self.pending = torch.cat([items, batch.labels.unsqueeze(-1).to(items.dtype), inverse], -1), batch.labels
+        # Rows [..., 5]: four numbers and the label; ids below 2**53 are exact. Of single labels and of positions 1/K of their
+        # logits too, which may differ from batch to batch; the vocabulary of tokens does not.
+        parts = [items, batch.labels.unsqueeze(-1).to(items.dtype)]
+        if batch.spans or batch.labels.dim() == 1:
+            parts.append(torch.full_like(items[..., :1], 1 / classes))
+        self.pending, self._classes = (torch.cat(parts, -1), batch.labels), classes
         self._spans = batch.spans
         return items[..., 2].nanmean()
 
     def add(self, gathered: np.ndarray) -> None:
-        """Count the kept rows [..., 6] of all processes."""
+        """Count the kept rows [..., 5] or [..., 6] of all processes."""
         counts = ~np.isnan(gathered).any(-1)
-        confidence, correct, nll, brier, _, inverse = gathered[counts].T
+        confidence, correct, nll, brier, _, *inverse = gathered[counts].T
         self.sums.update(confidence, correct.astype(bool), nll, brier)
-        self._inverse_classes += float(inverse.sum())
+        self._inverse_classes += float(inverse[0].sum()) if inverse else len(nll) / self._classes
         self.examples += int(counts.reshape(len(counts), -1).any(1).sum())
         if gathered.ndim == 3 and not self._spans:
             if self.tokens is None:
@@ -194,7 +196,7 @@ def beside_loss(loss: Tensor, outputs: Any) -> Any:
     return outputs if isinstance(outputs, dict) else (loss, outputs) if isinstance(outputs, Tensor) else (loss, *outputs)
 
 
-def for_prediction(model: Any) -> Callable[..., Any]:
+def for_prediction(model: Any) -> Any:
     """The model for a prediction without labels; a bare tensor in a tuple, of which a Trainer takes the first element."""
 
     def forward(**inputs: Any) -> Any:

@@ -75,9 +75,7 @@ class LabelSmoothingMixin(Trainer):
     """
 
     _arguments_class: type[TrainingArguments] = LabelSmoothingArguments
-    # Classes whose `compute_loss` ours takes the place of.
-    _replaced: tuple[type, ...] = (Trainer,)
-
+    _replaced: tuple[type, ...] = (Trainer,)  # classes whose `compute_loss` ours takes the place of
     # The loss is divided by the item count of the whole accumulated batch, so the Trainer must not divide it again.
     loss_is_scaled_for_ga: bool | None = True
     model: Any
@@ -340,7 +338,8 @@ class LabelSmoothingMixin(Trainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # A stock Trainer resumed from the checkpoint of its last step, in mid-epoch, takes one step more than max_steps.
-        if self.state.global_step >= self.state.max_steps:
+        # A run which early stopping had ended takes none either.
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)

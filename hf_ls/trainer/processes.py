@@ -12,8 +12,10 @@ from __future__ import annotations
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler
 
 
 def without_repeats(accelerator: Accelerator, labels: Tensor, copies: int = 1, *, ignore_index: int = -100) -> Tensor:
@@ -92,4 +94,19 @@ def reshard(model: nn.Module) -> None:
 def _remainder(accelerator: Accelerator) -> int | None:
     """How many examples there are in the last batches of all processes; None before those, or without repeats."""
     state = accelerator.gradient_state
-    return state.remainder if accelerator.num_processes > 1 and state.end_of_dataloader and state.remainder > 0 else None
+    if accelerator.num_processes == 1 or not state.end_of_dataloader:
+        return None
+    remainder = state.remainder if state.remainder >= 0 else _remainder_after_skipping(state.active_dataloader)
+    return remainder if remainder > 0 else None
+
+
+def _remainder_after_skipping(loader: Any) -> int:
+    """The remainder of the loader of a training resumed in mid-epoch, 0 where nothing is repeated.
+
+    `skip_first_batches` wraps the sampler which knows the batch size, and then accelerate (1.15) finds no remainder.
+    """
+    sampler = loader.sampler if isinstance(loader.sampler, BatchSampler) else loader.batch_sampler
+    whole = sampler.batch_sampler if isinstance(sampler, SkipBatchSampler) else None
+    if not isinstance(whole, BatchSamplerShard) or whole.drop_last or whole.batch_size is None:
+        return 0
+    return len(loader.dataset) % (whole.batch_size * (1 if whole.split_batches else whole.num_processes))

@@ -17,6 +17,7 @@ from hf_ls import LabelSmoothingArguments, LabelSmoothingTrainer, Schedule, Smoo
 from hf_ls.metrics.ceiling import ceiling_warning, epsilon_ceiling, last_epsilon
 from hf_ls.report.plots import loss_curve
 from hf_ls.report.sentences import regime, warnings
+from hf_ls.trainer.criterion import LoggedTerms
 
 
 @pytest.mark.parametrize("convention", ["all", "wrong"])
@@ -110,10 +111,10 @@ def test_the_trainer_says_nothing_of_a_model_that_errs(tmp_path: Path, caplog: p
 def _smoothed(**changes: Any) -> Any:
     """A report whose baseline is right in 198 of 200 cases, smoothed with ε = 0.3."""
     report = make_report()
-    facts = dict(report.smoothing, epsilon=0.3)
+    facts = replace(report.smoothing, epsilon=0.3)
     sure = interval(0.99, 0.97, 1.0)
     rows = [replace(with_metrics(row, accuracy=sure), epsilon=0.3 if row.epsilon else 0.0) for row in report.rows]
-    return replace(report, rows=rows, smoothing=facts | changes)
+    return replace(report, rows=rows, smoothing=replace(facts, **changes))
 
 
 def test_the_report_warns_by_the_error_of_the_baseline() -> None:
@@ -160,24 +161,19 @@ def test_losses_of_two_runs_are_never_drawn_without_their_nll() -> None:
         loss_curve(make_report(history={"baseline": stock, "smoothed": stock}))
 
 
-def test_the_summary_of_a_training_has_a_loss_which_compares(tmp_path: Path) -> None:
+def test_the_summary_of_a_training_has_a_loss_which_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`train_loss` holds the smoothing term; `train_nll` is the mean NLL of the same steps, also of those after the last log."""
     settings = dict(label_smoothing_factor=0.2, max_steps=5, logging_steps=2, per_device_train_batch_size=4, learning_rate=0.1)
     args = arguments(tmp_path, LabelSmoothingArguments, **settings)
     trainer = LabelSmoothingTrainer(model=tiny_bert(), args=args, train_dataset=classification_rows(20), data_collator=collate)
     seen: list[float] = []
-    metrics = _trained(trainer, seen)
+    add = LoggedTerms.add
+
+    def noted(self: LoggedTerms, terms: torch.Tensor, *more: Any) -> None:
+        seen.append(float(terms[0].detach()))
+        add(self, terms, *more)
+
+    monkeypatch.setattr(LoggedTerms, "add", noted)
+    metrics = trainer.train().metrics
     assert len(seen) == 5 and metrics["train_nll"] == pytest.approx(np.mean(seen), rel=1e-6)
     assert abs(metrics["train_loss"] - metrics["train_nll"]) > 1e-3
-
-
-def _trained(trainer: LabelSmoothingTrainer, seen: list[float]) -> dict[str, float]:
-    """The metrics of a training, and the NLL of each of its steps."""
-    log = trainer._log_terms
-
-    def noted(*parts: torch.Tensor) -> None:
-        seen.append(float(parts[0].detach()))
-        log(*parts)
-
-    trainer._log_terms = noted  # type: ignore[method-assign]
-    return trainer.train().metrics

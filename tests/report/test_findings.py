@@ -12,6 +12,7 @@ from reports import interval, make_report, make_token_report, with_difference, w
 
 from hf_ls.metrics import PredictionStatistics, TokenCalibration
 from hf_ls.report.calibration_report import CalibrationReport, CalibrationRow
+from hf_ls.report.facts import TrainingFacts
 from hf_ls.report.sentences import regime, verdict, warnings
 
 
@@ -43,9 +44,9 @@ def test_regime_sees_errors_which_cancel() -> None:
 def test_regime_does_not_trust_a_bootstrap_without_an_error() -> None:
     """Five of five right at confidence 0.9 happen with probability 0.59: no sign of under-confidence."""
     logits = np.log([[0.9, 0.05, 0.05]] * 5) + np.linspace(0, 1e-3, 5)[:, None] * [1, 0, 0]
-    row = CalibrationRow.from_logits("baseline", 0.0, 1.0, logits, [0] * 5, repetitions=50)
+    row = CalibrationRow.from_logits("baseline", 0.0, None, logits, [0] * 5, repetitions=50)
     assert row.metrics["signed_gap"]["high"] is not None and row.metrics["signed_gap"]["high"] < 0
-    dataset = make_report().dataset | {"n": 5, "class_counts": [5, 0, 0]}
+    dataset = replace(make_report().dataset, n=5, class_counts=[5, 0, 0])
     report = replace(make_report(rows=1, history={}), rows=[row], dataset=dataset)
     assert "not distinguishable" in regime(report)
 
@@ -97,10 +98,10 @@ def test_a_report_without_differences_decides_nothing() -> None:
 def test_verdict_without_a_pair_says_so() -> None:
     assert "Nothing to compare" in verdict(make_report(rows=2))
     plain = make_report()
-    two = replace(plain, rows=[plain.rows[0], plain.rows[2]], published=None, training={})
+    two = replace(plain, rows=[plain.rows[0], plain.rows[2]], published=None, training=TrainingFacts())
     assert "against the baseline, test split" in verdict(two)
     assert "number of seeds is not recorded" in verdict(two)
-    assert "2 seeds" in verdict(replace(two, training={"seeds": [0, 1]}))
+    assert "2 seeds" in verdict(replace(two, training=TrainingFacts(seeds=[0, 1])))
 
 
 def token_report(**of_smoothed: dict[str, float]) -> CalibrationReport:
@@ -167,9 +168,9 @@ def test_regime_counts_sequences_where_every_token_is_right() -> None:
     items = np.tile([0.8, 1.0, 0.22, 0.1], (3, 5, 1)) + np.linspace(0, 1e-3, 3)[:, None, None] * [1, 0, 0, 0]
     tokens = TokenCalibration(repetitions=50)
     tokens.update(items, np.ones((3, 5), dtype=int))
-    row = CalibrationRow.from_tokens("baseline", 0.0, 1.0, tokens)
+    row = CalibrationRow.from_tokens("baseline", 0.0, None, tokens)
     assert row.interval("signed_gap")[1] < 0
-    dataset = make_token_report(rows=1).dataset | {"n": 15, "n_sequences": 3}
+    dataset = replace(make_token_report(rows=1).dataset, n=15, n_sequences=3)
     report = replace(make_token_report(rows=1), rows=[row], dataset=dataset, history={})
     assert "not distinguishable" in regime(report) and "n = 15 tokens in 3 sequences" in regime(report)
 
@@ -187,12 +188,12 @@ def _unlearnt(kind: str) -> CalibrationReport:
             tokens = TokenCalibration(repetitions=50)
             items = np.stack([stats.confidence, stats.correct, stats.nll, stats.brier], -1)
             tokens.update(items.reshape(60, 5, 4), labels.reshape(60, 5))
-            rows.append(CalibrationRow.from_tokens(name, epsilon, 1.0, tokens))
+            rows.append(CalibrationRow.from_tokens(name, epsilon, None, tokens))
         else:
-            rows.append(CalibrationRow.from_logits(name, epsilon, 1.0, logits, labels, repetitions=50))
+            rows.append(CalibrationRow.from_logits(name, epsilon, None, logits, labels, repetitions=50))
     plain = make_token_report("token-classification", rows=1) if kind == "tokens" else make_report(rows=1)
     size = {"n_sequences": 60} if kind == "tokens" else {}
-    dataset = plain.dataset | {"n": 300, "class_counts": np.bincount(labels).tolist()} | size
+    dataset = replace(plain.dataset, n=300, class_counts=np.bincount(labels).tolist(), **size)
     return replace(plain, rows=rows, dataset=dataset, label_names=["a", "b", "c"], history={}, published=None, differences=[])
 
 
@@ -220,8 +221,8 @@ def test_a_model_of_rare_classes_may_learn_without_a_better_accuracy() -> None:
     rng = np.random.default_rng(0)
     risk = rng.choice([0.01, 0.3], 2000, p=[0.8, 0.2])
     labels = (rng.random(2000) < risk).astype(int)
-    row = CalibrationRow.from_logits("baseline", 0.0, 1.0, np.log(np.stack([1 - risk, risk], 1)), labels, repetitions=50)
+    row = CalibrationRow.from_logits("baseline", 0.0, None, np.log(np.stack([1 - risk, risk], 1)), labels, repetitions=50)
     counts = np.bincount(labels).tolist()
     report = make_report(rows=1, history={})
-    report = replace(report, rows=[row], dataset=report.dataset | {"n": 2000, "class_counts": counts}, label_names=["no", "yes"])
+    report = replace(report, rows=[row], dataset=replace(report.dataset, n=2000, class_counts=counts), label_names=["no", "yes"])
     assert row.value("accuracy") == max(counts) / 2000 and "has not learnt" not in regime(report)

@@ -14,8 +14,9 @@ from hf_ls.common.files import TEMPORARY, TEMPORARY_FOLDER, tell, write_atomical
 from hf_ls.compare.cells import LOG, SPEC, Cell, Spec, _start
 from hf_ls.report.calibration_report import SETTINGS
 from hf_ls.run.config import parse_config
-from hf_ls.run.finetune import _check_deletable, finetune
-from hf_ls.run.manifest import CHECKPOINT, MANIFEST, Manifest
+from hf_ls.run.finetune import finetune
+from hf_ls.run.manifest import CHECKPOINT, LOCK, MANIFEST, Manifest
+from hf_ls.run.output import check_deletable
 
 SHORT = ["--do_train", "--max_train_samples", "32", "--max_eval_samples", "20", "--max_steps", "2"]
 SAVING = ["--save_strategy", "steps", "--save_steps", "1", "--label_smoothing_factor", "0.1"]
@@ -92,7 +93,7 @@ def test_a_torn_or_hostile_line_names_nothing(tmp_path):
         )
     manifest = Manifest(tmp_path)
     manifest.delete(first=SETTINGS)
-    assert outside.read_text() == "mine" and list(snapshot(tmp_path)) == [MANIFEST]
+    assert outside.read_text() == "mine" and list(snapshot(tmp_path)) == [LOCK, MANIFEST]
 
 
 def test_two_runs_do_not_work_in_one_folder(tmp_path, monkeypatch):
@@ -146,10 +147,10 @@ def test_places_which_are_never_deleted_in(tiny, tmp_path, monkeypatch):
     config = parse_config(arguments(tiny, "out", *SHORT))
     for place in ("/", str(home), "~", ".", "..", str(work), str(work.parent), str(tmp_path)):
         with pytest.raises(ValueError, match=r"expected a folder of a run alone to delete, got .* give another output_dir"):
-            _check_deletable(config, Path(place).expanduser())
+            check_deletable(config, Path(place).expanduser())
     with pytest.raises(ValueError, match="got the link"):
-        _check_deletable(config, tmp_path / "link")
-    _check_deletable(config, work / "out")
+        check_deletable(config, tmp_path / "link")
+    check_deletable(config, work / "out")
 
 
 def test_overwriting_deletes_one_run_or_nothing(tiny, tmp_path):
@@ -201,7 +202,7 @@ def test_a_cell_starts_again_only_in_a_folder_of_its_own(tmp_path, monkeypatch):
         _start(spec, manifest, 1, 0)
         begun(cell)
         _start(spec, manifest, 1, 0)
-        assert sorted(snapshot(cell)) == sorted([MANIFEST, LOG, SPEC])
+        assert sorted(snapshot(cell)) == sorted([LOCK, MANIFEST, LOG, SPEC])
         write(cell, "notes.txt")
         before = snapshot(cell)
         with pytest.raises(ValueError, match=r"did not write: notes\.txt"):

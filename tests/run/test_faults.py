@@ -31,7 +31,6 @@ from hf_ls.run.config import parse_config
 from hf_ls.run.finetune import finetune
 from hf_ls.run.manifest import Manifest
 from hf_ls.run.outcome import OUTCOME
-from hf_ls.run.torchrun import failure
 
 # Everything which changes files at once: two runs, evaluation between steps, the best checkpoint, deletion, a baked temperature.
 RUN = [
@@ -275,7 +274,7 @@ def test_a_rank_which_dies_ends_the_run_and_is_named(tiny, tmp_path):
     next(member for member in family(process) if member.environ().get("RANK") == "1").kill()
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert re.search(r"^error: rank 1 was killed \(SIGKILL.*--resume_from_checkpoint last$", output, re.M), output
+    assert re.search(r"rank +: 1 .*\n.*exitcode +: -9", output), output  # torchrun's own words, last
     assert last_complete_checkpoint(tmp_path / "out")
 
 
@@ -301,25 +300,3 @@ def test_a_rank_without_a_launcher_does_not_wait_for_a_dead_one(tiny, tmp_path, 
     assert ranks[1 - dead].returncode == 1
     last = output.strip().splitlines()[-1]
     assert last.startswith(f"error: rank {1 - dead} of 2 stopped") and last.endswith("--resume_from_checkpoint last"), output
-
-
-@pytest.mark.parametrize(("how", "said"), [("sys.exit(3)", "rank 1 ended with exit code 3"),
-                                           ("os.kill(os.getpid(), 11)", r"rank 1 was killed \(SIGSEGV\)")])  # fmt: skip
-def test_torchrun_names_the_first_failure_in_its_last_line(tmp_path, how, said):
-    """The other rank would sleep for ten minutes."""
-    (tmp_path / "job.py").write_text(f"import os, sys, time\n{how} if os.environ['RANK'] == '1' else time.sleep(600)\n")
-    command = [sys.executable, "-m", "hf_ls.run.torchrun", "--standalone", "--nproc_per_node", "2", str(tmp_path / "job.py")]
-    process = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120)
-    assert process.returncode == 1
-    assert re.match(f"error: {said}.*--resume_from_checkpoint last$", process.stderr.strip().splitlines()[-1]), process.stderr
-
-
-def test_the_killed_rank_is_named_before_those_which_lost_it():
-    def named(*codes):
-        return failure({rank: SimpleNamespace(exitcode=code) for rank, code in enumerate(codes)})
-
-    assert named(1, -signal.SIGKILL, -signal.SIGTERM).startswith(
-        "error: rank 1 was killed (SIGKILL, by hand or for want of memory)"
-    )
-    assert named(-signal.SIGTERM, 2).startswith("error: rank 1 ended with exit code 2")
-    assert named(-signal.SIGTERM, -signal.SIGTERM).startswith("error: rank 0 was killed (SIGTERM)")

@@ -63,3 +63,21 @@ def test_a_final_factor_needs_a_schedule(tmp_path):
     for warmup in (0, 5):
         with pytest.raises(ValueError, match=r"final_factor=0\.4, got 'constant'"):
             LabelSmoothingArguments(str(tmp_path), label_smoothing_final_factor=0.4, label_smoothing_warmup_steps=warmup)
+
+
+@pytest.mark.parametrize(
+    ("objective", "params"),
+    [
+        ("online", '{"alpah": 0.3}'),
+        ("online", '{"alpha": 1.5}'),
+        ("instance", '{"maximun": 0.3}'),
+        ("graduated", '{"thresholds": [0.7, 0.3]}'),
+        ("graduated", '{"values": [0.1]}'),
+        ("focal", '{"gamma": "three"}'),
+        ("smoothed_ce", '{"gamma": 3}'),
+        ("focl", None),
+    ],
+)
+def test_an_objective_is_settled_when_the_arguments_are_made(tmp_path, objective, params):
+    with pytest.raises((ValueError, TypeError), match="expected"):
+        LabelSmoothingArguments(str(tmp_path), label_smoothing_objective=objective, label_smoothing_objective_params=params)

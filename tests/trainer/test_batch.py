@@ -112,8 +112,8 @@ def test_a_model_which_writes_into_its_labels_is_trained_on_the_right_ones(tmp_p
     settings = dict(per_device_train_batch_size=2, gradient_accumulation_steps=4, label_smoothing_factor=0.1, learning_rate=0.0)
     trainer = ours(tmp_path, model, rows, **settings)
     trainer.train()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(nll.mean().item(), rel=1e-5)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(nll.mean().item(), rel=1e-4)
     assert (trainer.predict(rows).label_ids == -100).sum() == (~kept).sum()
 
 
@@ -178,6 +178,8 @@ def test_class_weights_have_the_number_of_the_logits_not_of_the_config(tmp_path)
 def test_the_way_of_a_batch_to_its_loss_and_back_is_short(tmp_path, make, rows, most):
     """Modules of hf_ls which one training batch visits, after the checks of the first."""
     model, batch = make().train(), collate(rows().rows)
+    if model.config.is_encoder_decoder:  # as transformers' collator gives them
+        batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
     trainer = ours(tmp_path, model, rows(), label_smoothing_factor=0.1, label_smoothing_logits_free="off")
     trainer.compute_loss(model, batch, num_items_in_batch=torch.tensor(8.0)).backward()
     visited = set()

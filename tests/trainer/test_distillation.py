@@ -249,8 +249,8 @@ def test_a_teacher_named_in_the_arguments_must_be_given(tmp_path):
 
 REPORT = {"published": "smoothed", "smoothing": {"epsilon": 0.1}}
 EVIDENCE = [
-    ("calibration.json", json.dumps(REPORT | {"rows": [{"name": "smoothed", "epsilon": 0.1}]}), "epsilon = 0.1"),
-    ("calibration.json", json.dumps(REPORT | {"rows": [{"name": "smoothed", "epsilon": 0.0}]}), None),
+    ("calibration.json", json.dumps(REPORT | {"rows": [{"run": "smoothed", "epsilon": 0.1}]}), "epsilon = 0.1"),
+    ("calibration.json", json.dumps(REPORT | {"rows": [{"run": "smoothed", "epsilon": 0.0}]}), None),
     ("calibration.json", json.dumps(REPORT | {"published": None, "rows": [{"epsilon": 0.0}, {"epsilon": 0.1}]}), "epsilon = 0.1"),
     ("settings.json", '{"label_smoothing_factor": 0.2}', "epsilon = 0.2"),
     ("settings.json", '{"label_smoothing_factor": 0.0}', None),

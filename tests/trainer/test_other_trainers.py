@@ -232,7 +232,7 @@ class Own(nn.Module):
         self.bare, self.embed, self.head = bare, nn.Embedding(VOCAB, 8), nn.Linear(8, CLASSES)
 
     def forward(self, input_ids, labels=None, attention_mask=None):
-        embedding = self.embed(input_ids).mean(1)
+        embedding = self.embed(input_ids[:, :4]).mean(1)  # no row is shorter: padding does not count
         logits = 20 * self.head(embedding)
         if labels is not None:
             return nn.functional.cross_entropy(logits, labels), logits, embedding
@@ -313,7 +313,7 @@ def test_a_metric_whose_target_is_zero_chooses_no_checkpoint(tmp_path, name, gre
 
 class Softmaxed(Own):
     def forward(self, input_ids, labels=None, attention_mask=None):
-        logits = self.head(self.embed(input_ids).mean(1)).softmax(-1)
+        logits = self.head(self.embed(input_ids[:, :4]).mean(1)).softmax(-1)
         return {"logits": logits} | ({} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)})
 
 

@@ -14,8 +14,8 @@ from places import ROOT
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # What the core brings along itself: transformers and torch need these two.
-BROUGHT_ALONG = {"pyyaml": "yaml", "jinja2": "jinja2", "filelock": "filelock"}
-BLOCKED = [re.split(r"[>=<\[]", line)[0] for line in EXTRAS["scripts"] + EXTRAS["trl"] + EXTRAS["liger"]]
+BROUGHT_ALONG = ("pyyaml", "jinja2")
+BLOCKED = [re.split(r"[>=<\[]", line)[0] for line in EXTRAS["scripts"] + EXTRAS["trl"]]
 BLOCKED = [name.replace("-", "_") for name in BLOCKED if name not in BROUGHT_ALONG]
 
 TRAINS = """
