@@ -9,7 +9,7 @@ precision, with its gradient.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -133,7 +133,7 @@ def added_loss(outputs: Any, logits: Tensor, labels: Tensor, *, whole: bool) -> 
 
 @torch.no_grad()
 def own_loss(
-    model: nn.Module, inputs: Callable[[], dict[str, Any]], labels: list[tuple[Tensor, ...]], means: list[float]
+    model: nn.Module, inputs: Callable[[], dict[str, Any]], labels: Sequence[tuple[Tensor, ...]], means: list[float]
 ) -> OwnLoss:
     """A model's own loss on a batch with labels, and what it adds to their cross entropy. Two forwards, never compiled.
 

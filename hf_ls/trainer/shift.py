@@ -225,7 +225,7 @@ def counts_first_label(model: nn.Module, batch: Batch) -> bool:
     first[:, 0] = labels[labels != IGNORE_INDEX][0]
     with in_eval_mode(model):
         own = loss_in(model(**batch.for_model(model) | {batch.names[0]: first}))
-    return own is not None and math.isfinite(own) and own > 1e-3  # else NaN or 0: a mean over nothing
+    return own is not None and math.isfinite(own) and bool(own > 1e-3)  # else NaN or 0: a mean over nothing
 
 
 def resolve_shift(model: nn.Module, gap: LossGap, first_counts: bool = False) -> bool:
