@@ -334,7 +334,9 @@ def check_tensors(
         )
     if token_weight is not None:
         if token_weight.requires_grad:
-            raise ValueError("expected token_weight without a gradient, got requires_grad=True; multiply a reduction='none' loss by it")
+            raise ValueError(
+                "expected token_weight without a gradient, got requires_grad=True; multiply a reduction='none' loss by it"
+            )
         if token_weight.shape != labels.shape:
             raise ValueError(
                 f"expected token_weight {tuple(labels.shape)} >= 0, got {tuple(token_weight.shape)}; one weight per label"
