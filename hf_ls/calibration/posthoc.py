@@ -1,9 +1,7 @@
 """What can be done after training beside one temperature: vector scaling, isotonic regression, selective scores.
 
-Owns: the three, each fitted on validation hard labels and applied to other logits, and a table which compares them on test.
-Does not own: temperature scaling (`temperature`), the metrics (`metrics`), which split is which (the caller).
-
-scipy serves all of them; scikit-learn is only what the tests compare with. None of them is baked into a model.
+Each is fitted on validation hard labels and applied to other logits. A map sees the classes relative to each other only: adding a
+constant to a row of logits changes nothing. None of them is baked into a model.
 """
 
 from __future__ import annotations
@@ -26,7 +24,10 @@ _GRADIENT_TOLERANCE = 1e-8
 
 @dataclass(frozen=True)
 class VectorScaling:
-    """Logits w ⊙ z + b with a weight and a bias per class [K], which may change the predicted class. Source: Guo et al. 2017."""
+    """Logits w ⊙ (z − mean z) + b with a weight and a bias per class [K], which may change the predicted class.
+
+    The mean of a row is taken away first: the softmax does not see it, but unequal weights would. Source: Guo et al. 2017.
+    """
 
     weight: Floats
     bias: Floats
@@ -34,14 +35,13 @@ class VectorScaling:
     def __call__(self, logits: Any) -> Floats:
         """Scaled logits [n, K] in float64.
 
-        Raises: ValueError for another number of classes; TypeError, ValueError as `check_logits`.
+        Raises: ValueError for another number of classes or −inf logits; TypeError, ValueError as `check_logits`.
         """
-        z = _matrix(logits, len(self.weight))
-        return z * self.weight + self.bias
+        return _centred(_matrix(logits, len(self.weight))) * self.weight + self.bias
 
 
 def fit_vector_scaling(logits: Any, labels: Any) -> VectorScaling:
-    """The w and b [K], Σ b = 0, which minimise the mean NLL of labels [n] under softmax(w ⊙ z + b), in float64.
+    """The w and b [K], Σ b = 0, which minimise the mean NLL of labels [n] under softmax(w ⊙ (z − mean z) + b), in float64.
 
     The NLL is convex in (w, b); with 2·K parameters it needs validation rows of every class.
 
@@ -54,13 +54,12 @@ def fit_vector_scaling(logits: Any, labels: Any) -> VectorScaling:
     y = check_labels(labels, n, k)
     absent = np.setdiff1d(np.arange(k), y)
     if absent.size or n < 2 * k:
+        lacking = f"none of class {absent[:5].tolist()}" if absent.size else "every class"
         raise ValueError(
-            f"expected at least {2 * k} rows with a label of every class, got {n} rows and none of class {absent[:5].tolist()}; "
+            f"expected at least {2 * k} rows with a label of every class, got {n} rows and {lacking}; "
             "use more validation data, or a temperature, which has one parameter"
         )
-    if not np.isfinite(z).all():
-        raise ValueError("expected finite logits for vector scaling, got −inf; use a temperature where classes are masked")
-    z = z - z.mean(axis=1, keepdims=True)  # the softmax does not see it, but the scale of w does
+    z = _centred(z)
     scale = float(z.std()) or 1.0
     x, hot = z / scale, np.eye(k)[y]
 
@@ -80,11 +79,14 @@ def fit_vector_scaling(logits: Any, labels: Any) -> VectorScaling:
             f"expected an NLL with a minimum, got one still falling at {found.fun:.3g} after {found.nit} steps: the validation "
             "rows are all but separable; use more of them, or keep the logits"
         )
-    return _centred(found.x[:k] / scale, found.x[k:])
+    return VectorScaling(found.x[:k] / scale, found.x[k:] - found.x[k:].mean())
 
 
-def _centred(weight: Floats, bias: Floats) -> VectorScaling:
-    return VectorScaling(weight, bias - bias.mean())
+def _centred(z: Floats) -> Floats:
+    """Logits less the mean of their row."""
+    if not np.isfinite(z).all():
+        raise ValueError("expected finite logits for vector scaling, got −inf; use a temperature where classes are masked")
+    return z - z.mean(axis=1, keepdims=True)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_ls.common.files import UNFINISHED
+from hf_ls.common.files import move, temporary_folder, temporary_name
 from hf_ls.common.models import in_eval_mode, load_weights
 from hf_ls.metrics.validation import Floats, check_labels, check_logits
 
@@ -192,11 +191,11 @@ def bake_folder(folder: str | os.PathLike[str], temperature: float, inputs: Mapp
                 "not all of its weights are saved; keep T = 1 and apply_temperature"
             )
 
-    with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED) as made:
+    with temporary_folder(temporary_name(Path(folder))) as made:
         model.save_pretrained(made)
         check(made)
-        for file in sorted(Path(made).iterdir(), reverse=True):  # the weights before the config
-            os.replace(file, Path(folder, file.name))
+        for file in sorted(made.iterdir(), reverse=True):  # the weights before the config
+            move(file, Path(folder, file.name))
     check(folder)
 
 

@@ -7,28 +7,29 @@ process. Does not own: what a cell does (`cell_worker`), which cells there are (
 from __future__ import annotations
 
 import copy
-import fcntl
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hf_ls.common.files import write_atomically
+from hf_ls.common.errors import read_json
+from hf_ls.common.files import locked, write_atomically
 from hf_ls.run.config import Config, DataArguments
-from hf_ls.trainer.arguments import smoothing_of
+from hf_ls.run.manifest import Manifest
+from hf_ls.trainer.arguments import smoothing_of, without_smoothing
 from hf_ls.trainer.criterion import Criterion, parse_params
 
 CELL = "cell.json"  # written last: a cell with it is finished
 LOG = "log.txt"
+SPEC = "spec.json"
 _PACKAGE = Path(__file__).parents[1]
 # Those of `accelerate launch`: a cell is a single process, whatever this one was started by.
 _LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -88,8 +89,10 @@ def cell_config(base: Config, spec: Spec, folder: Path) -> Config:
 
     Raises: ValueError for an ε or an objective which cannot be.
     """
-    cell, training = spec.cell, copy.copy(base.training)
+    cell = spec.cell
+    training = copy.copy(base.training) if cell.epsilon else without_smoothing(base.training)
     changes: dict[str, Any] = {
+        "label_smoothing_convention": base.training.label_smoothing_convention,  # which objectives read too
         "label_smoothing_factor": cell.epsilon,
         "label_smoothing_objective": cell.objective,
         "label_smoothing_objective_params": cell.params,
@@ -124,7 +127,7 @@ def finished(folder: Path, spec: Spec) -> dict[str, Any] | None:
     """
     if not (folder / CELL).is_file():
         return None
-    found = json.loads((folder / CELL).read_text(encoding="utf-8"))
+    found = read_json(folder / CELL, f"delete {CELL}, and the cell is run again")
     return found if Cell(**found["spec"]["cell"]) == spec.cell else None
 
 
@@ -142,6 +145,14 @@ def run_cells(
     kept = len(specs) - len(todo)
     if kept:
         announce(f"{kept} of {len(specs)} cells are finished already")
+    with Manifest(folder).recording() as manifest:
+        return _run_cells(specs, todo, manifest, jobs=jobs, threads=threads, announce=announce)
+
+
+def _run_cells(
+    specs: Sequence[Spec], todo: Sequence[Spec], manifest: Manifest, *, jobs: int, threads: int, announce: Callable[[str], None]
+) -> dict[Cell, dict[str, Any]]:
+    folder, kept = manifest.folder, len(specs) - len(todo)
     running: dict[subprocess.Popen[bytes], tuple[Spec, float, int]] = {}
     failed: list[Spec] = []
     done, waiting = kept, list(todo)
@@ -150,7 +161,7 @@ def run_cells(
             while waiting and len(running) < jobs and not failed:
                 slot = min(set(range(jobs)) - {used for _, _, used in running.values()})
                 spec = waiting.pop(0)
-                running[_start(spec, folder, threads, slot)] = (spec, time.monotonic(), slot)
+                running[_start(spec, manifest, threads, slot)] = (spec, time.monotonic(), slot)
             time.sleep(0.1)
             for process in [process for process in running if process.poll() is not None]:
                 spec, started, _ = running.pop(process)
@@ -172,36 +183,20 @@ def run_cells(
     return {cell: left for cell, left in found.items() if left is not None}
 
 
-@contextmanager
-def locked(path: Path, remedy: str, *, patience: float = 0.0) -> Iterator[int]:
-    """Hold a lock file, as its descriptor, until the end of the block or of the last process which has the descriptor.
+def _start(spec: Spec, manifest: Manifest, threads: int, slot: int) -> subprocess.Popen[bytes]:
+    """Start a cell in an empty folder, once one which is dying there has ended: a cell holds a lock while it lives.
 
-    Raises: ValueError when another process still holds it after `patience` seconds.
+    Raises: ValueError for a folder in which there is more than what the cell's run and this comparison wrote.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise ValueError(f"expected {path} to be free, got it held by another process; {remedy}") from None
-                time.sleep(0.05)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _start(spec: Spec, folder: Path, threads: int, slot: int) -> subprocess.Popen[bytes]:
-    """Start a cell in an empty folder; it inherits a lock, so that a dying one is waited for."""
-    cell = folder / spec.cell.name
-    with locked(folder / f".{cell.name}.lock", "end that process", patience=30) as lock:
-        shutil.rmtree(cell, ignore_errors=True)
-        cell.mkdir(parents=True)
-        write_atomically(cell / "spec.json", spec.to_json())
+    cell = manifest.folder / spec.cell.name
+    with cell_lock(cell):
+        earlier = Manifest(cell)
+        for path in (cell / SPEC, cell / LOG):
+            if manifest.lists(path):
+                earlier.claim(path)
+        earlier.delete(first=CELL)
+        manifest.add(cell / LOG)
+        write_atomically(cell / SPEC, spec.to_json())
         environment = {name: value for name, value in os.environ.items() if name not in _LAUNCH_VARIABLES}
         environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_PACKAGE.parent), environment.get("PYTHONPATH")]))
@@ -209,9 +204,16 @@ def _start(spec: Spec, folder: Path, threads: int, slot: int) -> subprocess.Pope
         with open(cell / LOG, "wb") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "hf_ls.compare.worker", str(cell)],
-                stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment, pass_fds=[lock],
-                start_new_session=True,
+                stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
             )  # fmt: skip
+
+
+def cell_lock(cell: Path) -> AbstractContextManager[None]:
+    """The lock of the cell in this folder.
+
+    Raises: ValueError on entering, where another process does not give it up.
+    """
+    return locked(cell.parent / f".{cell.name}.lock", "end that process", patience=30)
 
 
 def one_gpu(slot: int) -> str | None:
@@ -232,6 +234,6 @@ def _close(process: subprocess.Popen[bytes]) -> None:
 def _kill(process: subprocess.Popen[bytes]) -> None:
     """End a cell and all that it started."""
     with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
     process.wait()
     _close(process)

@@ -13,12 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from hf_ls.compare.contrasts import (
-    BASELINE,
-    CONTRASTED,
     METRICS,
     TEST,
     Comparison,
-    Contrast,
     Measurement,
     Result,
     Variant,
@@ -26,12 +23,12 @@ from hf_ls.compare.contrasts import (
 )
 from hf_ls.compare.verdict import judge
 from hf_ls.metrics.core import rmsce_debiased, smooth_ece
-from hf_ls.metrics.direction import is_lower_better
-from hf_ls.metrics.paired import RESAMPLED, Difference, Resamples, holm, seed_difference, seed_interval
+from hf_ls.metrics.paired import COMPARED, RESAMPLED, Contrast, Resamples, holm, seed_difference, seed_interval
 from hf_ls.metrics.validation import check_count
+from hf_ls.report.calibration_report import BASELINE
 
 __all__ = [
-    "BASELINE", "CONTRASTED", "METRICS", "TEST", "Comparison", "Contrast", "Measurement", "Result", "Variant", "Verdict",
+    "BASELINE", "METRICS", "TEST", "Comparison", "Contrast", "Measurement", "Result", "Variant", "Verdict",
     "compare",
 ]  # fmt: skip
 
@@ -43,9 +40,10 @@ def compare(results: Sequence[Result], *, level: float = 0.95, repetitions: int 
     "smooth" if the picked one is measurably better than the baseline and than the baseline + temperature in NLL, or in
     accuracy with an NLL which is measurably worse than neither; else "temperature" if baseline + temperature is measurably
     better than the baseline in NLL; else "no_difference". "Measurably" means that the two-sided p-value of the contrast,
-    over examples and seeds, is at most 1 − level. It is not corrected there: one variant is tested, picked on other data,
-    and two ways to be better with half of 1 − level each make a wrong "smooth" no likelier than 1 − level. The table of
-    all ε is corrected (`Contrast.p_holm`).
+    over examples and seeds, is at most 1 − level, which is to say that its interval leaves 0 out. It is not corrected there:
+    one variant is tested, picked on other data, and two ways to be better with half of 1 − level each make a wrong "smooth" no
+    likelier than 1 − level. The table of all ε is corrected (`Contrast.p_holm`). "not_learnt" where neither the baseline nor the
+    picked variant has learnt (`metrics.ceiling.has_learnt`), which needs `Result.labels`.
 
     level: of all intervals. repetitions: bootstrap replicates. seed: of their weights.
 
@@ -86,19 +84,20 @@ def compare(results: Sequence[Result], *, level: float = 0.95, repetitions: int 
         for reference in (Variant(BASELINE, 0.0, False), Variant(BASELINE, 0.0, True)):
             if reference not in variants:
                 continue
-            for metric in (*CONTRASTED, *extra):
+            for metric in (*COMPARED, *extra):
                 values = {m.variant: m.per_seed for m in measurements if (m.set, m.metric) == (name, metric)}
-                differences = {
-                    v: resamples.difference(rows[v], rows[reference], metric, level)
-                    if metric in RESAMPLED
-                    else seed_difference(values[v], values[reference], level)
-                    for v in variants
-                    if v != reference
-                }
-                contrasts += _corrected(differences, reference, name, metric)
+                found = {}
+                for v in (v for v in variants if v != reference):
+                    names = {"row": v.label, "against": reference.label, "set": name}
+                    if metric in RESAMPLED:
+                        found[v] = resamples.difference(rows[v], rows[reference], metric, level, **names)
+                    else:
+                        found[v] = seed_difference(metric, values[v], values[reference], level, **names)
+                contrasts += _corrected(found)
     by_label = {v.label: [cells[v, s] for s in seeds] for v in variants}
     validation = {label: [float(r.validation_nll) for r in own] for label, own in by_label.items()}
     smoothed = [v for v in variants if v.name != BASELINE]
+    labels = (first.labels or {}).get(TEST)
     comparison = Comparison(
         seeds=seeds,
         variants=variants,
@@ -112,6 +111,7 @@ def compare(results: Sequence[Result], *, level: float = 0.95, repetitions: int 
         measurements=measurements,
         contrasts=contrasts,
         verdict=Verdict("no_difference", Variant(BASELINE, 0.0, False), None, "", [], []),
+        class_counts=None if labels is None else np.bincount(np.unique(labels, return_inverse=True)[1].ravel()).tolist(),
     )
     return dataclasses.replace(comparison, verdict=judge(comparison))
 
@@ -203,14 +203,8 @@ def _measure(
     return measurements
 
 
-def _corrected(differences: dict[Variant, Difference], reference: Variant, name: str, metric: str) -> list[Contrast]:
+def _corrected(contrasts: dict[Variant, Contrast]) -> list[Contrast]:
     """Return the contrasts with one reference; the smoothed variants are one family for Holm's correction."""
-    family = [v for v in differences if v.name != BASELINE]
-    p_holm = dict(zip(family, holm([differences[v].p for v in family]), strict=True))
-    return [
-        Contrast(
-            variant=v, reference=reference, set=name, metric=metric, lower_is_better=is_lower_better(metric),
-            p_holm=p_holm.get(v, d.p), **dataclasses.asdict(d),
-        )
-        for v, d in differences.items()
-    ]  # fmt: skip
+    family = [v for v in contrasts if v.name != BASELINE]
+    p_holm = dict(zip(family, holm([contrasts[v].p for v in family]), strict=True))
+    return [dataclasses.replace(contrast, p_holm=p_holm.get(v, contrast.p)) for v, contrast in contrasts.items()]

@@ -15,18 +15,19 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_ls.metrics.ceiling import has_learnt
 from hf_ls.metrics.core import PredictionStatistics
+from hf_ls.metrics.paired import Contrast
+from hf_ls.report.calibration_report import BASELINE
 
-Kind = Literal["smooth", "temperature", "no_difference"]
+Kind = Literal["smooth", "temperature", "no_difference", "not_learnt"]
 
-BASELINE = "baseline"
 TEST = "test"
 # Of every variant and set, in this order; task metrics of `Result.extra` follow. "null_ece" and "null_ece_q95" are the
 # mean and 95 % quantile of the ECE which a calibrated model with the same confidences shows at this n.
 METRICS = (
     "accuracy", "nll", "brier", "ece", "null_ece", "null_ece_q95", "smooth_ece", "rmsce_debiased", "aurc", "e_aurc", "signed_gap",
 )  # fmt: skip
-CONTRASTED = ("accuracy", "nll", "brier", "ece", "aurc", "e_aurc")
 
 
 @dataclass(frozen=True, order=True)
@@ -72,7 +73,8 @@ class Result:
     statistics: set name -> per-prediction statistics in the order of that set. "test" is judged, others are columns.
     cluster: set name -> the sentence (integer) of each token [n], resampled together; None: each prediction its own.
     extra: set name -> {task metric: value}, e.g. {"test": {"exact_match": 0.8}}.
-    labels: set name -> labels [n], compared only, so that a set in another order is refused; None: not checked.
+    labels: set name -> labels [n], so that a set in another order is refused, and a model which has not learnt is seen; None:
+        neither is checked.
     """
 
     variant: Variant
@@ -106,47 +108,10 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Contrast:
-    """One metric of a variant less that of a reference, on the same examples with the same seeds.
-
-    per_seed: the difference variant − reference for each of `Comparison.seeds`. mean: over seeds.
-    per_seed_low, per_seed_high: for each seed, the paired interval over examples (None for task metrics).
-    seed_low, seed_high: t interval over seeds, for these examples; None with one seed.
-    low, high: the interval which covers both, examples and seeds; with one seed, examples only; None for a task
-        metric with one seed. p: its two-sided p-value. p_holm: corrected for the number of smoothed variants which
-        are set against this reference (1 for the baseline's temperature).
-    lower_is_better: of the metric.
-    """
-
-    variant: Variant
-    reference: Variant
-    set: str
-    metric: str
-    lower_is_better: bool
-    per_seed: list[float]
-    mean: float
-    low: float | None
-    high: float | None
-    p: float | None
-    p_holm: float | None
-    seed_low: float | None
-    seed_high: float | None
-    per_seed_low: list[float] | None
-    per_seed_high: list[float] | None
-
-    def finding(self, level: float = 0.95, *, corrected: bool = True) -> Literal["better", "worse", "none"]:
-        """Whether the variant is measurably better or worse than the reference, by p_holm (or p) ≤ 1 − level."""
-        p = self.p_holm if corrected else self.p
-        if p is None or self.low is None or self.high is None or p > 1.0 - level:
-            return "none"
-        return "better" if (self.low + self.high < 0) == self.lower_is_better else "worse"
-
-
-@dataclass(frozen=True)
 class Verdict:
     """What to do, and why.
 
-    kind: "smooth", "temperature" (use temperature scaling instead) or "no_difference".
+    kind: "smooth", "temperature" (use temperature scaling instead), "no_difference", or "not_learnt" (no advice).
     variant: what to use: the picked smoothed variant, the baseline with temperature, or the baseline.
     epsilon: of the picked variant if kind is "smooth", else None.
     sentence: the verdict in one plain sentence. evidence: sentences with the numbers behind it.
@@ -169,6 +134,7 @@ class Comparison:
     clusters: set name -> number of clusters which were resampled, for sets with clusters.
     level, repetitions: of all intervals. temperatures, validation_nll: variant label -> value per seed.
     picked: the smoothed variant with the lowest mean validation NLL; None if none was compared.
+    class_counts: of the labels of "test"; None where they are not known.
     """
 
     seeds: list[int]
@@ -183,6 +149,7 @@ class Comparison:
     measurements: list[Measurement]
     contrasts: list[Contrast]
     verdict: Verdict
+    class_counts: list[int] | None = None
 
     def measurement(self, variant: Variant, metric: str, set: str = TEST) -> Measurement:
         """The measurement of a metric. Raises: ValueError if there is none."""
@@ -193,8 +160,8 @@ class Comparison:
 
     def contrast(self, variant: Variant, reference: Variant, metric: str, set: str = TEST) -> Contrast:
         """The contrast of a metric. Raises: ValueError if there is none."""
-        wanted = (variant, reference, metric, set)
-        found = [c for c in self.contrasts if (c.variant, c.reference, c.metric, c.set) == wanted]
+        wanted = (variant.label, reference.label, metric, set)
+        found = [c for c in self.contrasts if (c.row, c.against, c.metric, c.set) == wanted]
         if not found:
             pair = f"{variant.label!r} less {reference.label!r}"
             raise ValueError(
@@ -212,6 +179,15 @@ class Comparison:
         value, limit = (self.measurement(variant, metric, set).per_seed for metric in ("ece", "null_ece_q95"))
         return [bool(v <= q) for v, q in zip(value, limit, strict=True)]
 
+    def learnt(self, variant: Variant) -> bool:
+        """Whether a variant is measurably better on "test" than knowing only how frequent each class is; True if not known."""
+        if self.class_counts is None:
+            return True
+        accuracy, nll = (self.measurement(variant, metric) for metric in ("accuracy", "nll"))
+        if accuracy.per_seed_low is None or nll.per_seed_high is None:
+            return True
+        return has_learnt(float(np.mean(accuracy.per_seed_low)), float(np.mean(nll.per_seed_high)), self.class_counts)
+
     def to_json(self) -> str:
         """The comparison as JSON text."""
         return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
@@ -228,10 +204,7 @@ class Comparison:
             fields["variants"] = [Variant(**v) for v in fields["variants"]]
             fields["picked"] = Variant(**fields["picked"]) if fields["picked"] else None
             fields["measurements"] = [Measurement(**m | {"variant": Variant(**m["variant"])}) for m in fields["measurements"]]
-            fields["contrasts"] = [
-                Contrast(**c | {"variant": Variant(**c["variant"]), "reference": Variant(**c["reference"])})
-                for c in fields["contrasts"]
-            ]
+            fields["contrasts"] = [Contrast(**c) for c in fields["contrasts"]]
             fields["verdict"] = Verdict(**fields["verdict"] | {"variant": Variant(**fields["verdict"]["variant"])})
             return cls(**fields)
         except (TypeError, KeyError) as error:

@@ -9,28 +9,31 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from hf_ls.common.errors import read_json
 from hf_ls.common.files import write_atomically
+from hf_ls.common.privacy import token_in_environment, without_secrets, yaml_without_secrets
 from hf_ls.compare.cells import Cell, Spec, cell_config, locked, run_cells
 from hf_ls.compare.comparison import BASELINE, Comparison, compare
 from hf_ls.compare.data import CompareData, prepare_data
 from hf_ls.compare.page import Facts, print_comparison, write_report
 from hf_ls.compare.results import Predictions, clearly_worse
 from hf_ls.losses.smoothing import Smoothing
-from hf_ls.metrics.ceiling import epsilon_ceiling
+from hf_ls.metrics.ceiling import ceiling_warning, last_epsilon
 from hf_ls.report.calibration_report import REPORT, CalibrationReport
+from hf_ls.report.plots import write_plots
 from hf_ls.run.config import Config, Parser, about, parse_config
 from hf_ls.run.publish import folder_of, pictures_of
+from hf_ls.run.settings import check_same, settings_of
+from hf_ls.trainer.arguments import smoothing_of
 from hf_ls.trainer.criterion import Criterion, parse_params
 
-COMPARED = "compare.json"
+_SETTINGS_FILE = "compare.json"
 _GRID = (0.0, 0.05, 0.1, 0.2)
 _SEARCH_GRID = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
-# These name a place or what to print, not what is compared.
-_FREE = ("output_dir", "logging_dir", "run_name", "disable_tqdm", "report_to", "log_level", "hub_token", "overwrite_output_dir")
 
 
 @dataclass
@@ -139,7 +142,11 @@ def run_comparison(options: CompareArguments, config: Config, argv: Sequence[str
     another comparison works in the folder; CellFailed for a cell which did not finish.
     """
     folder = folder_of(config).absolute()
-    with locked(folder / ".lock", "wait for the other comparison, or give another output_dir"):
+    # The cells find the token in their environment: what they are told lies in files.
+    with (
+        token_in_environment(config.training),
+        locked(folder / ".lock", "wait for the other comparison, or give another output_dir"),
+    ):
         data = prepare_data(
             config, folder / "data", options.seeds,
             flip_labels=options.flip_labels, ood_sources=options.ood_sources, ood_files=options.ood,
@@ -209,15 +216,16 @@ def _spec(cell: Cell, argv: Sequence[str], folder: Path, data: CompareData) -> S
 
 
 def _with_frozen_config(argv: Sequence[str], folder: Path) -> list[str]:
-    """The arguments with the YAML file replaced by a copy, so that nobody can edit it between two cells."""
-    out = list(argv)
+    """The arguments without secrets, the YAML file replaced by a copy, so that nobody can edit it between two cells."""
+    out = without_secrets(argv)
     for i, word in enumerate(out):
         path = word.removeprefix("--config=") if word.startswith("--config=") else out[i + 1] if word == "--config" else None
         if path is None:
             continue
         copy = folder / "config.yaml"
-        if not copy.is_file() or copy.read_bytes() != Path(path).read_bytes():
-            write_atomically(copy, Path(path).read_bytes())
+        text = yaml_without_secrets(Path(path).read_text(encoding="utf-8"))
+        if not copy.is_file() or copy.read_bytes() != text.encode():
+            write_atomically(copy, text)
         out[i : i + (1 if "=" in word else 2)] = [f"--config={copy}"]
         break
     return out
@@ -225,11 +233,7 @@ def _with_frozen_config(argv: Sequence[str], folder: Path) -> list[str]:
 
 def _settings(options: CompareArguments, config: Config, data: CompareData) -> dict[str, Any]:
     """What decides the result, as JSON holds it."""
-    training = {name: value for name, value in config.training.to_dict().items() if name not in _FREE}
-    compared = asdict(options)
-    del compared["jobs"]
-    found = {**compared, **asdict(config.model), **asdict(config.data), **training, "data": data.hashes}
-    return json.loads(json.dumps(found, default=str))
+    return settings_of(options, config.run, config.model, config.data, config.training, data=data.hashes)
 
 
 def _keep_settings(folder: Path, settings: dict[str, Any], threads: int) -> int:
@@ -237,20 +241,10 @@ def _keep_settings(folder: Path, settings: dict[str, Any], threads: int) -> int:
 
     Raises: ValueError for other settings than those of the comparison in the folder.
     """
-    path = folder / COMPARED
+    path = folder / _SETTINGS_FILE
     if path.is_file():
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        names = sorted(settings.keys() | saved["settings"].keys())
-        different = [
-            f"{name}: {saved['settings'].get(name)} then, {settings.get(name)} now"
-            for name in names
-            if saved["settings"].get(name) != settings.get(name)
-        ]
-        if different:
-            raise ValueError(
-                f"expected the settings of the comparison in {folder}, got {'; '.join(different)}; restore them or give another "
-                "output_dir"
-            )
+        saved = read_json(path, "give another output_dir")
+        check_same(saved["settings"], settings, f"the comparison in {folder}", "restore them or give another output_dir")
         return int(saved["threads"])
     if (folder / REPORT).exists() or any(folder.glob("checkpoint-*")):
         raise ValueError(f"expected an output_dir without another run, got {folder}; give another output_dir")
@@ -292,17 +286,14 @@ def _facts(
     left: Mapping[Cell, Mapping[str, Any]],
 ) -> Facts:
     """What the report says beside the numbers."""
-    convention = config.training.label_smoothing_convention
+    smoothing = smoothing_of(config.training)
     baselines = [found for found in compared if found.cell.variant == BASELINE]
-    error = sum(found.validation_error for found in baselines) / len(baselines)
-    ceiling = epsilon_ceiling(error, baselines[0].num_classes, convention)
-    above = [f"{e:g}" for e in options.grid if e > ceiling and any(found.cell.epsilon == e for found in compared)]
-    warnings = list(dropped)
-    if above:
-        warnings.append(
-            f"ε = {', '.join(above)} lies above the ceiling {ceiling:.3f} (validation error {error:.3f} of the baseline, "
-            f"K = {baselines[0].num_classes}): a model which fits such targets is less confident than it is right."
-        )
+    accuracy = 1 - sum(found.validation_error for found in baselines) / len(baselines)
+    grid = {found.cell.epsilon for found in compared if found.cell.epsilon}
+    asked = [last_epsilon(epsilon, smoothing.schedule) for epsilon in grid]
+    n, who = len(baselines[0].labels["validation"]), "the baseline on validation"
+    warning = ceiling_warning(asked, smoothing.convention, accuracy, n, baselines[0].num_classes, who)
+    warnings = [*dropped, *([f"{warning[0].upper()}{warning[1:]}."] if warning else [])]
     if unfitted:
         warnings.append(f"No finite temperature could be fitted on validation for {', '.join(unfitted)}; 1 was used.")
     first = next(iter(left.values()))
@@ -313,7 +304,7 @@ def _facts(
         sizes=data.sizes,
         label_names=list(data.label_names),
         flip_labels=options.flip_labels,
-        convention=convention,
+        convention=smoothing.convention,
         steps=int(first["fingerprint"]["steps"]),
         warnings=warnings,
         runs=len(left),
@@ -337,7 +328,8 @@ def _pictures(cells: Sequence[Cell], comparison: Comparison, folder: Path) -> li
     first, second = (CalibrationReport.load(path / REPORT) for path in folders)
     both = replace(second, rows=[*first.rows, *second.rows], history=first.history | second.history)
     names = [BASELINE, smoothed.variant]
-    return pictures_of(both, dict(zip(names, folders, strict=True)), folder / "pictures")
+    while_training = write_plots(both, folder / "pictures", only=["calibration_steps.png"])
+    return [*while_training, *pictures_of(both, dict(zip(names, folders, strict=True)), folder / "pictures")]
 
 
 def _announce(text: str) -> None:

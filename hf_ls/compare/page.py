@@ -18,7 +18,7 @@ from jinja2 import Environment, StrictUndefined
 
 from hf_ls.common.files import write_atomically
 from hf_ls.compare.comparison import BASELINE, TEST, Comparison, Contrast, Measurement, Result, Variant
-from hf_ls.metrics.core import reliability_bins
+from hf_ls.metrics.core import direction, reliability_bins
 from hf_ls.report.calibration_report import package_versions
 
 _TEMPLATE = Path(__file__).with_name("compare_template.html")
@@ -26,6 +26,7 @@ HEADLINES = {
     "smooth": "Smooth",
     "temperature": "Use temperature scaling instead",
     "no_difference": "No measurable difference",
+    "not_learnt": "The models have not learnt",
 }
 # Metric, heading; lower is better for all but accuracy and the signed gap.
 COLUMNS = (
@@ -134,7 +135,7 @@ def forests(comparison: Comparison, name: str, only: Iterable[str] = ()) -> list
         if wanted and metric not in wanted:
             continue
         for reference in (Variant(BASELINE, 0.0, False), Variant(BASELINE, 0.0, True)):
-            found = [c for c in comparison.contrasts if (c.set, c.metric, c.reference) == (name, metric, reference)]
+            found = [c for c in comparison.contrasts if (c.set, c.metric, c.against) == (name, metric, reference.label)]
             if found:
                 panels.append(_panel(found, title, comparison.level) | {"set": name})
     return panels
@@ -185,7 +186,7 @@ def print_comparison(comparison: Comparison, facts: Facts) -> None:
 
 
 def _panel(contrasts: Sequence[Contrast], title: str, level: float) -> dict[str, Any]:
-    ends = [value for c in contrasts for value in (*_seed_ends(c), c.low, c.high, c.mean, *c.per_seed) if value is not None]
+    ends = [value for c in contrasts for value in (*_seed_ends(c), c.low, c.high, c.value, *c.per_seed) if value is not None]
     low, high = min(0.0, *ends), max(0.0, *ends)
     span = (high - low) or 1.0
     low, high = low - 0.04 * span, high + 0.04 * span
@@ -196,7 +197,7 @@ def _panel(contrasts: Sequence[Contrast], title: str, level: float) -> dict[str,
     lines, y = [], 8.0
     for contrast in contrasts:
         # A long name has its numbers on a line of their own.
-        extra = 13.0 if len(contrast.variant.label) > _LONG_NAME else 0.0
+        extra = 13.0 if len(contrast.row) > _LONG_NAME else 0.0
         name_y, y = y + 11, y + extra
         seeds = []
         for i, value in enumerate(contrast.per_seed):
@@ -205,29 +206,29 @@ def _panel(contrasts: Sequence[Contrast], title: str, level: float) -> dict[str,
                 interval = place(contrast.per_seed_low[i]), place(contrast.per_seed_high[i])
             seeds.append({"x": place(value), "interval": interval, "y": y + 24 + 6 * i})
         whole = None if contrast.low is None or contrast.high is None else (place(contrast.low), place(contrast.high))
-        text = f"{contrast.mean:+.3f}"
+        text = f"{contrast.value:+.3f}"
         if contrast.low is not None and contrast.high is not None:
             text += f" [{contrast.low:+.3f}, {contrast.high:+.3f}]"
         bottom = y + 24 + 6 * len(seeds) + 2
-        finding = contrast.finding(level)
+        finding = contrast.corrected(level)
         lines.append(
             {
-                "label": contrast.variant.label,
+                "label": contrast.row,
                 "text": text,
                 "finding": {"none": "no difference shown"}.get(finding, finding),
                 "class": finding,
                 "name_y": name_y,
                 "value_y": y + 11,
                 "seeds": seeds,
-                "mean": place(contrast.mean),
+                "mean": place(contrast.value),
                 "whole": whole,
                 "bottom": bottom,
             }
         )
         y = bottom + 10
-    better = "left" if contrasts[0].lower_is_better else "right"
+    better = "left" if direction(contrasts[0].metric) == "lower" else "right"
     ticks = [{"x": place(value), "text": f"{value:+g}" if value else "0"} for value in _ticks(low, high)]
-    reference = contrasts[0].reference.label
+    reference = contrasts[0].against
     return {
         "title": f"{title}: less {reference}",
         "better": better,

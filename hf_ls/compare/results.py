@@ -78,6 +78,7 @@ class Predictions:
                     name: PredictionStatistics.from_logits(apply_temperature(self.logits[name], temperature), self.labels[name])
                     for name in sets
                 },
+                labels={name: self.labels[name] for name in sets},
             )
             for tempered, temperature in ((False, 1.0), (True, fitted))
         ]

@@ -5,11 +5,11 @@ Owns the rule and the wording. Does not own a number (`comparison`, `paired`).
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 
-from hf_ls.compare.contrasts import BASELINE, TEST, Comparison, Contrast, Kind, Variant, Verdict
+from hf_ls.compare.contrasts import BASELINE, TEST, Comparison, Kind, Variant, Verdict
+from hf_ls.metrics.ceiling import constant_scores
+from hf_ls.metrics.paired import Finding
 
 _BASELINE, _TEMPERED = Variant(BASELINE, 0.0, False), Variant(BASELINE, 0.0, True)
 _TITLES = {"nll": "NLL", "ece": "ECE", "aurc": "AURC", "e_aurc": "E-AURC", "brier": "Brier score"}
@@ -20,8 +20,11 @@ def judge(comparison: Comparison) -> Verdict:
     """Return the verdict on a comparison; `comparison.compare` states the rule."""
     rivals = [v for v in (_BASELINE, _TEMPERED) if v in comparison.variants]
     picked = comparison.picked
+    judged = [*rivals, *([picked] if picked else [])]
     kind: Kind = "no_difference"
-    if picked is not None and _beats(comparison, picked, rivals):
+    if not any(comparison.learnt(variant) for variant in judged):
+        kind = "not_learnt"
+    elif picked is not None and _beats(comparison, picked, rivals):
         kind = "smooth"
     elif len(rivals) == 2 and _finding(comparison, _TEMPERED, _BASELINE, "nll") == "better":
         kind = "temperature"
@@ -29,11 +32,13 @@ def judge(comparison: Comparison) -> Verdict:
     for variant, references in ((picked, rivals), (_TEMPERED if len(rivals) == 2 else None, rivals[:1])):
         if variant is not None:
             evidence += [
-                _difference(comparison, comparison.contrast(variant, reference, metric))
+                _difference(comparison, variant, reference, metric)
                 for reference in references
                 for metric in (("nll", "accuracy") if variant == picked else ("nll",))
             ]
-    evidence += _calibration(comparison, [*rivals, *([picked] if picked else [])])
+    evidence += _calibration(comparison, judged)
+    if kind == "not_learnt":
+        return Verdict(kind, _BASELINE, None, _unlearnt(comparison), evidence, _caveats(comparison))
     if kind == "smooth" and picked is not None:
         return Verdict(kind, picked, picked.epsilon, _smooth_sentence(comparison, picked), evidence, _caveats(comparison))
     if kind == "temperature":
@@ -44,8 +49,17 @@ def judge(comparison: Comparison) -> Verdict:
     return Verdict(kind, _BASELINE, None, sentence, evidence, _caveats(comparison))
 
 
-def _finding(c: Comparison, variant: Variant, reference: Variant, metric: str) -> Literal["better", "worse", "none"]:
-    return c.contrast(variant, reference, metric).finding(c.level, corrected=False)
+def _unlearnt(comparison: Comparison) -> str:
+    accuracy, nll = constant_scores(comparison.class_counts or [1])
+    return (
+        f"No verdict, the models have not learnt: no accuracy is measurably above {accuracy:.3f}, the share of the most frequent "
+        f"class of {TEST}, and no NLL below {nll:.3f}, that of the class shares alone. Check labels and learning rate, or train "
+        "longer."
+    )
+
+
+def _finding(c: Comparison, variant: Variant, reference: Variant, metric: str) -> Finding:
+    return c.contrast(variant, reference, metric).finding
 
 
 def _beats(comparison: Comparison, picked: Variant, rivals: list[Variant]) -> bool:
@@ -79,20 +93,21 @@ def _picking(comparison: Comparison, picked: Variant | None) -> list[str]:
     return [f"Validation picked {picked.label}, {among}: validation NLL {means[picked.label]:.4f}, against {', '.join(others)}."]
 
 
-def _difference(comparison: Comparison, contrast: Contrast) -> str:
+def _difference(comparison: Comparison, variant: Variant, reference: Variant, metric: str) -> str:
     """One contrast on the test set, with its interval and every seed."""
-    title, unit = _TITLES.get(contrast.metric, contrast.metric), " nats" if contrast.metric == "nll" else ""
-    value, other = (comparison.measurement(v, contrast.metric).mean for v in (contrast.variant, contrast.reference))
+    contrast = comparison.contrast(variant, reference, metric)
+    title, unit = _TITLES.get(metric, metric), " nats" if metric == "nll" else ""
+    value, other = (comparison.measurement(v, metric).mean for v in (variant, reference))
     text = (
-        f"{title[0].upper()}{title[1:]} on {TEST} (n = {comparison.sets[TEST]:,}): {value:.4f} with {contrast.variant.label}, "
-        f"{other:.4f} with {contrast.reference.label}; difference {contrast.mean:+.4f}{unit}"
+        f"{title[0].upper()}{title[1:]} on {TEST} (n = {comparison.sets[TEST]:,}): {value:.4f} with {variant.label}, "
+        f"{other:.4f} with {reference.label}; difference {contrast.value:+.4f}{unit}"
     )
     if contrast.low is not None and contrast.high is not None and contrast.p is not None:
         p = "p < 0.001" if contrast.p < 0.001 else f"p = {contrast.p:.3f}"
         text += f" ({comparison.level:.0%} interval {contrast.low:+.4f} to {contrast.high:+.4f}, {p})".replace("%", " %", 1)
     if len(contrast.per_seed) > 1:
         text += f", by seed {', '.join(f'{value:+.4f}' for value in contrast.per_seed)}"
-    return f"{text}: {_FINDINGS[contrast.finding(comparison.level, corrected=False)]}."
+    return f"{text}: {_FINDINGS[contrast.finding]}."
 
 
 def _calibration(comparison: Comparison, variants: list[Variant]) -> list[str]:

@@ -20,7 +20,9 @@ def end_with_parent() -> None:
     def watch() -> None:
         while os.read(0, 1 << 10):
             pass
-        os.killpg(0, signal.SIGKILL)
+        if hasattr(os, "killpg"):
+            os.killpg(0, signal.SIGKILL)
+        os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -34,26 +36,28 @@ def run_cell(folder: Path) -> None:
     import torch
 
     from hf_ls.common.files import write_atomically
-    from hf_ls.compare.cells import CELL, Spec, cell_config
+    from hf_ls.compare.cells import CELL, SPEC, Spec, cell_config
     from hf_ls.compare.fingerprint import FINGERPRINT, Fingerprint
     from hf_ls.run.config import parse_config
     from hf_ls.run.finetune import finetune
+    from hf_ls.run.manifest import Manifest
 
     started = time.monotonic()
-    spec = Spec.from_json((folder / "spec.json").read_text(encoding="utf-8"))
+    spec = Spec.from_json((folder / SPEC).read_text(encoding="utf-8"))
     config = cell_config(parse_config(spec.argv), spec, folder)
     fingerprint = Fingerprint()
     finetune(config, [fingerprint])
-    if spec.ood:
-        _predict(config, fingerprint.model, spec.ood, folder)
-    left: dict[str, Any] = {
-        "spec": asdict(spec),
-        "fingerprint": json.loads((folder / FINGERPRINT).read_text(encoding="utf-8")),
-        "device": str(config.training.device),
-        "threads": torch.get_num_threads(),
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    write_atomically(folder / CELL, json.dumps(left, indent=1) + "\n")
+    with Manifest(folder).recording():
+        if spec.ood:
+            _predict(config, fingerprint.model, spec.ood, folder)
+        left: dict[str, Any] = {
+            "spec": asdict(spec),
+            "fingerprint": json.loads((folder / FINGERPRINT).read_text(encoding="utf-8")),
+            "device": str(config.training.device),
+            "threads": torch.get_num_threads(),
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        write_atomically(folder / CELL, json.dumps(left, indent=1) + "\n")
 
 
 def _predict(config: Any, model: Any, files: dict[str, str], folder: Path) -> None:
@@ -86,7 +90,11 @@ def _predict(config: Any, model: Any, files: dict[str, str], folder: Path) -> No
 def main() -> None:
     """Run the cell in the folder named on the command line."""
     end_with_parent()
-    run_cell(Path(sys.argv[1]))
+    from hf_ls.compare.cells import cell_lock
+
+    folder = Path(sys.argv[1])
+    with cell_lock(folder):
+        run_cell(folder)
 
 
 if __name__ == "__main__":

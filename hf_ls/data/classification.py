@@ -1,8 +1,4 @@
-"""Loading classification data: the embedded snippets, local files or the Hub; splits, columns, labels, tokens.
-
-Owns: everything between a dataset's name and tokenised splits. Model selection never sees the test split.
-Does not own: the command line (`config`) or batching (the collator of transformers).
-"""
+"""Loading classification data: the embedded snippets, local files or the Hub; splits, columns, labels, tokens."""
 
 from __future__ import annotations
 
@@ -18,6 +14,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 
+from hf_ls.data.labels import check_distinct, class_name, classes_of, folded
 from hf_ls.data.reading import check_texts, read_files, read_hub
 
 logger = logging.getLogger(__name__)
@@ -120,29 +117,27 @@ def load_classification(
 ) -> ClassificationData:
     """Train, validation and test splits of a dataset on the Hub or in local CSV, JSON or Parquet files.
 
-    Without a validation split one is cut from train, never from test. String labels become ids in sorted order of train.
+    Without a validation split one is cut from train, never from test. Labels become ids in the order of `labels.classes_of`,
+    and keep their text as name; labels of the other splits are found by `labels.folded`.
 
-    Raises: ValueError for missing splits or columns, unknown file types, one class only, and labels of a later split which
-    train does not have.
+    Raises: ValueError for missing splits or columns, unknown file types, one class only, labels as `labels.classes_of`, and
+    labels of a later split which train does not have.
     """
     splits, name, hub_id = read_splits(dataset_name, dataset_config, files, validation_fraction, seed)
-    columns = [column for column in (text_column, text_pair_column, label_column) if column]
+    texts = [text_column, *([text_pair_column] if text_pair_column else [])]
+    columns = [*texts, label_column]
+    if len(set(columns)) < len(columns):
+        raise ValueError(f"expected different columns for texts and labels, got {columns}; set text_column and label_column")
     for split, part in splits.items():
         absent = [column for column in columns if column not in part.column_names]
         if absent:
             raise ValueError(f"expected columns {columns} in {split}, got {part.column_names}; set text_column and label_column")
         if not len(part):
             raise ValueError(f"expected examples in {split}, got none; check the file")
-    renamed = splits.select_columns(columns)
-    if label_column != "label":
-        renamed = renamed.rename_column(label_column, "label")
-    if text_column != "text":
-        renamed = renamed.rename_column(text_column, "text")
-    if text_pair_column and text_pair_column != "text_pair":
-        renamed = renamed.rename_column(text_pair_column, "text_pair")
-    for split, part in renamed.items():
-        check_texts(part, split)
-    labelled, names = _integer_labels(renamed)
+        check_texts(part, split, texts)
+    labelled, names = _integer_labels(splits.select_columns(columns), label_column)
+    ours = dict(zip(columns, ("text", "text_pair", "label") if text_pair_column else ("text", "label"), strict=True))
+    labelled = labelled.rename_columns({theirs: name for theirs, name in ours.items() if theirs != name})
     return ClassificationData(labelled, names, name, hub_id, None)
 
 
@@ -183,37 +178,38 @@ def with_validation(loaded: DatasetDict, fraction: float, seed: int) -> DatasetD
     return DatasetDict(splits)
 
 
-def _integer_labels(splits: DatasetDict) -> tuple[DatasetDict, tuple[str, ...]]:
-    feature = splits["train"].features["label"]
+def _integer_labels(splits: DatasetDict, column: str) -> tuple[DatasetDict, tuple[str, ...]]:
+    """The splits with class ids in a column, and the names of the classes."""
+    feature = splits["train"].features[column]
     if not isinstance(feature, ClassLabel | Value):
         raise ValueError(
-            f"expected one class per row, got {feature} in column label; multi-label data has no single class to keep"
+            f"expected one class per row, got {feature} in column {column!r}; keep one class of each row: of the votes of raters "
+            "that with most, of several labels (multi-label) the one meant"
         )
     if isinstance(feature, ClassLabel):
         names = tuple(feature.names)
-        hidden = [split for split, part in splits.items() if min(part["label"]) < 0]
+        check_distinct(names, f"train, column {column!r}")
+        gaps = [split for split, part in splits.items() if None in part.unique(column)]
+        if gaps:
+            raise ValueError(f"expected a label in every row, got missing labels in {gaps}; fill them in, or drop those rows")
+        hidden = [split for split, part in splits.items() if min(part[column]) < 0]
         if hidden:
             # Benchmarks hide their test labels as -1; nothing can be reported on such a split.
             splits = DatasetDict({split: part for split, part in splits.items() if split not in hidden})
         if not {"train", "validation"} <= set(splits):
             raise ValueError(f"expected labels in train and validation, got -1 labels in {hidden}; choose a labelled split")
         return splits, names
-    values = splits["train"].unique("label")
-    if any(value is None for value in values):
-        raise ValueError("expected a label in every row, got missing labels in train; drop those rows")
-    if any(isinstance(value, float) for value in values):
-        raise ValueError("expected class labels, got floating-point numbers (regression); cast class ids to integers")
-    classes = sorted(values)
+    classes = classes_of(splits["train"].unique(column), f"train, column {column!r}")
     if len(classes) < 2:
         raise ValueError(f"expected at least 2 classes in train, got {classes}; check label_column")
+    ids, names = {folded(value): i for i, value in enumerate(classes)}, tuple(map(class_name, classes))
     for split, part in splits.items():
-        unknown = sorted(str(value) for value in set(part.unique("label")) - set(classes))
+        unknown = sorted(str(value) for value in part.unique(column) if folded(value) not in ids)
         if unknown:
             raise ValueError(f"expected only labels seen in train, got {unknown} in {split}; fix or drop those rows")
-    ids, names = {value: i for i, value in enumerate(classes)}, tuple(str(value) for value in classes)
     # With the features said: map would otherwise keep the old type, and class 1 of {1, 2} would stay 1.
-    features = Features({**splits["train"].features, "label": ClassLabel(names=list(names))})
-    return splits.map(lambda row: {"label": ids[row["label"]]}, features=features, desc="labels"), names
+    features = Features({**splits["train"].features, column: ClassLabel(names=list(names))})
+    return splits.map(lambda row: {column: ids[folded(row[column])]}, features=features, desc="labels"), names
 
 
 def check_overlap(splits: DatasetDict) -> None:

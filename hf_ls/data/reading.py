@@ -1,16 +1,15 @@
-"""Reading files and datasets of the Hub, and the checks which hold for every column of text.
-
-Owns: `load_dataset` and the words for what it cannot read. Does not own: splits, labels, tokens (`data`, `sequence_data`).
-"""
+"""Reading files and datasets of the Hub, and the checks which hold for every column of text."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError
 from datasets.table import CastError
 
@@ -18,6 +17,12 @@ from hf_ls.common.errors import loading
 
 _FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _LONGEST_TEXT = 10_000_000  # bytes
+_ONLY_EMPTY_IS_MISSING = {"keep_default_na": False, "na_values": [""]}
+_TYPES = {
+    r"^[+-]?(0|[1-9][0-9]{0,17})$": "int64",
+    r"^[+-]?((0|[1-9][0-9]{0,14})(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?$": "float64",
+    "^(True|False|true|false)$": "bool",
+}
 
 
 def read_files(files: Mapping[str, str]) -> DatasetDict:
@@ -38,14 +43,56 @@ def read_files(files: Mapping[str, str]) -> DatasetDict:
         raise ValueError(f"expected rows in {empty}, got: empty files; check the files")
     for path in paths:
         _check_lines(path)
-    extra = {"sep": "\t"} if any(path.lower().endswith(".tsv") for path in paths) else {}
+    kind = next(iter(types))
     try:
-        return load_dataset(next(iter(types)), data_files=dict(files), **extra)
-    except (ValueError, DatasetGenerationError) as error:
+        if kind == "csv":
+            return _read_csv(dict(files))
+        return load_dataset(kind, data_files=dict(files))
+    except (ValueError, OSError, DatasetGenerationError) as error:
+        if str(error).startswith("expected "):
+            raise
         cause = error.__cause__ or error
         found = cause.details().rstrip(".") if isinstance(cause, CastError) else " ".join(str(cause).split())
         remedy = "give all files the same columns" if isinstance(cause, CastError) else "check the files"
         raise ValueError(f"expected rows in {paths}, got: {found}; {remedy}") from error
+
+
+def _read_csv(files: dict[str, str]) -> DatasetDict:
+    """CSV and TSV: every field as text, only an empty one is missing, then numbers where a column holds nothing else.
+
+    pandas would read a class or a text `None`, `NA`, `null` or `nan` as missing, and guess types 10,000 rows at a time.
+    """
+    options: dict[str, Any] = {
+        **_ONLY_EMPTY_IS_MISSING,
+        "sep": "\t" if Path(next(iter(files.values()))).suffix.lower() == ".tsv" else ",",
+    }
+    columns = {path: list(pd.read_csv(path, nrows=0, dtype=str, **options).columns) for path in files.values()}
+    first, *others = columns
+    for path in others:
+        new, gone = (sorted(set(columns[a]) - set(columns[b])) for a, b in ((path, first), (first, path)))
+        if new or gone:
+            raise ValueError(
+                f"expected rows in {sorted(files.values())}, got: {len(new)} new columns ({', '.join(new)}) and {len(gone)} "
+                f"missing columns ({', '.join(gone)}) in {path}; give all files the same columns"
+            )
+    features = Features({str(column): Value("string") for column in columns[first]})
+    return _typed(load_dataset("csv", data_files=files, features=features, **options))
+
+
+def _typed(splits: DatasetDict) -> DatasetDict:
+    """Columns of text as numbers or booleans where the text of every row of every split is one.
+
+    007 stays a text, and so does a number with more digits than float64 keeps.
+    """
+    features = Features(next(iter(splits.values())).features)
+    for column in features:
+        chunks = [chunk for part in splits.values() for chunk in part.with_format("arrow")[column].chunks]
+        for pattern, kind in _TYPES.items():
+            matches = [pc.all(pc.match_substring_regex(chunk, pattern), min_count=0).as_py() for chunk in chunks]
+            if all(matches) and any(chunk.null_count < len(chunk) for chunk in chunks):
+                features[column] = Value(kind)
+                break
+    return splits if features == next(iter(splits.values())).features else splits.cast(features)
 
 
 def read_hub(name: str, config: str | None = None) -> DatasetDict:
@@ -57,7 +104,11 @@ def read_hub(name: str, config: str | None = None) -> DatasetDict:
         f"the dataset {name} on the Hub or in a folder",
         "check dataset_name and dataset_config_name, and HF_TOKEN if it is private",
     ):
-        return load_dataset(name, config)
+        builder = load_dataset_builder(name, config)
+        if hasattr(builder.config, "keep_default_na"):  # its files are CSV
+            builder = load_dataset_builder(name, config, low_memory=False, **_ONLY_EMPTY_IS_MISSING)
+        builder.download_and_prepare()
+        return builder.as_dataset()
 
 
 def _check_lines(path: str) -> None:
@@ -94,20 +145,33 @@ def check_length(part: Dataset, split: str) -> None:
                 )
 
 
-def check_texts(part: Dataset, split: str) -> None:
-    """Only texts, in every row.
+def check_texts(part: Dataset, split: str, columns: Sequence[str]) -> None:
+    """Only texts in these columns, in every row.
 
     Raises: ValueError for another type of column, missing texts, and as `check_length`.
     """
-    for column in ("text", "text_pair"):
-        if column not in part.column_names:
-            continue
-        if getattr(part.features[column], "dtype", None) not in ("string", "large_string"):
-            raise ValueError(
-                f"expected text in column {column!r} of {split}, got {part.features[column]}; name the right column or convert "
-                "it to text"
-            )
-        missing = [text for text in part[column] if text is None]
+    for column in columns:
+        check_text_type(part, split, column)
+        missing = part.with_format("arrow")[column].null_count
         if missing:
-            raise ValueError(f"expected text in every row of {split}, got {len(missing)} empty of {len(part)}; drop those rows")
+            raise ValueError(
+                f"expected text in every row of {split}, got {missing} empty of {len(part)} in column {column!r}; drop those rows"
+            )
     check_length(part, split)
+
+
+def check_text_type(part: Dataset, split: str, column: str) -> None:
+    """Refuse a column which holds no texts.
+
+    Raises: ValueError, with the way out for conversations.
+    """
+    feature = part.features[column]
+    if getattr(feature, "dtype", None) in ("string", "large_string"):
+        return
+    items = getattr(feature, "feature", None)
+    if isinstance(items, dict) and set(items) & {"role", "from"}:
+        raise ValueError(
+            f"expected text in column {column!r} of {split}, got conversations (lists of messages); train these with "
+            "LabelSmoothingSFTTrainer, or write each as one text with tokenizer.apply_chat_template(messages, tokenize=False)"
+        )
+    raise ValueError(f"expected text in column {column!r} of {split}, got {feature}; name the right column or convert it to text")

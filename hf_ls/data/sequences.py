@@ -1,7 +1,6 @@
 """Loading and tokenising data for sequence-to-sequence, causal language modelling and token classification.
 
-Owns: columns, checks and token rows (`input_ids`, `attention_mask`, `labels`) of these three tasks.
-Does not own: batching (`DataCollatorForSeq2Seq` pads the labels of all three with −100), the embedded dictionary (`g2p`).
+What comes out are rows of `input_ids`, `attention_mask` and `labels`, which `DataCollatorForSeq2Seq` pads, the labels with −100.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, LargeList, List
 
 from hf_ls.common.models import IGNORE_INDEX
 from hf_ls.data.classification import check_overlap, read_splits
-from hf_ls.data.reading import check_length
+from hf_ls.data.labels import check_distinct, class_name, classes_of, folded
+from hf_ls.data.reading import check_length, check_text_type
 from hf_ls.losses.priors import count_labels
 
 logger = logging.getLogger(__name__)
@@ -86,10 +86,13 @@ def load_sequences(
         if not len(part):
             raise ValueError(f"expected examples in {split}, got none; check the file")
     renamed = {old: new for new, old in columns.items() if old != new}
-    splits = splits.select_columns(list(columns.values())).rename_columns(renamed)
+    splits = splits.select_columns(list(columns.values()))
     if task == "token-classification":
-        return SequenceData(*_integer_tags(splits), name, hub_id, None)
-    return SequenceData(_checked_text(splits, drop_empty="text" in columns), (), name, hub_id, None)
+        for split, part in splits.items():
+            _check_tag_columns(part, split, tokens_column, tags_column)
+        return SequenceData(*_integer_tags(splits.rename_columns(renamed), tags_column), name, hub_id, None)
+    checked = _checked_text(splits, drop_empty="text" in columns)
+    return SequenceData(checked.rename_columns(renamed), (), name, hub_id, None)
 
 
 def _checked_text(splits: DatasetDict, drop_empty: bool) -> DatasetDict:
@@ -97,11 +100,8 @@ def _checked_text(splits: DatasetDict, drop_empty: bool) -> DatasetDict:
     kept = {}
     for split, part in splits.items():
         check_length(part, split)
-        for column, feature in part.features.items():
-            if getattr(feature, "dtype", None) not in ("string", "large_string"):
-                raise ValueError(
-                    f"expected text in column {column!r} of {split}, got {feature}; name the right column or convert it to text"
-                )
+        for column in part.column_names:
+            check_text_type(part, split, column)
         full = [i for i, row in enumerate(part) if all(value and not value.isspace() for value in row.values())]
         if len(full) < len(part):
             if not drop_empty or not full:
@@ -110,47 +110,63 @@ def _checked_text(splits: DatasetDict, drop_empty: bool) -> DatasetDict:
                     f"expected text in every row of {split}, got {len(part) - len(full)} empty of {len(part)} (the first is row "
                     f"{first}); drop those rows"
                 )
-            logger.info("%d empty rows of %d in %s are left out", len(part) - len(full), len(part), split)
+            logger.warning(
+                "%s: %d rows of %d are left out, because their text is missing or blank", split, len(part) - len(full), len(part)
+            )
             part = part.select(full)
         kept[split] = part
     return DatasetDict(kept)
 
 
-def _integer_tags(splits: DatasetDict) -> tuple[DatasetDict, tuple[str, ...]]:
-    """Tags as class ids, −100 for ignored ones, and the names of the classes."""
-    for split, part in splits.items():
-        for column, what in (("tokens", "words"), ("tags", "tags")):
-            if not isinstance(part.features[column], List | LargeList):
-                raise ValueError(
-                    f"expected a list of {what} per row in {split}, got {part.features[column]}; CSV cannot hold lists: use JSON "
-                    "lines or Parquet"
-                )
-        if getattr(part.features["tokens"].feature, "dtype", None) not in ("string", "large_string"):
-            raise ValueError(f"expected words in {split}, got {part.features['tokens']}; set tokens_column")
-        for i, (words, tags) in enumerate(zip(part["tokens"], part["tags"], strict=True)):
-            if words is None or tags is None or len(words) != len(tags) or None in words or None in tags:
-                sizes = [len(values or ()) for values in (words, tags)]
-                raise ValueError(
-                    f"expected one tag per word, got {sizes[0]} words and {sizes[1]} tags (or missing ones) in row {i} of "
-                    f"{split}; fix or drop that row"
-                )
+def _check_tag_columns(part: Dataset, split: str, tokens_column: str, tags_column: str) -> None:
+    """A list of words and a list of as many tags in every row."""
+    for column, what in ((tokens_column, "words"), (tags_column, "tags")):
+        if not isinstance(part.features[column], List | LargeList):
+            raise ValueError(
+                f"expected a list of {what} per row in column {column!r} of {split}, got {part.features[column]}; CSV cannot "
+                "hold lists: use JSON lines or Parquet"
+            )
+    if getattr(part.features[tokens_column].feature, "dtype", None) not in ("string", "large_string"):
+        raise ValueError(
+            f"expected words in {split}, got {part.features[tokens_column]} in column {tokens_column!r}; set tokens_column"
+        )
+    if not isinstance(part.features[tags_column].feature, ClassLabel | Value):
+        raise ValueError(
+            f"expected one tag per word in {split}, got {part.features[tags_column]} in column {tags_column!r}; set tags_column"
+        )
+    for i, (words, tags) in enumerate(zip(part[tokens_column], part[tags_column], strict=True)):
+        if words is None or tags is None or len(words) != len(tags) or None in words or None in tags:
+            sizes = [len(values or ()) for values in (words, tags)]
+            raise ValueError(
+                f"expected one tag per word, got {sizes[0]} words and {sizes[1]} tags (or missing ones) in row {i} of {split}; "
+                "fix or drop that row"
+            )
+
+
+def _integer_tags(splits: DatasetDict, column: str) -> tuple[DatasetDict, tuple[str, ...]]:
+    """Tags as class ids, −100 for ignored ones, and the names of the classes; `column` is that of the user."""
     named = splits["train"].features["tags"].feature
     seen = {split: {tag for tags in part["tags"] for tag in tags} - {IGNORE_INDEX} for split, part in splits.items()}
-    if any(isinstance(tag, float | bool) for tag in seen["train"]):
-        raise ValueError(f"expected tags as words or integers, got {named}; set tags_column")
-    classes = list(range(named.num_classes)) if isinstance(named, ClassLabel) else sorted(seen["train"])
-    names = tuple(named.names) if isinstance(named, ClassLabel) else tuple(str(tag) for tag in classes)
+    if isinstance(named, ClassLabel):
+        classes, names = list(range(named.num_classes)), tuple(named.names)
+        check_distinct(names, f"train, column {column!r}")
+    else:
+        if any(isinstance(tag, float | bool) for tag in seen["train"]):
+            raise ValueError(f"expected tags as words or integers, got {named} in column {column!r}; set tags_column")
+        classes = classes_of(seen["train"], f"train, column {column!r}")
+        names = tuple(map(class_name, classes))
     if len(classes) < 2:
         raise ValueError(f"expected at least 2 tags in train, got {classes}; check tags_column")
+    ids = {folded(tag): i for i, tag in enumerate(classes)}
     for split, tags in seen.items():
-        if tags - set(classes):
-            unknown = sorted(str(tag) for tag in tags - set(classes))
+        unknown = sorted(str(tag) for tag in tags if folded(tag) not in ids)
+        if unknown:
             raise ValueError(f"expected only tags known from train, got {unknown} in {split}; fix or drop those rows")
-    ids = {tag: i for i, tag in enumerate(classes)} | {IGNORE_INDEX: IGNORE_INDEX}
+    id_of = {tag: ids[folded(tag)] for tags in seen.values() for tag in tags} | {IGNORE_INDEX: IGNORE_INDEX}
     features = Features({"tokens": List(Value("string")), "tags": List(Value("int64"))})
     integers = {
         split: Dataset.from_dict(
-            {"tokens": list(part["tokens"]), "tags": [[ids[tag] for tag in tags] for tags in part["tags"]]}, features=features
+            {"tokens": list(part["tokens"]), "tags": [[id_of[tag] for tag in tags] for tags in part["tags"]]}, features=features
         )
         for split, part in splits.items()
     }
@@ -205,6 +221,17 @@ def _cut(rows: list[list[int]], limit: int, encode: Any) -> list[int]:
     return [int(len(ids) == limit and len(encode(i)["input_ids"]) > limit) for i, ids in enumerate(rows)]
 
 
+def _with_labels(tokens: DatasetDict, wanted: str, got: str) -> DatasetDict:
+    """The splits, each with a label which counts.
+
+    Raises: ValueError for a split without one.
+    """
+    for split, part in tokens.items():
+        if not any(label != IGNORE_INDEX for labels in part["labels"] for label in labels):
+            raise ValueError(f"expected {wanted} in {split}, got {got}")
+    return tokens
+
+
 def _announce(tokens: DatasetDict, column: str, message: str) -> DatasetDict:
     """Warn about what a column counts (a column, because a cached `map` does not run its function), and drop it."""
     for split, part in tokens.items():
@@ -237,31 +264,41 @@ def tokenise_causal(
         inputs, labels = [], []
         for ids in tokenizer(batch["text"], verbose=False)["input_ids"]:
             ids = ids if ids[-1:] == [end] else [*ids, end]
-            for start in range(0, len(ids) - 1, max_length - 1):
+            # A document of one token predicts nothing: its only block is kept until it has been counted.
+            for start in range(0, max(len(ids) - 1, 1), max_length - 1):
                 block = ids[start : start + max_length]
                 inputs.append(block)
                 # The block before has predicted the token where they overlap.
                 labels.append([IGNORE_INDEX, *block[1:]] if start else list(block))
-        return {"input_ids": inputs, "attention_mask": [[1] * len(ids) for ids in inputs], "labels": labels}
+        masks = [[1] * len(ids) for ids in inputs]
+        return {"input_ids": inputs, "attention_mask": masks, "labels": labels, "lost": [int(len(ids) < 2) for ids in inputs]}
 
     def completions(batch: dict[str, list]) -> dict[str, list]:
         prompts = tokenizer([source_prefix + text + source_suffix for text in batch["source"]], verbose=False)["input_ids"]
         targets = tokenizer(batch["target"], add_special_tokens=False, verbose=False)["input_ids"]
-        inputs, labels, cut = [], [], []
+        inputs, labels, cut, lost = [], [], [], []
         for prompt, target in zip(prompts, targets, strict=True):
             prompt = prompt[:-1] if prompt[-1:] == [end] else prompt  # the tokenizer's own end would be in the middle
             inputs.append([*prompt, *target, end][:max_length])
             labels.append([*[IGNORE_INDEX] * len(prompt), *target, end][:max_length])
             cut.append(int(len(prompt) + len(target) + 1 > max_length))
-        return {"input_ids": inputs, "attention_mask": [[1] * len(ids) for ids in inputs], "labels": labels, "cut": cut}
+            lost.append(int(len(prompt) >= max_length))
+        masks = [[1] * len(ids) for ids in inputs]
+        return {"input_ids": inputs, "attention_mask": masks, "labels": labels, "cut": cut, "lost": lost}
 
     columns = splits["train"].column_names
     if "text" in columns:
-        return splits.map(documents, batched=True, remove_columns=columns, desc="tokenising")
+        tokens = splits.map(documents, batched=True, remove_columns=columns, desc="tokenising")
+        whole = {split: np.flatnonzero(~np.array(part["lost"], dtype=bool)) for split, part in tokens.items()}
+        tokens = _announce(tokens, "lost", "documents are left out, because the tokenizer makes no token of them")
+        tokens = DatasetDict({split: part.select(whole[split]) for split, part in tokens.items()})
+        return _with_labels(tokens, "documents of more than one token", "none; use the tokenizer of the model")
     tokens = splits.map(completions, batched=True, remove_columns=columns, desc="tokenising")
-    if not any(label != IGNORE_INDEX for labels in tokens["train"]["labels"] for label in labels):
-        raise ValueError(f"expected completions within max_length={max_length}, got prompts which fill it; raise max_length")
-    return _announce(tokens, "cut", f"rows lose the end of their completion beyond {max_length} tokens; raise max_length")
+    tokens = _announce(tokens, "cut", f"rows lose the end of their completion beyond {max_length} tokens; raise max_length")
+    tokens = _announce(
+        tokens, "lost", f"rows count for nothing, because their prompt alone fills {max_length} tokens; raise max_length"
+    )
+    return _with_labels(tokens, f"completions within max_length={max_length}", "prompts which fill it; raise max_length")
 
 
 def tokenise_words(splits: DatasetDict, tokenizer: Any, max_length: int) -> DatasetDict:
@@ -294,7 +331,12 @@ def tokenise_words(splits: DatasetDict, tokenizer: Any, max_length: int) -> Data
         return {**encoded, "labels": labels, "lost": lost}
 
     tokens = splits.map(encode, batched=True, remove_columns=splits["train"].column_names, desc="tokenising")
-    return _announce(tokens, "lost", f"words are beyond {max_length} tokens or have none and count for nothing; raise max_length")
+    tokens = _announce(
+        tokens, "lost", f"words are beyond {max_length} tokens or have none and count for nothing; raise max_length"
+    )
+    return _with_labels(
+        tokens, f"words with a tag within max_length={max_length}", "none; raise max_length or check the tokenizer"
+    )
 
 
 def token_counts(tokens: Dataset, vocab_size: int) -> np.ndarray:

@@ -6,9 +6,9 @@ themselves.
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
+from hf_ls.common.errors import did_you_mean
 from hf_ls.metrics.core import (
     PredictionStatistics,
     ReliabilityBins,
@@ -68,7 +68,6 @@ def path(name: str) -> str:
     """
     names = sorted(folder.name for folder in _MODULES.iterdir() if (folder / f"{folder.name}.py").is_file())
     if name not in names:
-        nearest = difflib.get_close_matches(str(name), names, n=1)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"choose one of {', '.join(names)}"
+        hint = did_you_mean(str(name), names, f"choose one of {', '.join(names)}")
         raise ValueError(f"expected the name of a metric, got {name!r}; {hint}")
     return str(_MODULES / name)

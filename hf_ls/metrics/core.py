@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from hf_ls.common.errors import extra
 from hf_ls.metrics.ties import aurc_from_groups, equal_mass_sums, tie_groups
 from hf_ls.metrics.validation import (
     Booleans,
@@ -29,8 +30,30 @@ from hf_ls.metrics.validation import (
     check_probabilities,
 )
 
-CELLS = 15 * 1024  # the finest bins kept by `streaming`; every n_bins that divides it is a union of cells
+N_BINS = 15  # of an ECE, where nothing else is said
+CELLS = N_BINS * 1024  # the finest bins kept by `streaming`; every n_bins that divides it is a union of cells
 _CHUNK_ELEMENTS = 1 << 21  # 16 MB of float64: bounds memory for large n·K and stays fast
+
+
+LOWER_IS_BETTER = (
+    "loss", "nll", "perplexity", "brier", "ece", "ece_equal_mass", "ece_classwise", "mce", "rmsce_debiased", "smooth_ece", "aurc",
+    "error_rate", "wer", "cer",
+)  # fmt: skip
+Direction = Literal["lower", "higher", "zero"]
+
+
+def direction(metric: str) -> Direction:
+    """Which way a metric is better, by the last words of its name, as in `eval_test_ece` or `phoneme_error_rate`.
+
+    "lower" for a loss or an error; "zero" for the signed gap, where both signs are wrong; "higher" for every other score.
+    """
+
+    def ends_with(name: str) -> bool:
+        return metric == name or metric.endswith(f"_{name}")
+
+    if ends_with("signed_gap"):
+        return "zero"
+    return "lower" if any(map(ends_with, LOWER_IS_BETTER)) else "higher"
 
 
 def row_chunks(n: int, width: int) -> Iterator[slice]:
@@ -283,13 +306,8 @@ def smooth_ece(confidence: Any, correct: Any) -> float:
         ImportError: relplot is not installed.
     """
     values, hits = check_confidence(confidence, correct)
-    try:
+    with extra("scripts", "smooth_ece"):
         from relplot import smECE  # also imports matplotlib, so only where it is asked for
-    except ImportError as error:
-        raise ImportError(
-            "smooth_ece needs the library relplot, which is not installed; do: pip install relplot "
-            "(the extra hf_ls[test] also brings it)"
-        ) from error
     return float(smECE(values, hits.astype(np.float64)))
 
 

@@ -9,7 +9,6 @@ plausible one (it turns the label 1.5 into 1 and "1" into 1). Does not own any f
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +17,7 @@ import datasets
 import evaluate
 import numpy as np
 
+from hf_ls.common.errors import did_you_mean
 from hf_ls.metrics import core
 from hf_ls.metrics.core import PredictionStatistics
 from hf_ls.metrics.validation import check_count, check_labels, check_logits, check_probabilities
@@ -48,8 +48,7 @@ class CalibrationMetric(evaluate.Metric):
         given = [*options, *([] if n_bins is None else ["n_bins"])]
         for option in given:  # evaluate itself would swallow it
             if option not in known:
-                nearest = difflib.get_close_matches(option, known, n=1)
-                hint = f"did you mean {nearest[0]!r}?" if nearest else "leave it out"
+                hint = did_you_mean(option, known, "leave it out")
                 raise TypeError(f"expected settings of {', '.join(known)}, got {option!r}; {hint}")
         if not isinstance(from_logits, bool):
             raise TypeError(f"expected from_logits to be True or False, got {from_logits!r}; give a bool")

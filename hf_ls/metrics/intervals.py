@@ -14,7 +14,7 @@ import numpy as np
 
 from hf_ls.metrics.core import PredictionStatistics, bin_index, row_chunks
 from hf_ls.metrics.ties import aurc_from_groups, equal_mass_index, tie_groups
-from hf_ls.metrics.validation import Floats, Integers, check_confidence, check_count
+from hf_ls.metrics.validation import Floats, Integers, as_array, check_confidence, check_count
 
 STATISTICS = ("accuracy", "nll", "brier", "signed_gap", "aurc", "ece", "ece_equal_mass")
 _DRAWN = 960  # cells of confidence, each with one binomial draw
@@ -35,9 +35,13 @@ def wilson_interval(successes: Any, n: Any, level: float = 0.95) -> tuple[Floats
     Raises:
         ValueError: successes outside 0 to n, or level outside 0 to 1.
     """
-    hits, size = np.broadcast_arrays(np.asarray(successes, dtype=np.float64), np.asarray(n, dtype=np.float64))
+    hits, size = np.broadcast_arrays(as_array(successes).astype(np.float64), as_array(n).astype(np.float64))
     if not ((hits >= 0) & (hits <= size)).all():
-        raise ValueError("expected 0 <= successes <= n, got counts outside; give the number correct and the number in all")
+        bad = np.argmin(np.minimum(hits, size - hits))  # NaN first
+        raise ValueError(
+            f"expected 0 <= successes <= n, got {hits.flat[bad]:g} of {size.flat[bad]:g}; give the number correct and the number "
+            "in all"
+        )
     z2 = NormalDist().inv_cdf(0.5 + _check_level(level) / 2) ** 2
     centre = hits + z2 / 2
     spread = np.sqrt(z2) * np.sqrt(hits * (size - hits) / np.maximum(size, 1.0) + z2 / 4)
@@ -83,7 +87,7 @@ def null_ece(confidence: Any, n_bins: int = 15, repetitions: int = 1000, seed: i
     Outcomes are resampled as correct_i ~ Bernoulli(confidence_i). An ECE below the quantile is consistent
     with perfect calibration at the 5 % level. Source: Bröcker and Smith 2007; Vaicenavicius et al. 2019.
     """
-    values = check_confidence(confidence, np.zeros(np.shape(confidence), dtype=bool))[0]
+    values = check_confidence(confidence, np.zeros(as_array(confidence).shape, dtype=bool))[0]
     n_bins, repetitions = check_count(n_bins, "n_bins"), check_count(repetitions, "repetitions")
     draws = np.abs(null_gaps(values, bin_index(values, n_bins), n_bins, repetitions, seed)).sum(axis=1)
     return float(draws.mean()), float(np.quantile(draws, 0.95))
@@ -97,7 +101,7 @@ def consistency_band(
     Central interval at `level`, keeping the confidences and resampling outcomes from them; NaN in an empty
     bin. Source: Bröcker and Smith 2007.
     """
-    values = check_confidence(confidence, np.zeros(np.shape(confidence), dtype=bool))[0]
+    values = check_confidence(confidence, np.zeros(as_array(confidence).shape, dtype=bool))[0]
     n_bins, repetitions = check_count(n_bins, "n_bins"), check_count(repetitions, "repetitions")
     tail = (1.0 - _check_level(level)) / 2
     index = bin_index(values, n_bins)

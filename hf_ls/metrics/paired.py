@@ -1,46 +1,161 @@
-"""Differences between variants that were measured on the same examples with the same seeds, and how sure they are.
+"""Differences between models measured on the same examples, how sure they are, and the one rule of "measurably better".
 
-Owns the paired bootstrap (one draw of examples, or of whole clusters, serves every variant and seed), the t interval
-over seeds, the interval which covers both, and the Holm correction. Does not own the metrics (`metrics.core`), the
-interval of an ECE (`metrics.intervals`), or what is compared with what (`comparison`).
-
-Example i counts w_i ~ Poisson(1) times in a replicate, so that memory does not grow with n. Source: Hanley and MacGibbon
-2006; Cameron, Gelbach and Miller 2008 for clusters.
+One draw of examples, or of whole clusters such as sequences, serves every model (paired bootstrap). Example i counts
+w_i ~ Poisson(1) times in a replicate, so that memory does not grow with n. Source: Hanley and MacGibbon 2006; Cameron, Gelbach
+and Miller 2008 for clusters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from itertools import combinations, pairwise, product
+from typing import Any, Literal
 
 import numpy as np
-from scipy.stats import t as student
+from numpy.typing import NDArray
+from scipy.special import stdtr, stdtrit
 
-from hf_ls.metrics.core import PredictionStatistics, aurc, bin_index, e_aurc
+from hf_ls.metrics.core import N_BINS, PredictionStatistics, aurc, bin_index, direction, e_aurc
 from hf_ls.metrics.intervals import ece_interval, null_gaps, wilson_interval
 from hf_ls.metrics.ties import tie_groups
-from hf_ls.metrics.tokens import N_BINS
-from hf_ls.metrics.validation import Floats, Integers
+from hf_ls.metrics.tokens import TokenCalibration
+from hf_ls.metrics.validation import Floats, Integers, as_array
 
 RESAMPLED = ("accuracy", "nll", "brier", "signed_gap", "aurc", "e_aurc", "ece")
+COMPARED = ("accuracy", "nll", "brier", "ece", "aurc", "e_aurc")  # the difference of two signed gaps says nothing
+Finding = Literal["better", "worse", "none"]
 _UNITS = 4096  # examples or clusters per block of weights: 33 MB at 1000 repetitions
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean over seeds of paired differences; the fields are those of `comparison.Contrast`."""
+    """One metric of a row less that of another row, both measured on the same examples.
 
-    per_seed: list[float]
-    mean: float
+    metric: its name. row, against: the names of the rows. value: row − against, in the unit of the metric.
+    low, high: the paired interval (95 % unless another level is said), over examples, or over sequences for tokens; both None
+    where none is known.
+    """
+
+    metric: str
+    row: str
+    against: str
+    value: float
     low: float | None
     high: float | None
+
+    @property
+    def finding(self) -> Finding:
+        """Whether the row is measurably better or worse: its paired interval leaves 0 out. "none": no difference shown."""
+        way = direction(self.metric)
+        if self.low is None or self.high is None or self.low <= 0 <= self.high or way == "zero":
+            return "none"
+        return "better" if (self.high < 0) == (way == "lower") else "worse"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast(Difference):
+    """A mean over seeds of differences on the same examples with the same seeds, for rows which were trained several times.
+
+    set: the examples. value, low, high: of the mean; the interval covers examples and seeds, with one seed examples only, and is
+        None for a task metric with one seed. p: its two-sided p-value. p_holm: corrected for the number of smoothed variants
+        which are set against this row (1 for the baseline's temperature).
+    per_seed: one difference a seed. per_seed_low, per_seed_high: their paired intervals over examples (None for task metrics).
+    seed_low, seed_high: t interval over seeds, for these examples; None with one seed.
+    """
+
+    set: str
     p: float | None
-    seed_low: float | None
-    seed_high: float | None
+    p_holm: float | None = None
+    per_seed: list[float]
     per_seed_low: list[float] | None
     per_seed_high: list[float] | None
+    seed_low: float | None
+    seed_high: float | None
+
+    def corrected(self, level: float = 0.95) -> Finding:
+        """The finding, if it holds after the correction for several variants too: p_holm ≤ 1 − level."""
+        return self.finding if self.p_holm is not None and self.p_holm <= 1.0 - level else "none"
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What some metrics of one model are, and what they become when its examples are drawn anew.
+
+    examples: a fingerprint of the examples, their order and the weights of the draws: models with the same one are paired, in
+    whatever process or week they were measured. units: number of examples or clusters. values: by metric. draws: float64 [R].
+    """
+
+    examples: str
+    units: int
+    values: dict[str, float]
+    draws: dict[str, Floats]
+
+
+def draws_of_examples(stats: PredictionStatistics, labels: Any, *, repetitions: int = 1000, seed: int = 0) -> Draws:
+    """The draws of `COMPARED` for the predictions of labels [n], each example a unit."""
+    resamples = Resamples([stats], None, repetitions=repetitions, seed=seed)
+    columns = {metric: RESAMPLED.index(metric) for metric in COMPARED}
+    return Draws(
+        fingerprint(labels, repetitions, seed),
+        resamples.units,
+        {metric: float(resamples.values[0, column]) for metric, column in columns.items()},
+        {metric: resamples.draws[0, :, column] for metric, column in columns.items()},
+    )
+
+
+def draws_of_tokens(tokens: TokenCalibration) -> Draws:
+    """The draws of accuracy, nll, brier and ece, whole sequences drawn; the number of tokens in each draw tells the examples."""
+    count, values, draws = tokens.draws()
+    return Draws(fingerprint(count), tokens.sequences, values, draws)
+
+
+def fingerprint(*values: Any) -> str:
+    """A hash of arrays, numbers and texts in order."""
+    parts = [repr((array.dtype.kind, array.shape)).encode() + array.tobytes() for array in map(as_array, values)]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def differences(rows: Mapping[str, Sequence[Draws]], *, level: float = 0.95) -> list[Difference]:
+    """Every row less every earlier one, in each metric which both have on the same examples; name of a row -> its draws.
+
+    The interval is that of `Resamples.difference` with one seed. Rows which were measured on other examples, or drawn with other
+    weights, have no difference, since marginal intervals decide nothing.
+    """
+    found = []
+    for against, row in combinations(rows, 2):
+        for ours, theirs in product(rows[row], rows[against]):
+            if (ours.examples, ours.units) != (theirs.examples, theirs.units):
+                continue
+            for metric in (metric for metric in ours.draws if metric in theirs.draws):
+                value = np.array([ours.values[metric] - theirs.values[metric]])
+                drawn = (ours.draws[metric] - theirs.draws[metric])[None]
+                low, high, _ = _over_examples(metric, value, drawn, ours.units, level)
+                found.append(Difference(metric, row, against, float(value[0]), low, high))
+    return found
+
+
+def draws_as_arrays(rows: Mapping[str, Sequence[Draws]]) -> dict[str, NDArray[Any]]:
+    """Draws as arrays for `numpy.savez`; `draws_from_arrays` reads them."""
+    flat = [(row, draws) for row, several in rows.items() for draws in several]
+    arrays: dict[str, NDArray[Any]] = {"rows": np.array([row for row, _ in flat], dtype=np.str_)}
+    for i, (_, d) in enumerate(flat):
+        arrays[f"examples_{i}"], arrays[f"units_{i}"] = np.array(d.examples), np.array(d.units)
+        arrays[f"metrics_{i}"], arrays[f"values_{i}"] = np.array(list(d.values)), np.array(list(d.values.values()))
+        arrays[f"draws_{i}"] = np.stack([d.draws[metric] for metric in d.values])
+    return arrays
+
+
+def draws_from_arrays(arrays: Mapping[str, NDArray[Any]]) -> dict[str, list[Draws]]:
+    """What `draws_as_arrays` was given."""
+    rows: dict[str, list[Draws]] = {}
+    for i, row in enumerate(arrays["rows"].tolist()):
+        names = arrays[f"metrics_{i}"].tolist()
+        values = dict(zip(names, arrays[f"values_{i}"].tolist(), strict=True))
+        drawn = dict(zip(names, arrays[f"draws_{i}"], strict=True))
+        rows.setdefault(row, []).append(Draws(str(arrays[f"examples_{i}"]), int(arrays[f"units_{i}"]), values, drawn))
+    return rows
 
 
 def ranking_influence(confidence: Floats, correct: Any) -> tuple[Floats, Floats]:
@@ -75,10 +190,11 @@ class Resamples:
     def __init__(self, cells: Sequence[PredictionStatistics], cluster: Any, *, repetitions: int, seed: int) -> None:
         """Draw the weights block by block, and add up what each model needs."""
         n = len(cells[0])
-        unit = np.arange(n) if cluster is None else np.unique(np.asarray(cluster), return_inverse=True)[1].ravel()
+        unit = np.arange(n) if cluster is None else np.unique(as_array(cluster), return_inverse=True)[1].ravel()
         self.units, self.clustered = int(unit.max()) + 1, cluster is not None
         self._cells, self._seed = cells, seed
-        self._nulls = [null_gaps(c.confidence, bin_index(c.confidence, N_BINS), N_BINS, repetitions, seed) for c in cells]
+        self._repetitions = repetitions
+        self._nulls: dict[int, Floats] = {}
         ranking = [ranking_influence(stats.confidence, stats.correct) for stats in cells]
         self.values = np.array([_point(stats) for stats in cells])
         order = np.argsort(unit, kind="stable")
@@ -113,7 +229,7 @@ class Resamples:
             share = np.bincount(index, minlength=N_BINS) / len(stats)
             gap = np.bincount(index, weights=stats.confidence - stats.correct, minlength=N_BINS) / len(stats)
             noise = (self.gap_draws[model] - gap) * self._widening
-            null = self._nulls[model][: len(draws)]
+            null = self._null(model)[: len(draws)]
             if self.clustered and np.abs(noise).sum(axis=1).mean() > np.abs(null).sum(axis=1).mean():
                 null = noise  # tokens of one sequence are off together: that alone is no evidence
             return ece_interval(gap, share, noise, null, level=level, seed=self._seed)
@@ -122,15 +238,21 @@ class Resamples:
 
     def null_ece(self, model: int) -> tuple[float, float]:
         """Return the mean and the 95 % quantile of the ECE of a calibrated model with these confidences."""
-        draws = np.abs(self._nulls[model]).sum(axis=1)
+        draws = np.abs(self._null(model)).sum(axis=1)
         return float(draws.mean()), float(np.quantile(draws, 0.95))
+
+    def _null(self, model: int) -> Floats:
+        if model not in self._nulls:
+            c = self._cells[model].confidence
+            self._nulls[model] = null_gaps(c, bin_index(c, N_BINS), N_BINS, self._repetitions, self._seed)
+        return self._nulls[model]
 
     @property
     def _widening(self) -> float:
         return float(np.sqrt(self.units / max(self.units - 1, 1)))
 
-    def difference(self, models: Sequence[int], references: Sequence[int], metric: str, level: float) -> Difference:
-        """Return models − references, each a list with one model per seed, for one metric.
+    def difference(self, models: Sequence[int], references: Sequence[int], metric: str, level: float, **names: str) -> Contrast:
+        """Return models − references, each a list with one model per seed, for one metric; names: row, against and set.
 
         Per seed: the percentile interval of the paired difference; for ece the basic one, because both values are biased.
         Over examples and seeds: mean ± t·sqrt(v_e + v_s), where v_e is the bootstrap variance of the mean over seeds when
@@ -142,22 +264,37 @@ class Resamples:
         values = self.values[list(models), column] - self.values[list(references), column]
         draws = self.draws[list(models), :, column] - self.draws[list(references), :, column]
         ends = np.quantile(draws, [(1.0 - level) / 2, (1.0 + level) / 2], axis=1)
-        centre = values.mean()
         if metric == "ece":
             ends = 2 * values - ends[::-1]
-            centre = 2 * centre - draws.mean()
-        over_examples = float(draws.mean(axis=0).var()) * self._widening**2
-        seed_low, seed_high = seed_interval(values, level)
-        low, high, p = _combined(float(centre), over_examples, self.units, values, level)
-        return Difference(values.tolist(), float(values.mean()), low, high, p, seed_low, seed_high, *ends.tolist())
+        low, high, p = _over_examples(metric, values, draws, self.units, level)
+        return _contrast(metric, values, (low, high, p), ends.tolist(), level, names)
 
 
-def seed_difference(values: Sequence[float], references: Sequence[float], level: float) -> Difference:
+def seed_difference(metric: str, values: Sequence[float], references: Sequence[float], level: float, **names: str) -> Contrast:
     """Return values − references, one of each per seed, of a metric known only as a number: all intervals are over seeds."""
     per_seed = np.asarray(values, dtype=np.float64) - np.asarray(references, dtype=np.float64)
     low, high = seed_interval(per_seed, level)
     p = None if low is None else _combined(float(per_seed.mean()), 0.0, 2, per_seed, level)[2]
-    return Difference(per_seed.tolist(), float(per_seed.mean()), low, high, p, low, high, None, None)
+    return _contrast(metric, per_seed, (low, high, p), [None, None], level, names)
+
+
+def _contrast(metric: str, values: Floats, whole: Any, ends: Any, level: float, names: dict[str, str]) -> Contrast:
+    """Put a contrast together: values [S], (low, high, p) of their mean, and the ends of the interval of each."""
+    low, high, p = whole
+    seed_low, seed_high = seed_interval(values, level)
+    return Contrast(
+        metric, names.get("row", ""), names.get("against", ""), float(values.mean()), low, high, set=names.get("set", ""),
+        p=p, per_seed=values.tolist(), per_seed_low=ends[0], per_seed_high=ends[1], seed_low=seed_low, seed_high=seed_high,
+    )  # fmt: skip
+
+
+def _over_examples(metric: str, values: Floats, draws: Floats, units: int, level: float) -> tuple[float, float, float]:
+    """Return (low, high, p) of the mean of paired differences [S], which become draws [S, R] when the units are drawn anew."""
+    centre = float(values.mean())
+    if metric == "ece":  # both values are biased upward, and so are their draws
+        centre = 2 * centre - float(draws.mean())
+    widening = units / max(units - 1, 1)
+    return _combined(centre, float(draws.mean(axis=0).var()) * widening, units, values, level)
 
 
 def seed_interval(values: Any, level: float) -> tuple[float | None, float | None]:
@@ -165,7 +302,7 @@ def seed_interval(values: Any, level: float) -> tuple[float | None, float | None
     values = np.asarray(values, dtype=np.float64)
     if values.size < 2:
         return None, None
-    half = student.ppf((1.0 + level) / 2, values.size - 1) * values.std(ddof=1) / np.sqrt(values.size)
+    half = stdtrit(values.size - 1, (1.0 + level) / 2) * values.std(ddof=1) / np.sqrt(values.size)
     return float(values.mean() - half), float(values.mean() + half)
 
 
@@ -191,8 +328,8 @@ def _combined(centre: float, over_examples: float, units: int, values: Floats, l
         return centre, centre, 1.0 if centre == 0.0 else 0.0
     shares = over_examples**2 / max(units - 1, 1) + (over_seeds**2 / (values.size - 1) if values.size > 1 else 0.0)
     freedom = variance**2 / shares
-    half = float(student.ppf((1.0 + level) / 2, freedom)) * variance**0.5
-    return centre - half, centre + half, float(2 * student.sf(abs(centre) / variance**0.5, freedom))
+    half = float(stdtrit(freedom, (1.0 + level) / 2)) * variance**0.5
+    return centre - half, centre + half, float(2 * stdtr(freedom, -abs(centre) / variance**0.5))
 
 
 def _point(stats: PredictionStatistics) -> list[float]:

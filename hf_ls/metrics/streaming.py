@@ -1,8 +1,4 @@
-"""Calibration of any number of predictions in constant memory, mergeable across batches and processes.
-
-Owns `StreamingCalibration`. Does not own the definitions of the metrics (`core`) nor any communication
-between processes: gather the `state_dict()`s and add them up.
-"""
+"""Calibration of any number of predictions in constant memory."""
 
 from __future__ import annotations
 
@@ -12,7 +8,7 @@ import numpy as np
 
 from hf_ls.metrics.core import CELLS, ReliabilityBins, bin_edges, bin_index
 from hf_ls.metrics.ties import equal_mass_sums
-from hf_ls.metrics.validation import Floats, check_confidence, check_count
+from hf_ls.metrics.validation import Floats, as_array, check_confidence, check_count
 
 # What is added up is the distance from here, at most 1/30720: rounding then stays below 1e-13 of the ECE at 1e7 equal
 # confidences, in batches of any size. 0 for the first cell makes every difference exact.
@@ -67,8 +63,9 @@ class StreamingCalibration:
             ValueError: different lengths, NaN, infinite nll, or confidence outside 0 to 1; nothing is then
             added.
         """
-        nats, squares = np.asarray(nll, dtype=np.float64), np.asarray(brier, dtype=np.float64)
-        shapes = {np.shape(confidence), np.shape(correct), nats.shape, squares.shape}
+        confidence, correct = as_array(confidence), as_array(correct)
+        nats, squares = as_array(nll).astype(np.float64), as_array(brier).astype(np.float64)
+        shapes = {confidence.shape, correct.shape, nats.shape, squares.shape}
         if len(shapes) != 1 or nats.ndim != 1:
             raise ValueError(
                 f"expected confidence, correct, nll and brier of one shape [n], "
@@ -89,15 +86,6 @@ class StreamingCalibration:
         self.correct += np.bincount(cell[hits], minlength=CELLS)
         self.nll += float(nats.sum())
         self.brier += float(squares.sum())
-
-    def __add__(self, other: StreamingCalibration) -> StreamingCalibration:
-        """Return the state of both sets of predictions together."""
-        if not isinstance(other, StreamingCalibration):
-            return NotImplemented
-        merged = StreamingCalibration()
-        for name in ("count", "offset", "correct", "nll", "brier"):
-            setattr(merged, name, getattr(self, name) + getattr(other, name))
-        return merged
 
     def compute(self, n_bins: int = 15) -> dict[str, float]:
         """Return n, nll (nats), brier (0 to 2), accuracy, ece, ece_equal_mass and signed_gap as Python
@@ -137,35 +125,3 @@ class StreamingCalibration:
         )
         with np.errstate(invalid="ignore"):  # 0 / 0 in an empty bin is the documented NaN
             return ReliabilityBins(bin_edges(n_bins), count, confidence / count, correct / count)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return a copy of the state as NumPy arrays and floats, additive across processes key by key."""
-        return {
-            "count": self.count.copy(),
-            "confidence": self.confidence,
-            "correct": self.correct.copy(),
-            "nll": self.nll,
-            "brier": self.brier,
-        }
-
-    @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> StreamingCalibration:
-        """Rebuild a state from `state_dict()`.
-
-        Raises:
-            ValueError: keys or shapes differ from those of `state_dict()`.
-        """
-        restored = cls()
-        if set(state) != set(restored.state_dict()):
-            raise ValueError(
-                f"expected the keys {sorted(restored.state_dict())}, got {sorted(state)}; pass a state_dict() unchanged"
-            )
-        for name in ("count", "confidence", "correct"):
-            given = np.asarray(state[name])
-            if given.shape != (CELLS,):
-                raise ValueError(f"expected {name} of shape [{CELLS}], got {list(given.shape)}; pass a state_dict() unchanged")
-        restored.count += np.asarray(state["count"]).astype(np.int64)
-        restored.correct += np.asarray(state["correct"]).astype(np.int64)
-        restored.offset += np.asarray(state["confidence"]) - restored.count * _CENTRES
-        restored.nll, restored.brier = float(state["nll"]), float(state["brier"])
-        return restored

@@ -1,8 +1,5 @@
 """Calibration of next-token predictions: constant memory at any number of tokens, intervals over sequences.
 
-Owns `TokenCalibration`. Does not own the four numbers per token (`statistics`), the sums over cells of confidence
-(`streaming`) or any communication between processes: gather the items, or the `state_dict()`s, and add them up.
-
 Tokens of one sequence resemble each other, so that an interval which counts them as independent is too narrow. Here
 whole sequences are resampled, by the online bootstrap: in replicate r, sequence s counts Poisson(1) times.
 Source: Hanley and MacGibbon 2006; Oza and Russell 2001; Cameron, Gelbach and Miller 2008 for clusters.
@@ -10,19 +7,17 @@ Source: Hanley and MacGibbon 2006; Oza and Russell 2001; Cameron, Gelbach and Mi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hf_ls.metrics.core import ReliabilityBins, bin_index
+from hf_ls.metrics.core import N_BINS, ReliabilityBins, bin_index
 from hf_ls.metrics.intervals import calibrated_hits, ece_interval, wilson_interval
 from hf_ls.metrics.streaming import StreamingCalibration, check_bins
 from hf_ls.metrics.ties import aurc_from_groups
-from hf_ls.metrics.validation import Floats, Integers, check_count
+from hf_ls.metrics.validation import Floats, Integers, as_array, check_count
 
-N_BINS = 15
 # What is added up per group, per sequence and per replicate: n, correct, nll, brier, and confidence − correct per bin.
 # Float64 holds counts exactly up to 2**53.
 _COUNT, _CORRECT, _NLL, _BRIER, _GAP = 0, 1, 2, 3, slice(4, 4 + N_BINS)
@@ -42,15 +37,14 @@ _FIRST_FREQUENCY, _FIRST_POSITION = 2, 2 + len(_FREQUENCIES)
 
 
 class TokenCalibration:
-    """Sums of any number of tokens, as a whole, per group and per bootstrap replicate: below 1 MB, mergeable.
+    """Sums of any number of tokens, as a whole, per group and per bootstrap replicate: below 1 MB.
 
     eos_token_id: the end-of-sequence token, reported apart; None for no such groups.
     token_counts: occurrences [V] of each token id as a training label, for the frequency groups; None for none.
     repetitions: bootstrap replicates. seed: of their weights.
 
     The weights of the n-th sequence depend on n and `seed` alone, so that neither the split into batches nor the padding
-    changes an interval. `a + b` adds all sums and replicates. Give each process its own seed: with equal seeds the n-th
-    sequences of both share their weights, which is still a bootstrap, but of fewer and larger groups, and a noisier one.
+    changes an interval. Several processes gather their items, and each adds them all.
 
     Raises:
         TypeError: not whole numbers.
@@ -122,7 +116,7 @@ class TokenCalibration:
 
     def _kept(self, items: ArrayLike, labels: ArrayLike) -> tuple[Floats, Integers, Integers, Integers]:
         """Return of the n kept tokens: items [n, 4], label, sequence among those with tokens, rank from 1 within it."""
-        values, tokens = np.asarray(items), np.asarray(labels)
+        values, tokens = as_array(items), as_array(labels)
         if values.dtype.kind != "f" or tokens.dtype.kind not in "iu":
             raise TypeError(
                 f"expected float items and integer labels, got dtypes {values.dtype} and {tokens.dtype}; "
@@ -154,29 +148,6 @@ class TokenCalibration:
 
     def _all_replicates(self) -> Floats:
         return self._replicates + self._weighted(self._blocks, self._pending)
-
-    def __add__(self, other: TokenCalibration) -> TokenCalibration:
-        """Return the state of both sets of sequences together.
-
-        Raises:
-            ValueError: their eos_token_id, token_counts or repetitions differ.
-        """
-        if not isinstance(other, TokenCalibration):
-            return NotImplemented
-        for name in ("eos_token_id", "token_counts", "repetitions"):
-            if not np.array_equal(getattr(self, name), getattr(other, name)):
-                raise ValueError(f"expected the same {name} on both sides of +, got others; construct both alike")
-        settings = {name: getattr(self, name) for name in ("eos_token_id", "token_counts", "repetitions", "seed")}
-        merged = TokenCalibration(**settings)
-        merged._cells = self._cells + other._cells
-        for groups in (self._groups, other._groups):
-            _add(merged._groups, groups[0])
-            merged._groups[1] += groups[1]
-        merged._replicates = self._all_replicates() + other._all_replicates()
-        merged._sequences = self._sequences + other._sequences
-        for state in (self, other):  # later sequences get weights that neither side has used
-            merged._blocks += state._blocks + (len(state._pending) > 0)
-        return merged
 
     def metrics(self) -> dict[str, dict[str, float]]:
         """Return {name: {"value", and where sound "low", "high"}} as `metrics.summarise`, 95 % intervals over sequences.
@@ -251,6 +222,24 @@ class TokenCalibration:
         ends["ece"] = np.array(ece_interval(own, share, noise, null, seed=self.seed))
         return ends
 
+    def draws(self) -> tuple[Floats, dict[str, float], dict[str, Floats]]:
+        """Return the number of tokens [R] in each replicate which holds one, and accuracy, nll, brier and ece: values, and [R].
+
+        The weights depend on the rank of a sequence and the seed alone: two models which were given the same sequences in one
+        order have the same numbers of tokens, and the difference of their replicates is a paired one.
+
+        Raises:
+            ValueError: no tokens yet.
+        """
+        known, total = self._cells.compute(N_BINS), self._total()
+        sums = self._all_replicates()
+        sums = sums[sums[:, _COUNT] > 0]
+        values, draws = {"accuracy": known["accuracy"]}, {"accuracy": sums[:, _CORRECT] / sums[:, _COUNT]}
+        for name, column in (("nll", _NLL), ("brier", _BRIER)):
+            values[name], draws[name] = float(total[column] / total[_COUNT]), sums[:, column] / sums[:, _COUNT]
+        values["ece"], draws["ece"] = known["ece"], np.abs(sums[:, _GAP]).sum(axis=1) / sums[:, _COUNT]
+        return sums[:, _COUNT], values, draws
+
     def groups(self) -> list[dict[str, Any]]:
         """Return {"kind", "name", "n", "accuracy", "nll", "perplexity", "brier", "ece", "signed_gap"} of each group.
 
@@ -303,44 +292,6 @@ class TokenCalibration:
         p = np.minimum(self._cells.confidence[used] / count, 1.0)
         return calibrated_hits(count, p, index, n_bins, self.repetitions, self.seed)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return a copy of the state as NumPy arrays and numbers, fit for `numpy.savez`; merge states by `+`."""
-        state: dict[str, Any] = {f"cells_{name}": value for name, value in self._cells.state_dict().items()}
-        state |= {"groups": self._groups.copy(), "replicates": self._replicates.copy(), "pending": self._pending.copy()}
-        state |= {"sequences": self._sequences, "blocks": self._blocks}
-        state |= {"repetitions": self.repetitions, "seed": self.seed}
-        # No object arrays, which need pickle: −1 and an empty array stand for None.
-        state["eos_token_id"] = -1 if self.eos_token_id is None else self.eos_token_id
-        state["token_counts"] = np.zeros(0, dtype=np.int64) if self.token_counts is None else self.token_counts.copy()
-        return state
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> Self:
-        """Rebuild a state from `state_dict()` or from the file that `numpy.savez(file, **state_dict())` wrote.
-
-        Raises:
-            ValueError: keys or shapes differ from those of `state_dict()`.
-        """
-        keys = set(cls(repetitions=1).state_dict())
-        if set(state) != keys:
-            raise ValueError(f"expected the keys {sorted(keys)}, got {sorted(state)}; pass a state_dict() unchanged")
-        eos, counts = int(state["eos_token_id"]), np.asarray(state["token_counts"])
-        restored = cls(
-            eos_token_id=None if eos < 0 else eos,
-            token_counts=counts if counts.size else None,
-            repetitions=int(state["repetitions"]),
-            seed=int(state["seed"]),
-        )
-        cells = StreamingCalibration().state_dict()
-        restored._cells = StreamingCalibration.from_state_dict({name: state[f"cells_{name}"] for name in cells})
-        for name in ("groups", "replicates", "pending"):
-            own, given = getattr(restored, f"_{name}"), np.array(state[name], dtype=np.float64)
-            if given.shape[1:] != own.shape[1:] or (name != "pending" and len(given) != len(own)):
-                raise ValueError(f"expected {name} of shape {list(own.shape)}, got {list(given.shape)}; pass it unchanged")
-            setattr(restored, f"_{name}", given)
-        restored._sequences, restored._blocks = int(state["sequences"]), int(state["blocks"])
-        return restored
-
 
 def _sums(group: Integers, size: int, index: Integers, correct: Floats, nll: Floats, brier: Floats, gap: Floats) -> Floats:
     """Add up tokens per group: group [n] < size, bin index [n] and numbers [n] -> [size, width]."""
@@ -366,7 +317,7 @@ def _exp(nats: Any) -> float:
 
 
 def _check_token_counts(token_counts: Any) -> Integers:
-    counts = np.array(token_counts)
+    counts = as_array(token_counts)
     if counts.dtype.kind not in "iu":
         raise TypeError(f"expected integer token_counts, got dtype {counts.dtype}; count labels with numpy.bincount")
     if counts.ndim != 1 or not counts.size or (counts < 0).any():
@@ -374,4 +325,4 @@ def _check_token_counts(token_counts: Any) -> Integers:
             f"expected token_counts [V] of at least 0, got shape {list(counts.shape)}; "
             "count the training labels with numpy.bincount(labels, minlength=V)"
         )
-    return counts.astype(np.int64)
+    return counts.astype(np.int64)  # a copy

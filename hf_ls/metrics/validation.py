@@ -1,7 +1,4 @@
-"""Input checks for the calibration metrics: every refusal is a ValueError or TypeError that names the remedy.
-
-Owns what counts as valid logits, probabilities, labels and confidences. Does not own any formula.
-"""
+"""Input checks for the calibration metrics: every refusal is a ValueError or TypeError that names the remedy."""
 
 from __future__ import annotations
 
@@ -20,10 +17,26 @@ ROW_SUM_TOLERANCE = 1e-3
 FEWEST_PROBABILITIES = 10
 
 
+def as_array(values: Any) -> NDArray[Any]:
+    """`values` as a NumPy array: anything that NumPy takes, and torch tensors of every type, on any device, with or without grad.
+
+    NumPy has no bfloat16 or float8: these become float32, which holds them exactly.
+    """
+    if isinstance(values, list | tuple) and values and hasattr(values[0], "detach"):
+        return np.stack([as_array(value) for value in values])
+    if not hasattr(values, "detach"):
+        return np.asarray(values)
+    tensor = values.detach().cpu()
+    try:
+        return np.asarray(tensor.numpy())
+    except TypeError:
+        return np.asarray(tensor.float().numpy())
+
+
 def _as_matrix(values: Any, name: str) -> NDArray[np.floating[Any]]:
     """Return `values` as a float array [n, K], in its own precision, with n >= 1 and K >= 2."""
     try:
-        matrix = np.asarray(values)
+        matrix = as_array(values)
     except ValueError as error:
         raise ValueError(f"expected {name} of shape [n, K], got ragged rows; give every row one value per class") from error
     if matrix.dtype.kind in "iu":
@@ -69,8 +82,8 @@ def check_logits(logits: Any) -> NDArray[np.floating[Any]]:
         )
     if len(matrix) >= FEWEST_PROBABILITIES and _are_probabilities(matrix):
         raise ValueError(
-            f"expected logits, got {len(matrix)} rows of probabilities (from 0 to 1, each with sum 1); use from_probabilities "
-            "(from_logits=False for an evaluate module), or pass the scores before the softmax"
+            f"expected logits, got {len(matrix)} rows of probabilities (from 0 to 1, each with sum 1); pass the scores before "
+            "the softmax, or numpy.log of the probabilities (an evaluate module takes them with from_logits=False)"
         )
     return matrix
 
@@ -94,8 +107,7 @@ def check_probabilities(probabilities: Any) -> NDArray[np.floating[Any]]:
     if low < 0.0 or high > 1.0 + ROW_SUM_TOLERANCE:
         raise ValueError(
             f"expected probabilities from 0 to 1, got values from {low:.6g} to {high:.6g}, "
-            "which look like logits; apply softmax over the classes, or use from_logits "
-            "(from_logits=True for an evaluate module)"
+            "which look like logits; apply hf_ls.metrics.softmax to them (an evaluate module takes them with from_logits=True)"
         )
     sums = matrix.sum(axis=1, dtype=np.float64)
     off = np.flatnonzero(np.abs(sums - 1.0) > ROW_SUM_TOLERANCE)
@@ -116,7 +128,7 @@ def check_label_type(labels: Any) -> Integers:
         ValueError: not one-dimensional, or empty.
     """
     try:
-        array = np.asarray(labels)
+        array = as_array(labels)
     except ValueError as error:
         raise ValueError("expected labels of shape [n], got ragged rows; give one integer class per row") from error
     if array.shape[0:1] == (0,):
@@ -163,7 +175,7 @@ def check_confidence(confidence: Any, correct: Any) -> tuple[Floats, Booleans]:
         TypeError: not numeric.
         ValueError: empty, not one-dimensional, of different lengths, NaN, or outside the range.
     """
-    values, hits = np.asarray(confidence), np.asarray(correct)
+    values, hits = as_array(confidence), as_array(correct)
     if values.dtype.kind not in "fiu" or hits.dtype.kind not in "biuf":
         raise TypeError(
             f"expected float confidence and boolean correct, got dtypes {values.dtype} and {hits.dtype}; convert them"
@@ -181,7 +193,8 @@ def check_confidence(confidence: Any, correct: Any) -> tuple[Floats, Booleans]:
         bad = values[~((values >= 0.0) & (values <= 1.0))][0]
         raise ValueError(f"expected confidence from 0 to 1, got {bad}; give the probability of the predicted class")
     if not ((hits == 0) | (hits == 1)).all():
-        raise ValueError("expected correct to hold only True and False, got other values; give prediction == label")
+        bad = hits[~((hits == 0) | (hits == 1))][0]
+        raise ValueError(f"expected correct to hold only True and False, got {bad}; give prediction == label")
     return values, hits.astype(bool)
 
 

@@ -1,14 +1,8 @@
-"""What a run measured: one frozen report and its JSON file.
-
-Owns: `CalibrationRow`, `CalibrationReport`, `calibration.json`.
-Does not own: any metric (`metrics`), or what is made of a report alone: tables (`tables`), sentences (`findings`),
-pictures (`plots`), the card (`card`).
-"""
+"""What a run measured: one frozen report and its file, `calibration.json`, which gives it back as it was."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -27,13 +21,16 @@ from hf_ls.calibration.temperature import apply_temperature
 from hf_ls.common.files import write_atomically
 from hf_ls.metrics.core import PredictionStatistics, bin_index, reliability_bins
 from hf_ls.metrics.intervals import consistency_band
+from hf_ls.metrics.paired import Difference
 from hf_ls.metrics.summary import summarise
 from hf_ls.metrics.tokens import TokenCalibration
+from hf_ls.report.facts import DatasetFacts, SmoothingFacts, TrainingFacts, check_keys, make_plain, record
 
-Metric = Mapping[str, float | None]
+Metric = Mapping[str, float | str | None]
 
 REPORT = "calibration.json"
 SETTINGS = "settings.json"  # beside it where the run was a training
+BASELINE = "baseline"  # the run trained on the plain cross entropy, which the others are compared with
 HISTOGRAM_BINS = 20
 CLASS_METRICS = ("accuracy", "nll", "brier", "ece", "signed_gap", "aurc")
 TOKEN_METRICS = ("accuracy", "nll", "perplexity", "brier", "ece", "signed_gap")
@@ -42,26 +39,27 @@ _CALIBRATION_METRICS = {*CLASS_METRICS, *TOKEN_METRICS, "mce", "rmsce_debiased",
 _CALIBRATION_METRICS |= {"ece_equal_mass", "ece_classwise"}
 _GROUP_KEYS = ("kind", "name", "n", "accuracy", "nll", "perplexity", "brier", "ece", "signed_gap")
 _RELIABILITY_KEYS = ("edges", "count", "confidence", "accuracy", "band_low", "band_high")
-_DATASET_KEYS = ("name", "hub_id", "split", "n", "class_counts", "licence")
-_DATASET_OPTIONAL = ("config", "revision", "n_train", "n_validation", "n_sequences", "example")
-_SMOOTHING_KEYS = ("epsilon", "convention", "prior", "schedule", "optimal_logit_gap", "max_confidence")
-_SMOOTHING_OPTIONAL = ("excluded",)
 
 
 @dataclass(frozen=True)
 class CalibrationRow:
     """One evaluated set of predictions: a run, with or without temperature scaling.
 
-    `metrics` is what `metrics.summarise` returns, each {"value", "low", "high"} with the 95 % interval where
-    one is sound ("ece" also "null" and "null_q95"); `reliability` holds per bin what the diagram needs, None
-    where a bin is empty; the histograms count confidences in 20 bins (a, b]. `temperature` 1.0 means none,
-    `epsilon` None that it is not known how the model was trained. A row of tokens also has "perplexity" and the quality of
-    its task, and `groups` as `TokenCalibration.groups`.
+    Args:
+        run: what was trained: "baseline" (the plain cross entropy), "smoothed", or the name of another objective or technique.
+        epsilon: of its label smoothing, at the first step of a schedule; None where it is not known how the model was trained.
+        temperature: which the logits were divided by; 1.0 without temperature scaling. tempered: whether that was done.
+        metrics: what `metrics.summarise` returns, each {"value", "low", "high"} with the 95 % interval where one is sound ("ece"
+            also "null" and "null_q95", BLEU and chrF "signature"). A row of tokens also has "perplexity" and the quality of its
+            task.
+        reliability: per bin what the diagram needs, None where a bin is empty.
+        histogram_correct, histogram_incorrect: how many right and wrong predictions have a confidence in each of 20 bins (a, b].
+        groups: of tokens, as `TokenCalibration.groups`.
 
     Raises: ValueError for a missing metric or key; TypeError for a value which JSON cannot hold.
     """
 
-    name: str
+    run: str
     epsilon: float | None
     temperature: float
     metrics: Mapping[str, Metric]
@@ -69,20 +67,23 @@ class CalibrationRow:
     histogram_correct: list[int]
     histogram_incorrect: list[int]
     groups: list[dict[str, Any]] = field(default_factory=list)
+    tempered: bool = False
 
     def __post_init__(self) -> None:
         """Make every value what JSON gives back, and check the shapes."""
-        _make_plain(self)
+        make_plain(self)
         where = f"in row {self.name!r}"
         if not self.temperature > 0:
             raise ValueError(f"expected temperature > 0 {where}, got {self.temperature}; 1.0 means none")
+        if not self.tempered and self.temperature != 1:
+            raise ValueError(f"expected temperature 1.0 {where}, got {self.temperature}; set tempered=True where it was applied")
         wanted, remedy = (TOKEN_METRICS, "TokenCalibration.metrics()") if self.is_token else (CLASS_METRICS, "summarise()")
         missing = [key for key in wanted if "value" not in self.metrics.get(key, {})]
         if missing:
             raise ValueError(f"expected {missing} with a 'value' {where}, got none; use {remedy}")
-        _check_keys(self.reliability, _RELIABILITY_KEYS, f"reliability {where}")
+        check_keys(self.reliability, _RELIABILITY_KEYS, f"reliability {where}")
         for group in self.groups:
-            _check_keys(group, _GROUP_KEYS, f"group {where}")
+            check_keys(group, _GROUP_KEYS, f"group {where}")
         sizes = [len(self.histogram_correct), len(self.histogram_incorrect)]
         if sizes != [HISTOGRAM_BINS, HISTOGRAM_BINS]:
             raise ValueError(f"expected {HISTOGRAM_BINS} bins {where}, got {sizes}; use from_logits()")
@@ -90,9 +91,9 @@ class CalibrationRow:
     @classmethod
     def from_logits(
         cls,
-        name: str,
+        run: str,
         epsilon: float | None,
-        temperature: float,
+        temperature: float | None,
         logits: ArrayLike,
         labels: ArrayLike,
         *,
@@ -100,20 +101,21 @@ class CalibrationRow:
         repetitions: int = 1000,
         seed: int = 0,
     ) -> Self:
-        """Summarise the logits [n, K] of a model, divided by `temperature` here, against hard labels [n].
+        """Summarise the logits [n, K] of a model, divided by `temperature` here (None: as they are), against hard labels [n].
 
         Raises: ValueError for empty, ragged or NaN input, for labels outside [0, K), or temperature <= 0.
         """
-        scaled = apply_temperature(logits, temperature)
+        scaled = apply_temperature(logits, 1.0 if temperature is None else temperature)
         stats = PredictionStatistics.from_logits(scaled, labels)
         bins = reliability_bins(stats.confidence, stats.correct, n_bins)
         band = {"n_bins": n_bins, "repetitions": repetitions, "seed": seed}
         low, high = consistency_band(stats.confidence, level=0.95, **band)
         index = bin_index(stats.confidence, HISTOGRAM_BINS)
         return cls(
-            name=name,
+            run=run,
             epsilon=epsilon,
-            temperature=temperature,
+            temperature=1.0 if temperature is None else temperature,
+            tempered=temperature is not None,
             metrics=summarise(scaled, labels, **band),
             reliability={
                 "edges": bins.edges.tolist(),
@@ -130,13 +132,13 @@ class CalibrationRow:
     @classmethod
     def from_tokens(
         cls,
-        name: str,
+        run: str,
         epsilon: float | None,
-        temperature: float,
+        temperature: float | None,
         tokens: TokenCalibration,
         extra: Mapping[str, Metric] | None = None,
     ) -> Self:
-        """The row of a teacher-forced pass whose logits were divided by `temperature` before they got into `tokens`.
+        """The row of a teacher-forced pass whose logits were divided by `temperature` (None: not) before they got into `tokens`.
 
         Args:
             extra: what was measured beside the tokens, e.g. "phoneme_error_rate", "exact_match", "bleu", "chrf" of the
@@ -149,15 +151,21 @@ class CalibrationRow:
             raise ValueError(f"expected other metrics in extra than those of the tokens, got {repeated}; rename or drop them")
         correct, incorrect = tokens.histogram(HISTOGRAM_BINS)
         return cls(
-            name=name,
+            run=run,
             epsilon=epsilon,
-            temperature=temperature,
+            temperature=1.0 if temperature is None else temperature,
+            tempered=temperature is not None,
             metrics={**metrics, **more},
             reliability=tokens.reliability(),
             histogram_correct=correct,
             histogram_incorrect=incorrect,
             groups=tokens.groups(),
         )
+
+    @property
+    def name(self) -> str:
+        """The name of the row in tables and plots: its run, "+ temperature" where that was applied."""
+        return f"{self.run} + temperature" if self.tempered else self.run
 
     @property
     def n(self) -> int:
@@ -176,19 +184,16 @@ class CalibrationRow:
 
     def value(self, metric: str) -> float:
         """The point value of a metric; NaN where it is undefined or was not measured."""
-        value = self.metrics.get(metric, {}).get("value")
-        return math.nan if value is None else value
+        return math.nan if (value := self._number(metric, "value")) is None else value
 
     def interval(self, metric: str) -> tuple[float, float] | None:
         """The 95 % interval of a metric, or None where none is known."""
-        found = self.metrics.get(metric, {})
-        low, high = found.get("low"), found.get("high")
+        low, high = self._number(metric, "low"), self._number(metric, "high")
         return None if low is None or high is None else (low, high)
 
-    @property
-    def epsilon_text(self) -> str:
-        """Epsilon for tables and labels: "0.1", or "?" where it is not known."""
-        return "?" if self.epsilon is None else f"{self.epsilon:g}"
+    def _number(self, metric: str, key: str) -> float | None:
+        found = self.metrics.get(metric, {}).get(key)
+        return None if isinstance(found, str) else found
 
     def show(self, metric: str) -> str:
         """A metric as text: "0.123 [0.110, 0.135]", signed for `signed_gap`, "–" where it is undefined."""
@@ -208,47 +213,46 @@ class CalibrationReport:
 
     Args:
         task: Hub task id, e.g. "text-classification".
-        model_name: name of the trained model; base_model: Hub id or local path of what it started from, None from scratch.
-        dataset: name, hub_id (None when it is on no Hub), split, n (tokens for rows of tokens), class_counts (per
-            class, in the order of `label_names`; None with label_names [] for a language model), licence; optional
-            config, revision, n_train, n_validation, n_sequences, example (an input for the code in the card).
-        smoothing: of the smoothed run: epsilon, convention, prior, schedule, optimal_logit_gap (nats),
-            max_confidence; optional excluded (in words). None where a value does not exist.
+        model_name: name of the trained model; base_model: Hub id of what it started from, or "./name" for a folder; None from
+            scratch, or not known without `training`.
+        dataset: the evaluated data. label_names: of the classes, [] for a language model.
+        smoothing: of the run which is not the baseline. training: of the published run; None for a model evaluated only.
         rows: in the order of the table.
-        training: settings by name, with "seeds" a list; versions: package -> version.
-        history: row name -> log records {"step", "loss", "nll", "smoothing_term", "eval_nll", …}.
+        history: run -> log records {"step", "loss", "nll", "smoothing_term", "eval_nll", …}.
+        versions: package -> version.
         published: name of the row whose weights are saved beside the card; if it has a temperature, that is
             baked into the weights. None: not recorded.
+        differences: paired, of a row against an earlier one (`metrics.paired.differences`); none in reports which only know
+            the interval of each row.
 
-    Raises: ValueError for unknown or missing keys, repeated row names, or counts which contradict each other.
+    Raises: ValueError for repeated rows, or counts which contradict each other.
     """
 
     task: str
     model_name: str
     base_model: str | None
-    dataset: dict[str, Any]
+    dataset: DatasetFacts
     label_names: list[str]
-    smoothing: dict[str, Any]
+    smoothing: SmoothingFacts
     rows: list[CalibrationRow]
-    training: dict[str, Any]
+    training: TrainingFacts | None
     history: dict[str, list[dict[str, Any]]]
     versions: dict[str, str]
     published: str | None = None
+    differences: list[Difference] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Make every value what JSON gives back, and check that the parts agree."""
-        _make_plain(self)
-        _check_keys(self.dataset, _DATASET_KEYS, "dataset", _DATASET_OPTIONAL)
-        _check_keys(self.smoothing, _SMOOTHING_KEYS, "smoothing", _SMOOTHING_OPTIONAL)
+        make_plain(self)
         names = [row.name for row in self.rows]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"expected rows with distinct names, got {names}; rename the repeated ones")
-        strangers = {*self.history, self.published} - {None, *names}
+        strangers = {*({self.published} - {None, *names}), *(self.history.keys() - {row.run for row in self.rows})}
         if strangers:
-            raise ValueError(f"expected names of rows in history and published, got {strangers}; rename")
+            raise ValueError(f"expected runs of rows in history and the name of one in published, got {strangers}; rename")
         if len({row.is_token for row in self.rows}) > 1:
             raise ValueError("expected rows of tokens or of examples, got both; report them apart")
-        n, counts = self.dataset["n"], self.dataset["class_counts"]
+        n, counts = self.dataset.n, self.dataset.class_counts
         if counts is None:
             if not self.is_token_task or self.label_names:
                 raise ValueError("expected class_counts None only with rows of tokens and label_names []; count the labels")
@@ -269,12 +273,17 @@ class CalibrationReport:
         Raises: ValueError for text which is not JSON, or for unknown or missing keys.
         """
         fields = json.loads(text)
-        required = [f.name for f in dataclasses.fields(cls) if f.name != "published"]
-        _check_keys(fields, required, "calibration report", ("published",))
+        optional = ("published", "differences")
+        check_keys(fields, [f.name for f in dataclasses.fields(cls) if f.name not in optional], "calibration report", optional)
         rows = fields["rows"] if isinstance(fields["rows"], list) else [fields["rows"]]
-        for row in rows:
-            _check_keys(row, [f.name for f in dataclasses.fields(CalibrationRow) if f.name != "groups"], "row", ("groups",))
-        return cls(**fields | {"rows": [CalibrationRow(**row) for row in rows]})
+        made = {
+            "dataset": record(DatasetFacts, fields["dataset"], "dataset"),
+            "smoothing": record(SmoothingFacts, fields["smoothing"], "smoothing"),
+            "training": None if fields["training"] is None else record(TrainingFacts, fields["training"], "training"),
+            "rows": [record(CalibrationRow, row, "row") for row in rows],
+            "differences": [record(Difference, found, "difference") for found in fields.get("differences", [])],
+        }
+        return cls(**fields | made)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write `calibration.json`; a reader sees the old file or the new one, never a part."""
@@ -299,19 +308,19 @@ class CalibrationReport:
     @property
     def size(self) -> str:
         """How much was evaluated, in words: "n = 2,284", or "n = 12,345 tokens in 800 sequences"."""
-        sequences = self.dataset.get("n_sequences")
+        sequences = self.dataset.n_sequences
         within = f" in {sequences:,} sequences" if sequences else ""
-        return f"n = {self.dataset['n']:,}" + (f" tokens{within}" if self.is_token_task else "")
+        return f"n = {self.dataset.n:,}" + (f" tokens{within}" if self.is_token_task else "")
 
     @property
     def baseline(self) -> CalibrationRow | None:
-        """The first row with ε = 0 and no temperature."""
-        return next((row for row in self.rows if row.epsilon == 0 and row.temperature == 1), None)
+        """The baseline without temperature."""
+        return next((row for row in self.rows if row.run == BASELINE and not row.tempered), None)
 
     @property
     def smoothed(self) -> CalibrationRow | None:
-        """The first row beside the baseline without temperature: of smoothing, or of another objective or technique."""
-        return next((row for row in self.rows if row is not self.baseline and row.temperature == 1), None)
+        """The first run beside the baseline, without temperature: of smoothing, or of another objective or technique."""
+        return next((row for row in self.rows if row.run != BASELINE and not row.tempered), None)
 
     @property
     def published_row(self) -> CalibrationRow | None:
@@ -320,49 +329,26 @@ class CalibrationReport:
             return self.rows[0] if len(self.rows) == 1 else None
         return next(row for row in self.rows if row.name == self.published)
 
+    def difference(self, metric: str, row: CalibrationRow, against: CalibrationRow) -> Difference | None:
+        """The paired difference row − against in a metric; None where only the interval of each row is known."""
+        found = (d for d in self.differences if (d.metric, d.row, d.against) == (metric, row.name, against.name))
+        return next(found, None)
+
     def tempered(self, row: CalibrationRow) -> CalibrationRow | None:
-        """The temperature-scaled row of the same run, which stands behind `row`, if there is one."""
-        behind = self.rows[self.rows.index(row) + 1 :]
-        run = itertools.takewhile(lambda r: r.temperature != 1 and r.epsilon == row.epsilon, behind)
-        return next(run, None)
+        """The temperature-scaled row of the run which `row` is of, if there is one and `row` is not it."""
+        return next((other for other in self.rows if other.run == row.run and other.tempered and other != row), None)
+
+    def smoothing_of(self, row: CalibrationRow) -> SmoothingFacts:
+        """How the targets of the row's run were smoothed: the baseline's never are."""
+        return SmoothingFacts(epsilon=0.0) if row.run == BASELINE else self.smoothing
+
+    def epsilon_text(self, row: CalibrationRow) -> str:
+        """Epsilon of a row for tables and labels: "0.1", "0 → 0.4" with a schedule, "?" where it is not known."""
+        known = self.smoothing_of(row)
+        return (known if known.epsilon == row.epsilon else SmoothingFacts(row.epsilon)).epsilon_text
 
 
 def package_versions(*packages: str) -> dict[str, str]:
     """What a report says it was made with: hf_ls, some packages, by default those which train, and Python."""
     names = packages or ("transformers", "torch", "accelerate", "datasets")
     return {"hf_ls": __version__, **{name: version(name) for name in names}, "python": platform.python_version()}
-
-
-def _make_plain(instance: Any) -> None:
-    """Turn every field into what JSON gives back, so that a report equals itself after a round trip."""
-    for name in (f.name for f in dataclasses.fields(instance)):
-        object.__setattr__(instance, name, _plain(getattr(instance, name), name))
-
-
-def _plain(value: Any, where: str) -> Any:
-    if isinstance(value, np.ndarray | np.generic):
-        value = value.tolist()
-    if value is None or isinstance(value, str | bool | int | CalibrationRow):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        bad = [key for key in value if not isinstance(key, str)]
-        if bad:
-            raise TypeError(f"expected text as keys in {where}, got {bad[0]!r}; JSON has no other keys")
-        return {str(key): _plain(item, f"{where}[{key!r}]") for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
-    raise TypeError(f"expected numbers, text or lists in {where}, got {type(value).__name__}; convert it")
-
-
-def _check_keys(fields: Any, required: Any, what: str, optional: tuple[str, ...] = ()) -> None:
-    if not isinstance(fields, dict):
-        raise ValueError(f"expected {what} with keys {list(required)}, got {fields!r:.40}; pass a dict")
-    missing = [key for key in required if key not in fields]
-    unknown = [key for key in fields if key not in required and key not in optional]
-    if missing or unknown:
-        raise ValueError(
-            f"expected {what} with keys {list(required)}, got missing {missing}, unknown {unknown}; "
-            "was it written by another version of hf_ls?"
-        )

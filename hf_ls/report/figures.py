@@ -1,7 +1,6 @@
 """The look which all figures share: colours, style, names of runs, saving.
 
-Owns: the palette, matplotlib settings which the user's own cannot change, how a run is named and coloured, writing a PNG.
-Does not own: what is drawn (`plots`, `pictures`). matplotlib is imported on use, without pyplot: such a Figure always saves
+matplotlib is imported on use, without pyplot: such a Figure always saves
 through Agg and leaves the caller's backend alone.
 """
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 150
-# After Okabe and Ito 2008, safe for colour-blind readers: one colour an epsilon, lighter with temperature.
+# After Okabe and Ito 2008, safe for colour-blind readers: one colour a run, lighter with temperature.
 PALETTE = (("#0072B2", "#56B4E9"), ("#D55E00", "#E69F00"), ("#009E73", "#66C2A5"), ("#7B3F8C", "#CC79A7"))
 INK, GREY, LIGHT = "#222222", "#767676", "#EEEEEE"
 Series = list[tuple[float, float]]
@@ -76,8 +75,8 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
 
 def row_colours(report: CalibrationReport) -> dict[str, str]:
     """Name of a row -> its colour."""
-    epsilons = list(dict.fromkeys(row.epsilon for row in report.rows))
-    return {row.name: PALETTE[epsilons.index(row.epsilon) % len(PALETTE)][row.temperature != 1] for row in report.rows}
+    runs = list(dict.fromkeys(row.run for row in report.rows))
+    return {row.name: PALETTE[runs.index(row.run) % len(PALETTE)][row.tempered] for row in report.rows}
 
 
 def short_name(name: str) -> str:

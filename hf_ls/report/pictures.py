@@ -1,7 +1,6 @@
-"""What smoothing does to a classifier, in pictures: tight clusters, bounded logit gaps, calibration while it trains.
+"""What smoothing does to a classifier, in pictures: tight clusters and bounded logit gaps.
 
-Owns: penultimate features, their projection onto the plane of three classes, logit gaps, and the three figures.
-Does not own: the plots of every report (`plots`), the optimum (`smoothing`), any calibration metric (`metrics`).
+They need predictions and features beside the report; `plots` draws what a report alone holds.
 """
 
 from __future__ import annotations
@@ -20,13 +19,10 @@ from hf_ls.common.files import write_arrays
 from hf_ls.report.calibration_report import CalibrationReport
 from hf_ls.report.figures import (
     GREY,
-    INK,
     LIGHT,
     PALETTE,
     figure_style,
-    logged_series,
     new_figure,
-    row_colours,
     save_figure,
     short_name,
 )
@@ -40,7 +36,6 @@ PENULTIMATE = "penultimate.npz"
 _GAP_BINS = 60
 POINTS = 400  # of one class in a panel: more hide each other
 _CLASS_COLOURS = [strong for strong, _ in PALETTE[:3]]
-_STEPS = {"eval_nll": "NLL, nats", "eval_ece": "ECE", "eval_signed_gap": "confidence − accuracy"}
 _Floats = NDArray[np.float64]
 
 
@@ -178,13 +173,14 @@ def logit_gap(logits: ArrayLike, labels: ArrayLike) -> _Floats:
 def optimal_gap(report: CalibrationReport, name: str) -> float | None:
     """The gap at which the loss of a row is least, nats; None where it is infinite (ε = 0) or has no single value."""
     row = next(row for row in report.rows if row.name == name)
-    if row.epsilon == report.smoothing["epsilon"]:
-        return report.smoothing["optimal_logit_gap"]
-    if not row.epsilon or row.epsilon < 0 or report.smoothing["prior"] != "uniform" or not report.label_names:
+    known = report.smoothing_of(row)
+    if row.epsilon == known.epsilon:
+        return known.optimal_logit_gap
+    if not row.epsilon or row.epsilon < 0 or known.prior != "uniform" or known.convention is None or not report.label_names:
         return None
     from hf_ls.losses.smoothing import Smoothing
 
-    return Smoothing(row.epsilon, report.smoothing["convention"]).optimal_logit_gap(len(report.label_names))
+    return Smoothing(row.epsilon, known.convention).optimal_logit_gap(len(report.label_names))
 
 
 def penultimate_plane(
@@ -253,37 +249,6 @@ def logit_gap_histogram(gaps: Mapping[str, ArrayLike], optima: Mapping[str, floa
         return figure
 
 
-def calibration_over_steps(report: CalibrationReport) -> Figure:
-    """NLL, ECE and signed gap of the evaluations during training, by optimizer step, one colour a run.
-
-    Raises: ValueError for a history without evaluations.
-    """
-    runs = {name: {key: logged_series(records, key) for key in _STEPS} for name, records in report.history.items()}
-    panels = [key for key in _STEPS if any(run[key] for run in runs.values())]
-    if not panels:
-        raise ValueError(f"expected 'step' with one of {list(_STEPS)} in history, got none; evaluate during training")
-    colours, epsilons = row_colours(report), {row.name: row.epsilon for row in report.rows}
-    with figure_style():
-        figure = new_figure(0.5 + 3.3 * len(panels), 3.5)
-        for ax, key in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            for name, run in runs.items():
-                if run[key]:
-                    label = f"{short_name(name)} (ε = {epsilons[name]:g})"
-                    ax.plot(*zip(*run[key], strict=True), color=colours[name], lw=1.6, marker="o", ms=3.5, label=label)
-            if key == "eval_signed_gap":
-                ax.axhline(0, color=INK, lw=0.8, ls=(0, (4, 3)))
-                ax.set_title("above 0: over-confident", loc="left")
-            ax.set_ylabel(_STEPS[key])
-            ax.set_xlabel("optimizer step")
-            ax.set_xlim(left=0)
-            if key == "eval_ece":
-                ax.set_ylim(bottom=0)
-            ax.grid(axis="y", color=LIGHT, lw=0.8)
-        named = {line.get_label(): line for ax in figure.axes for line in ax.lines if not str(line.get_label()).startswith("_")}
-        figure.legend(handles=list(named.values()), loc="outside lower center", ncols=max(1, len(panels)), fontsize=8)
-        return figure
-
-
 def write_pictures(
     report: CalibrationReport,
     folder: str | os.PathLike[str],
@@ -291,22 +256,20 @@ def write_pictures(
     predictions: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
     features: Mapping[str, Penultimate] | None = None,
 ) -> list[Path]:
-    """Save those of calibration_steps.png, logit_gap.png and penultimate.png which there is data for.
+    """Save those of logit_gap.png and penultimate.png which there is data for.
 
     Args:
         predictions: name of a row without temperature -> logits [n, K], labels [n] of the reported split.
         features: name of a row -> its `Penultimate`; needs three classes.
     """
     found = []
-    if any(logged_series(records, key) for records in report.history.values() for key in _STEPS):
-        found.append(save_figure(calibration_over_steps(report), Path(folder, "calibration_steps.png")))
     if predictions:
         gaps = {name: logit_gap(*arrays) for name, arrays in predictions.items()}
         optima = {name: optimal_gap(report, name) for name in gaps}
         found.append(save_figure(logit_gap_histogram(gaps, optima), Path(folder, "logit_gap.png")))
     if features and all(len(np.unique(run.labels)) >= 3 for run in features.values()):
-        epsilons = {row.name: row.epsilon for row in report.rows}
-        titled = {f"{name} (ε = {epsilons[name]:g})": run for name, run in features.items()}
+        epsilons = {row.name: report.epsilon_text(row) for row in report.rows}
+        titled = {f"{name} (ε = {epsilons[name]})": run for name, run in features.items()}
         found.append(save_figure(penultimate_plane(titled, report.label_names), Path(folder, "penultimate.png")))
     return found
 

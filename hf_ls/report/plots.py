@@ -1,8 +1,7 @@
-"""The pictures of a report: loss curves, reliability diagrams, confidence histograms, groups of tokens.
+"""The plots of a report: reliability diagrams, confidence histograms, loss curves, groups of tokens, calibration while it trains.
 
-Owns: how they look. Each makes a matplotlib Figure of a `CalibrationReport`; `write_plots` saves them all.
-Does not own: any number drawn (`report`, `metrics`). matplotlib is imported on use, without pyplot: such
-a Figure always saves through Agg and leaves the caller's backend alone.
+Each makes a matplotlib Figure of a `CalibrationReport`; `write_plots` saves them all. matplotlib is imported on use, without
+pyplot: such a Figure always saves through Agg and leaves the caller's backend alone.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ import itertools
 import math
 import os
 import re
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 _BAND, _WRONG = "#DDDDDD", "#B5B5B5"
 _CURVES = ("loss", "nll", "eval_nll")
+_STEPS = {"eval_nll": "NLL, nats", "eval_ece": "ECE", "eval_signed_gap": "confidence − accuracy"}
 _GROUPS = {"position": "position in the sequence", "frequency": "occurrences of the label token in training"}
 
 
@@ -60,7 +62,7 @@ def loss_curve(report: CalibrationReport) -> Figure:
     ]
     if not panels:
         raise ValueError(f"expected 'step' with one of {_CURVES} in history, got none; skip this plot")
-    epsilons = {row.name: row.epsilon_text for row in report.rows}
+    epsilons = {row.name: report.epsilon_text(row) for row in report.rows}
     colours, objective = row_colours(report), False
     with figure_style():
         figure = new_figure(0.6 + 4.1 * len(panels), 3.7)
@@ -111,7 +113,7 @@ def reliability(report: CalibrationReport) -> Figure:
             _draw_counts(strip, row, colours[row.name], top)
             null = row.metrics["ece"].get("null")
             beside = "" if null is None else f" (null {null:.3f})"
-            _title(main, row, f"ECE {row.value('ece'):.3f}{beside}, n = {row.n:,}")
+            _title(main, report, row, f"ECE {row.value('ece'):.3f}{beside}, n = {row.n:,}")
             main.set_xlim(_left(report, _array(row, "edges")), 1)
             main.tick_params(bottom=False, labelbottom=False, labelleft=i % columns == 0)
             if i % columns == 0:
@@ -167,7 +169,7 @@ def confidence(report: CalibrationReport) -> Figure:
             mean = accuracy + row.value("signed_gap")
             ax.axvline(mean, color=INK, lw=1.2)
             ax.axvline(accuracy, color=INK, lw=1.2, ls=(0, (2, 2)))
-            _title(ax, row, f"mean confidence {mean:.3f}, accuracy {accuracy:.3f}, n = {row.n:,}")
+            _title(ax, report, row, f"mean confidence {mean:.3f}, accuracy {accuracy:.3f}, n = {row.n:,}")
             ax.set_xlim(_left(report, edges), 1)
             ax.set_xlabel("confidence")
             if i % columns == 0:
@@ -205,8 +207,8 @@ def groups(report: CalibrationReport) -> Figure:
                 for ax, metric in ((above, "nll"), (below, "ece")):
                     values = [found.get(name, {}).get(metric) for name in names]
                     points = [math.nan if value is None else value for value in values]
-                    dashes = "-" if row.temperature == 1 else (0, (4, 2))
-                    label = f"{short_name(row.name)} (ε = {row.epsilon_text})"
+                    dashes = (0, (4, 2)) if row.tempered else "-"
+                    label = f"{short_name(row.name)} (ε = {report.epsilon_text(row)})"
                     ax.plot(range(len(names)), points, color=colours[row.name], ls=dashes, lw=1.6, marker="o", ms=4, label=label)
                     ax.grid(axis="y", color=LIGHT, lw=0.8)
             ticks = [f"{re.sub('[0-9]+', _rounded_down, short_name(name))}\n{_short(n)}" for name, n in names.items()]
@@ -221,35 +223,80 @@ def groups(report: CalibrationReport) -> Figure:
         return figure
 
 
-def write_plots(report: CalibrationReport, folder: str | os.PathLike[str]) -> list[Path]:
-    """Save reliability.png, confidence.png and, when there is such data, loss_curve.png and groups.png, at 150 dpi."""
-    plots = [plot_reliability(report, Path(folder, "reliability.png"))]
-    plots.append(plot_confidence(report, Path(folder, "confidence.png")))
-    if any(logged_series(records, key) for records in report.history.values() for key in _CURVES):
-        plots.append(plot_loss_curve(report, Path(folder, "loss_curve.png")))
-    if any(_names(report, kind) for kind in _GROUPS):
-        plots.append(plot_groups(report, Path(folder, "groups.png")))
-    return plots
+def calibration_over_steps(report: CalibrationReport) -> Figure:
+    """NLL, ECE and signed gap of the evaluations during training, by optimizer step, one colour a run.
+
+    Raises: ValueError for a history without evaluations.
+    """
+    runs = {name: {key: logged_series(records, key) for key in _STEPS} for name, records in report.history.items()}
+    panels = [key for key in _STEPS if any(run[key] for run in runs.values())]
+    if not panels:
+        raise ValueError(f"expected 'step' with one of {list(_STEPS)} in history, got none; evaluate during training")
+    colours, epsilons = row_colours(report), {row.name: report.epsilon_text(row) for row in report.rows}
+    with figure_style():
+        figure = new_figure(0.5 + 3.3 * len(panels), 3.5)
+        for ax, key in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            for name, run in runs.items():
+                if run[key]:
+                    label = f"{short_name(name)} (ε = {epsilons[name]})"
+                    ax.plot(*zip(*run[key], strict=True), color=colours[name], lw=1.6, marker="o", ms=3.5, label=label)
+            if key == "eval_signed_gap":
+                ax.axhline(0, color=INK, lw=0.8, ls=(0, (4, 3)))
+                ax.set_title("above 0: over-confident", loc="left")
+            ax.set_ylabel(_STEPS[key])
+            ax.set_xlabel("optimizer step")
+            ax.set_xlim(left=0)
+            if key == "eval_ece":
+                ax.set_ylim(bottom=0)
+            ax.grid(axis="y", color=LIGHT, lw=0.8)
+        named = {line.get_label(): line for ax in figure.axes for line in ax.lines if not str(line.get_label()).startswith("_")}
+        figure.legend(handles=list(named.values()), loc="outside lower center", ncols=max(1, len(panels)), fontsize=8)
+        return figure
 
 
-def plot_loss_curve(report: CalibrationReport, path: str | os.PathLike[str]) -> Path:
-    """Save `loss_curve` as a PNG."""
-    return save_figure(loss_curve(report), path)
+@dataclass(frozen=True)
+class Plot:
+    """One plot of a report: its file, what it is called and what it shows, a sentence."""
+
+    file: str
+    title: str
+    caption: str
 
 
-def plot_reliability(report: CalibrationReport, path: str | os.PathLike[str]) -> Path:
-    """Save `reliability` as a PNG."""
-    return save_figure(reliability(report), path)
+def plots_of(report: CalibrationReport) -> list[Plot]:
+    """The plots which a report has the data for, in the order of a card."""
+    logged = {key for records in report.history.values() for record in records if "step" in record for key in record}
+    kinds = [
+        (True, "reliability.png", "Reliability diagram: accuracy against confidence for each row of the table",
+         "On the dashed line a model is right as often as it is sure; below it, it is over-confident, above it under-confident. "
+         "The grey band is where 95 % of the points of a calibrated model would lie."),
+        (True, "confidence.png", "Confidence of right and wrong predictions for each row of the table",
+         "How sure the right predictions (in colour) and the wrong ones (grey) are; where the mean confidence lies right of the "
+         "accuracy, the model is over-confident."),
+        (bool(logged & {*_CURVES}), "loss_curve.png", "NLL during training and evaluation of each run",
+         "The NLL can be compared between runs; the training objective of a smoothed run cannot, since smoothing adds a term."),
+        (any(_names(report, kind) for kind in _GROUPS), "groups.png", "NLL and ECE by group of tokens for each row of the table",
+         "How good the probabilities are by the position of a token and by how often it was seen in training."),
+        (bool(logged & {*_STEPS}), "calibration_steps.png", "NLL, ECE and signed gap during training of each run",
+         "How calibration changes while the model trains; a signed gap above 0 means over-confident."),
+    ]  # fmt: skip
+    return [Plot(*texts) for there, *texts in kinds if there]
 
 
-def plot_confidence(report: CalibrationReport, path: str | os.PathLike[str]) -> Path:
-    """Save `confidence` as a PNG."""
-    return save_figure(confidence(report), path)
-
-
-def plot_groups(report: CalibrationReport, path: str | os.PathLike[str]) -> Path:
-    """Save `groups` as a PNG."""
-    return save_figure(groups(report), path)
+def write_plots(report: CalibrationReport, folder: str | os.PathLike[str], only: Collection[str] | None = None) -> list[Path]:
+    """Save `plots_of`, or of these `only` some by file name, as PNG files of 150 dpi."""
+    draw = {
+        "reliability.png": reliability,
+        "confidence.png": confidence,
+        "groups.png": groups,
+        "loss_curve.png": loss_curve,
+        "calibration_steps.png": calibration_over_steps,
+    }
+    return [
+        save_figure(draw[plot.file](report), Path(folder, plot.file))
+        for plot in plots_of(report)
+        if only is None or plot.file in only
+    ]
 
 
 def _draw_bins(ax: Axes, row: CalibrationRow, colour: str) -> None:
@@ -292,11 +339,11 @@ def _rounded_down(number: re.Match[str]) -> str:
     return f"{int(number[0]) // 1000**power}{('', 'k', 'M', 'G')[power]}" if power < 4 else number[0]
 
 
-def _title(ax: Axes, row: CalibrationRow, facts: str) -> None:
+def _title(ax: Axes, report: CalibrationReport, row: CalibrationRow, facts: str) -> None:
     ax.set_title(facts, loc="left", pad=5)
     above: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "bottom"}
     ax.annotate(short_name(row.name), (0, 1), (0, 17), fontweight="bold", fontsize=9.5, **above)
-    settings = f"ε = {row.epsilon_text}" + ("" if row.temperature == 1 else f", T = {row.temperature:.3g}")
+    settings = f"ε = {report.epsilon_text(row)}" + (f", T = {row.temperature:.3g}" if row.tempered else "")
     ax.annotate(settings, (1, 1), (0, 17), ha="right", color=GREY, **above)
 
 

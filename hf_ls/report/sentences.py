@@ -1,27 +1,18 @@
-"""What the numbers of a report show, in plain sentences.
+"""What the numbers of a report show, in plain sentences: only what the intervals support.
 
-Owns: the wording of regime and verdict, and what may be claimed: only what the intervals support.
-Does not own: any number (`report`, `metrics`) or which way a metric is better (`metrics.direction`).
+Two rows are compared by the paired differences of the report alone (`metrics.paired.Difference.finding`); two overlapping
+intervals of the same examples decide nothing.
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
 from hf_ls.common.text import one_line
-from hf_ls.metrics.ceiling import ceiling_warning
-from hf_ls.metrics.direction import is_lower_better
+from hf_ls.metrics.ceiling import ceiling_warning, constant_scores, has_learnt
 from hf_ls.metrics.intervals import wilson_interval
+from hf_ls.metrics.paired import Finding
 from hf_ls.report.calibration_report import CalibrationReport, CalibrationRow
 
-Finding = Literal["better", "worse", "overlap", "unknown"]
-
-_WORDING: dict[Finding, str] = {
-    "better": "{who} is better (the intervals are disjoint)",
-    "worse": "{who} is worse (the intervals are disjoint)",
-    "overlap": "no difference shown (the intervals overlap)",
-    "unknown": "not decided (no interval)",
-}
+_WORDING: dict[Finding, str] = {"better": "{who} is better", "worse": "{who} is worse", "none": "no difference shown"}
 _TITLES = {"nll": "NLL", "ece": "ECE", "bleu": "BLEU", "chrf": "chrF", "accuracy": "token accuracy"}
 
 
@@ -29,14 +20,17 @@ def regime(report: CalibrationReport) -> str:
     """Plain sentences: is the baseline (else the first row) under- or over-confident at this n?
 
     Read from the interval of the signed gap, confidence − accuracy: all above 0 is over-confident, all
-    below 0 under-confident. A mean of 0 can hide errors which cancel, so the ECE is set beside its null.
+    below 0 under-confident. A mean of 0 can hide errors which cancel, so the ECE is set beside its null. A model which has not
+    learnt gets no advice.
     """
     row = report.baseline or report.rows[0]
     interval, confidence = _gap_interval(report, row), row.value("accuracy") + row.value("signed_gap")
-    who = f"The model of row '{one_line(row.name)}' (epsilon {row.epsilon_text})"
+    who = f"The model of row '{one_line(row.name)}' (epsilon {report.epsilon_text(row)})"
     facts = (
         f"mean confidence {confidence:.3f}, accuracy {row.show('accuracy')}, signed gap {row.show('signed_gap')}, {report.size}"
     )
+    if not learnt(report, row):
+        return f"{who} {_unlearnt(report, row)}, so that its calibration says nothing about smoothing: {facts}."
     if interval is None:
         return f"{who} has no interval for its signed gap, so its regime is not known: {facts}."
     if interval[0] > 0:
@@ -49,7 +43,7 @@ def regime(report: CalibrationReport) -> str:
         return f"{who} is under-confident: {facts}.{advice}"
     sentence = f"{who} is, on average, not distinguishable from calibrated at this n: {facts}."
     null_q95 = row.metrics["ece"].get("null_q95")
-    if null_q95 is not None and row.value("ece") > null_q95:
+    if isinstance(null_q95, float) and row.value("ece") > null_q95:
         sentence += (
             f" Its ECE of {row.value('ece'):.3f} is still above {null_q95:.3f}, which a calibrated model"
             " would exceed in 5 % of samples: some confidences are too high and others too low."
@@ -63,12 +57,15 @@ def verdict(report: CalibrationReport) -> str:
     One label per example: NLL and ECE against baseline + temperature, if there is such a row. Token tasks: task
     quality, NLL and ECE side by side without temperature, since they can move apart, then NLL and ECE with one each.
 
-    A metric differs only if the two intervals are disjoint. They share their examples, so this is
-    stricter than a paired test: overlap says that none is shown here, not that there is none.
+    A metric differs only if the interval of the paired difference over the same examples leaves 0 out.
     """
     baseline, smoothed = report.baseline, report.smoothed
     if baseline is None or smoothed is None:
         return "Nothing to compare: a verdict needs a baseline row (epsilon = 0) and another one."
+    unlearnt = [row for row in (baseline, smoothed) if not learnt(report, row)]
+    if len(unlearnt) == 2:
+        rows = f"rows '{one_line(baseline.name)}' and '{one_line(smoothed.name)}'"
+        return f"No verdict: the models of {rows} have both not learnt. Check labels and learning rate, or train longer."
     tempered = report.tempered(baseline), report.tempered(smoothed)
     if report.is_token_task:
         quality = [metric for metric in smoothed.quality if metric in baseline.metrics] or ["accuracy"]
@@ -77,41 +74,66 @@ def verdict(report: CalibrationReport) -> str:
         rival, metrics = tempered[0] or baseline, ["nll", "ece"]
     label = "the baseline" if rival is baseline else "temperature scaling of the baseline"
     who = f"Smoothing (epsilon {smoothed.epsilon:g})" if smoothed.epsilon else f"Training with {one_line(smoothed.name)}"
+    unit = "sequences" if report.is_token_task else "examples"
+    size = report.dataset.n_sequences or baseline.n
+    pairs = [(smoothed, rival, metric) for metric in metrics]
+    each = (
+        []
+        if not (report.is_token_task and tempered[0] and tempered[1])
+        else [(tempered[1], tempered[0], m) for m in ("nll", "ece")]
+    )
+    paired = any(report.difference(metric, row, against) for row, against, metric in [*pairs, *each])
+    how = f"differences are paired over the same {size:,} {unit}" if paired else "only the interval of each row is known"
     found = [
-        f"{who} against {label}, {one_line(report.dataset['split'])} split, {report.size}",
-        *(_clause(smoothed, rival, metric) for metric in metrics),
+        f"{who} against {label}, {one_line(report.dataset.split or '')} split, {report.size}; {how}",
+        *(_clause(report, *pair) for pair in pairs),
     ]
     if report.is_token_task:
-        found += _apart(smoothed, rival, metrics)
-        if tempered[0] and tempered[1]:
-            both = [_clause(tempered[1], tempered[0], metric) for metric in ("nll", "ece")]
-            each = f"With a temperature each (T = {tempered[1].temperature:.2f} against {tempered[0].temperature:.2f})"
-            found.append(f"{each}: {'; '.join(both)}")
-    unit = "sequences" if report.is_token_task else "examples"
+        found += _apart(report, smoothed, rival, metrics)
+        if each and tempered[0] and tempered[1]:
+            start = f"With a temperature each (T = {tempered[1].temperature:.2f} against {tempered[0].temperature:.2f})"
+            found.append(f"{start}: {'; '.join(_clause(report, *pair) for pair in each)}")
+    found += [f"But the model of row '{one_line(row.name)}' {_unlearnt(report, row)}" for row in unlearnt]
     return f"{'. '.join(found)}. {seeds(report)}; the intervals cover the choice of test {unit}, not the seed."
+
+
+def learnt(report: CalibrationReport, row: CalibrationRow) -> bool:
+    """Whether a row, without or with its temperature, is measurably better than knowing only the frequencies of the classes.
+
+    True where that is not known: of a vocabulary the labels are not counted, and a single sequence has no interval.
+    """
+    counts = report.dataset.class_counts
+    judged = [(r.interval("accuracy"), r.interval("nll")) for r in (row, report.tempered(row)) if r is not None]
+    known = [(accuracy[0], nll[1]) for accuracy, nll in judged if accuracy and nll]
+    return counts is None or not known or any(has_learnt(low, high, counts) for low, high in known)
+
+
+def _unlearnt(report: CalibrationReport, row: CalibrationRow) -> str:
+    accuracy, nll = constant_scores(report.dataset.class_counts or [])
+    return (
+        f"has not learnt: its accuracy {row.show('accuracy')} is not measurably above {accuracy:.3f}, the share of the most "
+        f"frequent class, nor its NLL {row.show('nll')} below {nll:.3f}, that of the class shares alone"
+    )
 
 
 def warnings(report: CalibrationReport) -> list[str]:
     """Sentences on smoothed rows: ε above its ceiling (by the baseline's error, where there is one; only where the classes have
     names), and under-confidence which `regime` does not speak of."""
-    found, convention = [], report.smoothing["convention"]
+    found, known = [], report.smoothing
     judged = report.baseline or report.rows[0]
     for row in report.rows:
-        if not row.epsilon or row.temperature != 1:
+        if row.tempered or not report.smoothing_of(row).is_used:
             continue
-        if (
-            report.smoothing["prior"] == "uniform"
-            and report.smoothing["schedule"] is None
-            and row.epsilon == report.smoothing["epsilon"]
-        ):
-            size = report.dataset.get("n_sequences") or judged.n
+        last = known.epsilon if known.final_epsilon is None else known.final_epsilon
+        if known.prior == "uniform" and known.convention and last and row.epsilon == known.epsilon and not known.item_by_item:
+            size = report.dataset.n_sequences or judged.n
             classes, who = len(report.label_names), f"row '{one_line(judged.name)}'"
-            warning = ceiling_warning(row.epsilon, convention, judged.value("accuracy"), size, classes, who)
+            warning = ceiling_warning(last, known.convention, judged.value("accuracy"), size, classes, who)
             found += [warning] if warning else []
         interval = _gap_interval(report, row)
-        if row is not judged and interval is not None and interval[1] < 0:
+        if row is not judged and interval is not None and interval[1] < 0 and learnt(report, row):
             found.append(
-                f"the model of row '{one_line(row.name)}' (epsilon {row.epsilon_text}) is under-confident: signed gap "
+                f"the model of row '{one_line(row.name)}' (epsilon {report.epsilon_text(row)}) is under-confident: signed gap "
                 f"{row.show('signed_gap')}, {report.size}; use a smaller epsilon, or temperature scaling"
             )
     return found
@@ -119,8 +141,8 @@ def warnings(report: CalibrationReport) -> list[str]:
 
 def seeds(report: CalibrationReport) -> str:
     """How many seeds stand behind the numbers, in words."""
-    known = report.training.get("seeds")
-    if not isinstance(known, list) or not known:
+    known = report.training.seeds if report.training else None
+    if not known:
         return "The number of seeds is not recorded"
     return "One seed" if len(known) == 1 else f"{len(known)} seeds"
 
@@ -134,33 +156,29 @@ def _gap_interval(report: CalibrationReport, row: CalibrationRow) -> tuple[float
     accuracy, interval = row.value("accuracy"), row.interval("signed_gap")
     if accuracy not in (0, 1):
         return interval
-    size = report.dataset.get("n_sequences") or row.n
+    size = report.dataset.n_sequences or row.n
     low, high = (float(end) for end in wilson_interval(accuracy * size, size))
     confidence = accuracy + row.value("signed_gap")
     return confidence - high, confidence - low
 
 
-def _clause(smoothed: CalibrationRow, rival: CalibrationRow, metric: str) -> str:
-    who = "smoothing" if smoothed.epsilon else one_line(smoothed.name.removesuffix(" + temperature"))
-    wording = _WORDING[_finding(smoothed, rival, metric)].format(who=who)
+def _clause(report: CalibrationReport, row: CalibrationRow, rival: CalibrationRow, metric: str) -> str:
+    who = "smoothing" if row.epsilon else one_line(row.run)
     title = _title(metric)
     title = title[0].upper() + title[1:] if title.islower() else title
-    return f"{title} {smoothed.show(metric)} against {rival.show(metric)} – {wording}"
+    text = f"{title} {row.show(metric)} against {rival.show(metric)}"
+    found = report.difference(metric, row, rival)
+    if found is None or found.low is None or found.high is None:
+        return f"{text} – not decided (no paired difference)"
+    style = "+.4f" if abs(found.value) < 1 else "+.2f"
+    interval = f"{found.value:{style}} [{found.low:{style}}, {found.high:{style}}]"
+    return f"{text}, difference {interval} – {_WORDING[found.finding].format(who=who)}"
 
 
-def _finding(smoothed: CalibrationRow, rival: CalibrationRow, metric: str) -> Finding:
-    ours, theirs = smoothed.interval(metric), rival.interval(metric)
-    if ours is None or theirs is None:
-        return "unknown"
-    if ours[0] <= theirs[1] and theirs[0] <= ours[1]:
-        return "overlap"
-    return "better" if (ours[1] < theirs[0]) == is_lower_better(metric) else "worse"
-
-
-def _apart(smoothed: CalibrationRow, rival: CalibrationRow, metrics: list[str]) -> list[str]:
+def _apart(report: CalibrationReport, smoothed: CalibrationRow, rival: CalibrationRow, metrics: list[str]) -> list[str]:
     """The sentence which says that some metrics are better and others worse, if so."""
-    findings = {_title(metric): _finding(smoothed, rival, metric) for metric in metrics}
-    better, worse = ([name for name, finding in findings.items() if finding == which] for which in ("better", "worse"))
+    known = {_title(metric): report.difference(metric, smoothed, rival) for metric in metrics}
+    better, worse = ([name for name, d in known.items() if d and d.finding == which] for which in ("better", "worse"))
     if not better or not worse:
         return []
     return [f"They move apart: {' and '.join(better)} better, {' and '.join(worse)} worse; none speaks for the others"]

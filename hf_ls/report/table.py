@@ -1,8 +1,7 @@
-"""The tables of a report: which columns they have, their cells as text, and how they look on the console.
+"""The tables of a report: headings, cells and notes as text, for the console and the card alike.
 
-Owns: headings, cells and notes, for the console and the card alike.
-Does not own: any number (`report`) or its Markdown (`card`). Nothing is bold: which row is best is a matter of intervals,
-and `findings.verdict` says it in words. rich is imported on use.
+Nothing is bold: which row is best is a matter of intervals,
+and `sentences.verdict` says it in words. rich is imported on use.
 """
 
 from __future__ import annotations
@@ -47,12 +46,15 @@ def cells(report: CalibrationReport) -> list[list[str]]:
         metrics += ["sequence_ece"] if any("sequence_ece" in row.metrics for row in report.rows) else []
     headings = [word for metric in metrics for word in ([metric, "null ece"] if metric == "ece" else [metric])]
     start = ["run", "epsilon", "T"]
-    return [[*start, *(one_line(word.replace("_", " ")) for word in headings)], *(_row(row, headings) for row in report.rows)]
+    return [
+        [*start, *(one_line(word.replace("_", " ")) for word in headings)],
+        *(_row(report, row, headings) for row in report.rows),
+    ]
 
 
 def group_cells(report: CalibrationReport) -> list[list[str]]:
     """The groups of tokens in each row without temperature, runs of one group together; empty without groups."""
-    rows = [row for row in report.rows if row.temperature == 1 and row.groups]
+    rows = [row for row in report.rows if not row.tempered and row.groups]
     keys = dict.fromkeys((group["kind"], group["name"]) for row in rows for group in row.groups)
     found = [(key, row, group) for key in keys for row in rows for group in row.groups if (group["kind"], group["name"]) == key]
     return [
@@ -76,7 +78,7 @@ def table(report: CalibrationReport, width: int | None = None) -> Table:
     from rich.console import Console
     from rich.text import Text
 
-    place = f"{one_line(report.dataset['name'])}, {one_line(report.dataset['split'])}"
+    place = f"{one_line(report.dataset.name)}, {one_line(report.dataset.split or '')}"
     title = f"Calibration of {one_line(report.model_name)} on {place} ({report.size})"
     room, ruler = width or Console().width, Console(width=10_000)
     for turned, before, within in (
@@ -133,12 +135,12 @@ def _empty(title: str, caption: str) -> Table:
     )  # fmt: skip
 
 
-def _row(row: CalibrationRow, metrics: list[str]) -> list[str]:
+def _row(report: CalibrationReport, row: CalibrationRow, metrics: list[str]) -> list[str]:
     null = row.metrics["ece"].get("null")
     null_ece = "–" if null is None else f"{null:.3f}"
-    temperature = "–" if row.temperature == 1 else f"{row.temperature:.2f}"
+    temperature = f"{row.temperature:.2f}" if row.tempered else "–"
     shown = (null_ece if metric == "null ece" else row.show(metric) for metric in metrics)
-    return [one_line(row.name), row.epsilon_text, temperature, *shown]
+    return [one_line(row.name), report.epsilon_text(row), temperature, *shown]
 
 
 def _number(group: dict[str, Any], metric: str) -> str:

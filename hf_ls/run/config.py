@@ -1,13 +1,9 @@
-"""The command line: dataclasses of settings, YAML files turned into arguments, strict checks.
-
-Owns: what can be set, its names, types and defaults, and every refusal of a setting before work starts.
-Does not own: the Trainer's settings (`arguments`) or the run itself (`finetune`).
-"""
+"""The command line: dataclasses of settings, YAML files turned into arguments, every refusal of a setting before work starts."""
 
 from __future__ import annotations
 
-import difflib
 import json
+import math
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -16,7 +12,9 @@ from typing import Any, Literal, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from hf_ls.common.errors import did_you_mean, settling
 from hf_ls.data.classification import EMBEDDED_DATASET, EMBEDDED_MODEL
 from hf_ls.data.g2p import EMBEDDED_G2P
 from hf_ls.metrics.text import TEXT_METRICS
@@ -39,8 +37,26 @@ _TASKS_OF = {
     "predict_with_generate": ("seq2seq",),
     "generation_max_length": ("seq2seq",),
     "generation_num_beams": ("seq2seq",),
+    "generation_config": ("seq2seq",),
+    "sortish_sampler": ("seq2seq",),
 }
 _TASKS_OF |= dict.fromkeys(("mixup_alpha", "mixup_per"), ("text-classification",))
+# What an evaluation during training gives, by which the best checkpoint can be chosen; signed_gap is best at 0, at neither end.
+_METRICS = ("loss", "nll", "brier", "ece", "accuracy")
+_METRICS_OF: dict[str, tuple[str, ...]] = dict.fromkeys(("seq2seq", "causal-lm"), ("perplexity", "eos_nll", "eos_ece"))
+_METRICS_OF["token-classification"] = ("perplexity",)
+_GENERATED_METRICS = ("exact_match", "sequence_ece")
+# Smallest value, and the one which must not be reached; what is checked elsewhere is not here.
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("seed", "data_seed"), (0, 2**32)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout"), (0, 1)),
+    **dict.fromkeys(
+        ("learning_rate", "weight_decay", "adam_epsilon", "num_train_epochs", "dataloader_num_workers"), (0, math.inf)
+    ),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), (1, math.inf)),
+    **dict.fromkeys(("eval_accumulation_steps", "save_total_limit", "lora_r", "lora_alpha"), (1, math.inf)),
+    **dict.fromkeys(("generation_max_length", "generation_num_beams", "dataloader_prefetch_factor"), (1, math.inf)),
+}
 _DATASET_TASKS = {EMBEDDED_DATASET: ("text-classification",), EMBEDDED_G2P: ("seq2seq", "causal-lm")}
 
 
@@ -156,7 +172,9 @@ class RunArguments:
         default=None, metadata=about("Stop after so many evaluations without a better metric_for_best_model.")
     )
     dry_run: bool = field(default=False, metadata=about("Check settings, data and model, then stop before training."))
-    overwrite_output_dir: bool = field(default=False, metadata=about("Delete an earlier run in output_dir."))
+    overwrite_output_dir: bool = field(
+        default=False, metadata=about("Delete the earlier run in output_dir; refused where anything else is in it.")
+    )
 
     def __post_init__(self) -> None:
         if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
@@ -174,7 +192,18 @@ class Config:
 
 
 class Parser(HfArgumentParser):
-    """Errors are exceptions: the script prints them, and tests and other callers can catch them."""
+    """Errors are exceptions in one sentence: the script prints them, and tests and other callers can catch them."""
+
+    def parse_args_into_dataclasses(self, args: Any = None, *rest: Any, **options: Any) -> tuple[Any, ...]:
+        """As transformers, whatever is refused on the way.
+
+        Raises: ValueError.
+        """
+        for word in args or []:
+            if word.endswith("=--"):  # argparse would make an empty list of it
+                raise ValueError(f"expected a value for {word.removesuffix('=--')}, got '--'; see --help")
+        with settling():
+            return super().parse_args_into_dataclasses(args, *rest, **options)
 
     def error(self, message: str) -> NoReturn:
         """Refuse the arguments.
@@ -204,7 +233,8 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
         [*from_file, *argv], return_remaining_strings=True, look_for_args_file=False
     )
     if rest:
-        raise ValueError(f"expected known settings, got {rest[0]}{nearest(rest[0].lstrip('-').split('=')[0], known)}; see --help")
+        name = rest[0].split("=")[0]  # without the value, which may be a secret
+        raise ValueError(f"expected known settings, got {name}{nearest(name, known)}; see --help")
     config = Config(*parsed)
     _check(config)
     return config
@@ -272,13 +302,51 @@ def _argument(path: Path, key: str, node: yaml.Node) -> list[str]:
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """The known name which is most like this one, as a question; empty if none is."""
-    matches = difflib.get_close_matches(name, sorted(known), n=1)
-    return f" (did you mean {matches[0]!r}?)" if matches else ""
+    """`did_you_mean` in brackets."""
+    found = did_you_mean(name, known)
+    return f" ({found})" if found else ""
+
+
+def _check_values(config: Config) -> None:
+    """Refuse single values which would end the run later, or make every number NaN."""
+    for part in (config.run, config.model, config.data, config.training):
+        for setting in fields(part):
+            name, value = setting.name, getattr(part, setting.name)
+            if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and name != "max_grad_norm")):
+                raise ValueError(f"expected a finite number as {name}, got {value}; leave it out for the default")
+            low, end = _RANGES.get(name, (-math.inf, math.inf))
+            if isinstance(value, int | float) and not (low <= value and (value < end or end == math.inf)):
+                wanted = f"{name} >= {low}" if end == math.inf else f"{low} <= {name} < {end}"
+                raise ValueError(f"expected {wanted}, got {value}; leave it out for the default")
+    training = config.training
+    if not isinstance(training.lr_scheduler_kwargs, dict | None):
+        raise ValueError(f'expected lr_scheduler_kwargs as JSON, got {training.lr_scheduler_kwargs!r}; write {{"a": 1}}')
+    if any("=" not in pair for pair in (training.optim_args or "=").split(",")):
+        raise ValueError(f"expected optim_args as name=value,name=value, got {training.optim_args!r}; see the optimizer's docs")
+    loggers = set(training.report_to or ()) - {"all", "none"}
+    if unknown := sorted(loggers - INTEGRATION_TO_CALLBACK.keys()):
+        raise ValueError(
+            f"expected report_to among {', '.join(sorted(INTEGRATION_TO_CALLBACK))} or none, got {unknown[0]!r}"
+            f"{nearest(unknown[0], INTEGRATION_TO_CALLBACK)}; use none for no reports"
+        )
+    if training.torch_compile and training.torch_compile_backend:
+        from torch import _dynamo  # takes a second
+
+        if training.torch_compile_backend not in (known := _dynamo.list_backends(exclude_tags=())):
+            raise ValueError(
+                f"expected torch_compile_backend among {', '.join(known)}, got {training.torch_compile_backend!r}; "
+                "inductor is usual"
+            )
+    generation = str(training.generation_config or "")
+    if generation.endswith(".json") and not Path(generation).is_file():
+        raise ValueError(
+            f"expected generation_config as a file, a folder or a Hub id, got no file at {generation}; check the path"
+        )
 
 
 def _check(config: Config) -> None:
     training, run = config.training, config.run
+    _check_values(config)
     _check_task(config)
     if str(training.resume_from_checkpoint).lower() in ("true", "false", "1", "yes"):
         raise ValueError(
@@ -290,8 +358,14 @@ def _check(config: Config) -> None:
             "of one run; use last"
         )
     metric = training.metric_for_best_model or ""
+    known = [*_METRICS, *_METRICS_OF.get(run.task, ()), *(_GENERATED_METRICS if training.predict_with_generate else ())]
     if "test" in metric.replace("eval_", "").split("_") or "predict" in metric:
         raise ValueError(f"expected metric_for_best_model on validation, got {metric!r}; the test split is only ever reported on")
+    if metric and metric.removeprefix("eval_") not in known:
+        raise ValueError(
+            f"expected metric_for_best_model among {', '.join(known)}, which an evaluation during training gives for this task, "
+            f"got {metric!r}{nearest(metric, known)}; change it"
+        )
     if run.early_stopping_patience is not None and not training.load_best_model_at_end:
         raise ValueError(
             "expected load_best_model_at_end with early_stopping_patience, got False; set it and metric_for_best_model"

@@ -1,9 +1,4 @@
-"""Calibration of a model which is already there: no training, only numbers, plots and a card.
-
-Owns: the settings of `scripts/evaluate.py`, what is read of model and data, the report made of one evaluation, and writing its
-results into an existing card.
-Does not own: which class a label means (`label_matching`), evaluation (`outcome`), numbers and files (`report`, `plots`, `card`).
-"""
+"""Calibration of a model which is already there: no training, only numbers, plots and a card, new or brought up to date."""
 
 from __future__ import annotations
 
@@ -16,8 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict
-from huggingface_hub import ModelCard, metadata_update
-from huggingface_hub.repocard_data import eval_results_to_model_index
+from huggingface_hub import HfApi, hf_hub_download
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
@@ -31,9 +25,11 @@ from hf_ls.data.classification import EMBEDDED_DATASET, check_overlap, load_snip
 from hf_ls.data.labels import LabelMatch, match_labels, permutation_warning
 from hf_ls.data.reading import check_texts, read_files, read_hub
 from hf_ls.data.sequences import tokenise_words
+from hf_ls.metrics.paired import differences
 from hf_ls.report.calibration_report import REPORT, SETTINGS, CalibrationReport, package_versions
 from hf_ls.report.card import check_card, write_card
-from hf_ls.report.card_metadata import eval_results
+from hf_ls.report.card_metadata import eval_results, with_results
+from hf_ls.report.facts import DatasetFacts, SmoothingFacts
 from hf_ls.report.plots import write_plots
 from hf_ls.report.sentences import regime, warnings
 from hf_ls.report.table import table
@@ -132,7 +128,9 @@ def parse_evaluation(argv: Sequence[str] | None = None) -> EvaluateArguments:
     settings, *_, rest = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True, look_for_args_file=False)
     if rest:
         known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
-        raise ValueError(f"expected known settings, got {rest[0]}{nearest(rest[0].lstrip('-').split('=')[0], known)}; see --help")
+        raise ValueError(
+            f"expected known settings, got {rest[0].split('=')[0]}{nearest(rest[0].lstrip('-').split('=')[0], known)}; see --help"
+        )
     return settings
 
 
@@ -170,24 +168,25 @@ def evaluate(settings: EvaluateArguments) -> CalibrationReport | None:
     epsilon = settings.epsilon
     if epsilon is None and known and known.published_row:
         epsilon = known.published_row.epsilon
-    suffix = {True: "", False: " + temperature"}
-    rows = [replace(row, name=ROW + suffix[row.temperature == 1], epsilon=epsilon) for row in outcome.rows]
+    rows = [replace(row, run=ROW, epsilon=epsilon) for row in outcome.rows]
+    draws = {row.name: outcome.draws[old.name] for row, old in zip(rows, outcome.rows, strict=True)}
     report = CalibrationReport(
         task=task.hub_task,
         model_name=settings.model_name_or_path if hub_id(settings.model_name_or_path) else Path(settings.model_name_or_path).name,
         base_model=known.base_model if known else None,
-        dataset={
-            "name": name, "hub_id": dataset_id, "split": settings.test_split if settings.dataset_name else "test", "n": outcome.n,
-            "class_counts": outcome.class_counts, "licence": None,
-        } | ({} if outcome.n_sequences is None else {"n_sequences": outcome.n_sequences})
-        | ({} if settings.dataset_config_name is None else {"config": settings.dataset_config_name}),
+        dataset=DatasetFacts(
+            name=name, hub_id=dataset_id, config=settings.dataset_config_name, n=outcome.n, n_sequences=outcome.n_sequences,
+            split=settings.test_split if settings.dataset_name else "test", class_counts=outcome.class_counts,
+        ),
         label_names=names,
-        smoothing=known.smoothing if known and settings.epsilon is None else _smoothing(epsilon),
+        smoothing=known.smoothing_of(known.published_row) if known and known.published_row and settings.epsilon is None
+        else SmoothingFacts(epsilon),
         rows=rows,
-        training=known.training if known else {},
+        training=known.training if known else None,
         history={},
         versions=package_versions(),
         published=ROW,
+        differences=differences(draws),
     )  # fmt: skip
     _show(report, settings, match, tokens)
     return report
@@ -198,26 +197,35 @@ def update_card(report: CalibrationReport, target: str, *, token: str | None = N
 
     A result of the same metric, data and settings gets the new value, all else in the card stays. Nothing is marked verified.
 
-    Raises: ValueError for data without an id on the Hub, which the metadata need, and for a target which is no card.
+    Raises: ValueError for data without an id on the Hub, which the metadata need, for a target which is no card, and as
+    `with_results`; then nothing is written.
     """
     results = eval_results(report)
     if not results:
         raise ValueError(
-            f"expected data with an id on the Hub to update a card, got {report.dataset['name']!r}; set dataset_id, or write_card"
+            f"expected data with an id on the Hub to update a card, got {report.dataset.name!r}; set dataset_id, or write_card"
         )
     path = Path(target, "README.md") if Path(target).is_dir() else Path(target)
     if path.is_file():
-        card = ModelCard.load(path)
-        kept = [old for old in card.data.eval_results or [] if not any(new.is_equal_except_value(old) for new in results)]
-        card.data.model_name = card.data.model_name or one_line(report.model_name)
-        card.data.eval_results = [*kept, *results]
-        write_atomically(path, str(card))
+        write_atomically(path, with_results(_card_text(path), report.model_name, results))
     elif hub_id(target):
-        index = eval_results_to_model_index(one_line(report.model_name), results)
+        with loading(f"the card of {target}", "write_card makes a new one"):
+            copy = Path(hf_hub_download(target, "README.md", token=token))
+        text = with_results(_card_text(copy), report.model_name, results)
         with uploading("the results", target):
-            metadata_update(target, {"model-index": index}, overwrite=True, token=token, commit_message="Calibration results")
+            HfApi(token=token).upload_file(
+                path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id=target, commit_message="Calibration results"
+            )
     else:
         raise ValueError(f"expected a README.md, a folder with one or a Hub id, got {target!r}; use write_card for a new card")
+
+
+def _card_text(path: Path) -> str:
+    """With its own line ends, which reading as text would change."""
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected {path} in UTF-8, got other bytes at {error.start}; save it as UTF-8") from error
 
 
 def _mapping(text: str | None) -> dict[str, str] | None:
@@ -302,7 +310,7 @@ def _matched(settings: EvaluateArguments, raw: dict[str, Dataset], names: list[s
         content = {ours: list(part[theirs]) for theirs, ours in columns.items()}
         labels = [[ids[label] for label in row] for row in values[split]]
         made[split] = Dataset.from_dict(content | ({"tags": labels} if per_token else {"label": [row[0] for row in labels]}))
-        check_texts(made[split], split)
+        check_texts(kept[split], split, [] if per_token else list(columns))
     return made, match
 
 
@@ -310,13 +318,6 @@ def _known(settings: EvaluateArguments) -> CalibrationReport | None:
     """The report beside the weights, which says how they were trained."""
     path = Path(settings.model_name_or_path, REPORT)
     return CalibrationReport.load(path) if path.is_file() else None
-
-
-def _smoothing(epsilon: float | None) -> dict[str, Any]:
-    return {
-        "epsilon": epsilon, "convention": "all", "prior": "not known" if epsilon else "uniform", "schedule": None,
-        "optimal_logit_gap": None, "max_confidence": None,
-    }  # fmt: skip
 
 
 def _show(report: CalibrationReport, settings: EvaluateArguments, match: LabelMatch, tokens: DatasetDict) -> None:

@@ -1,9 +1,4 @@
-"""Starting the processes which were asked for, and ending them together.
-
-Owns: noticing that `accelerate launch --cpu --num_processes N` started one process and starting all N; the orderly end; lines
-which only the main process prints.
-Does not own: anything in between (accelerate's business).
-"""
+"""The processes of a run: noticing that some were never started, ending them together, lines which only the main one prints."""
 
 from __future__ import annotations
 
@@ -11,38 +6,27 @@ import gc
 import os
 import sys
 import traceback
-from pathlib import Path
-from typing import Any
 
-import psutil
-import yaml
 from accelerate import PartialState
-from accelerate.commands.launch import launch_command_parser
 
 _RANKS = ("RANK", "WORLD_SIZE", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
-def start_missing_processes() -> None:
-    """Replace this process by all N if accelerate was asked for N on the CPU and started only this one.
+def check_started() -> None:
+    """Refuse to be the only process where `accelerate launch --cpu` was asked for several.
 
     accelerate (1.15 and before) starts several CPU processes only through mpirun; otherwise `--num_processes 2 --cpu` trains
-    on one process, with half the batch, in silence. It does leave MASTER_ADDR without a rank, which is how it is noticed.
+    on one process, with half the batch, in silence. It leaves MASTER_ADDR without a rank, which is how it is noticed, and not
+    how many it was asked for.
 
-    Raises: ValueError when the number of processes cannot be found, or for several machines.
+    Raises: ValueError.
     """
-    if "MASTER_ADDR" not in os.environ or any(name in os.environ for name in _RANKS):
-        return
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true":
-        return
-    remedy = f"use torchrun --nproc_per_node N {sys.argv[0]} ..."
-    processes = requested_processes(psutil.Process(os.getppid()).cmdline())
-    if processes is None:
-        raise ValueError(f"expected to find --num_processes of accelerate launch, got none; {remedy}")
-    arguments = ["-m", "hf_ls.run.torchrun", "--standalone", "--nproc_per_node", str(processes), *sys.argv]
-    # accelerate chose the threads per process for N processes already; the address is for a group that was never made.
-    environment = {name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "MASTER_PORT")}
-    sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, *arguments], environment)
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if on_cpu and "MASTER_ADDR" in os.environ and not any(name in os.environ for name in _RANKS):
+        raise ValueError(
+            "expected all processes which accelerate launch was asked for, got one of them (it starts several on the CPU only "
+            f"through mpirun); use torchrun --nproc_per_node N {sys.argv[0]} --use_cpu true ..., N being the number of processes"
+        )
 
 
 def end_processes() -> None:
@@ -77,29 +61,3 @@ def announce(text: str) -> None:
     """Print on the main process."""
     if PartialState().is_main_process:
         print(text, flush=True)
-
-
-def requested_processes(command: list[str]) -> int | None:
-    """The number of processes which an `accelerate launch` command line asks for; None if it is no such command.
-
-    Raises: ValueError for several machines.
-    """
-    start = next(
-        (
-            i
-            for i, word in enumerate(command)
-            if Path(word).name in ("launch", "accelerate-launch", "accelerate.commands.launch", "launch.py")
-        ),
-        None,
-    )
-    if start is None:
-        return None
-    arguments = launch_command_parser().parse_args(command[start + 1 :])
-    settings: dict[str, Any] = {}
-    if arguments.config_file:
-        settings = yaml.safe_load(Path(arguments.config_file).read_text(encoding="utf-8")) or {}
-    machines = arguments.num_machines or settings.get("num_machines") or 1
-    if machines > 1:
-        raise ValueError(f"expected one machine, got num_machines={machines} without mpirun; use torchrun on each machine")
-    processes = arguments.num_processes or settings.get("num_processes")
-    return int(processes) if processes else None

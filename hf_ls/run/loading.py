@@ -6,7 +6,7 @@ Does not own: the loaders (`data`, `sequence_data`, `g2p`), the table of tasks (
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from datasets import DatasetDict
@@ -37,6 +37,32 @@ from hf_ls.run.tasks import TASKS
 from hf_ls.trainer.distillation import load_teacher
 
 Data = ClassificationData | SequenceData
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a run is made of before any model: data, tokenizer, and token ids and labels of each split."""
+
+    data: Data
+    tokenizer: Any
+    tokens: DatasetDict
+
+    @property
+    def sizes(self) -> str:
+        """In words."""
+        return ", ".join(f"{len(part):,} {split}" for split, part in self.tokens.items())
+
+
+def load(config: Config) -> Loaded:
+    """Data, tokenizer and tokens which the settings name; on several processes, the first one fills the caches.
+
+    Raises: ValueError as `load_data`, `load_tokenizer` and `load_tokens`.
+    """
+    with config.training.main_process_first(desc="data"):
+        data = load_data(config)
+    tokenizer = load_tokenizer(config)
+    with config.training.main_process_first(desc="tokens"):
+        return Loaded(data, tokenizer, load_tokens(config, data, tokenizer))
 
 
 def load_data(config: Config) -> Data:
@@ -119,6 +145,11 @@ def load_model(config: Config, data: Data, tokenizer: Any) -> Any:
         special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
         if TASKS["seq2seq"] is task:  # what the decoder starts with and must end with
             special |= {"decoder_start_token_id": tokenizer.bos_token_id, "forced_eos_token_id": tokenizer.eos_token_id}
+            if tokenizer.bos_token_id is None and changes.get("decoder_start_token_id") is None:
+                raise ValueError(
+                    f"expected a tokenizer with a bos_token, with which the decoder starts, got {type(tokenizer).__name__} "
+                    "without one; name another tokenizer, or the id in model_config_overrides: {decoder_start_token_id: ...}"
+                )
         with loading(f"a model_type which transformers knows, {settings.model_type!r}", "see the names of its models"):
             _check_overrides(AutoConfig.for_model(settings.model_type), settings.overrides)
             scratch = AutoConfig.for_model(settings.model_type, **{"vocab_size": len(tokenizer)} | special | changes)

@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from datasets import Dataset, DatasetDict
 
-from hf_ls.calibration.temperature import NoFiniteTemperature, fit_temperature
+from hf_ls.calibration.temperature import NoFiniteTemperature, apply_temperature, fit_temperature
+from hf_ls.common.errors import read_json
 from hf_ls.common.files import write_arrays, write_atomically
-from hf_ls.metrics.text import text_metrics
+from hf_ls.metrics.core import PredictionStatistics
+from hf_ls.metrics.paired import Draws, draws_as_arrays, draws_from_arrays, draws_of_examples, draws_of_tokens
+from hf_ls.metrics.text import draws_of_texts, signature, text_metrics
 from hf_ls.report.calibration_report import CalibrationRow
 from hf_ls.run.launch import announce
-from hf_ls.trainer.arguments import LabelSmoothingArguments
+from hf_ls.trainer.arguments import LabelSmoothingArguments, smoothing_of
 
 OUTCOME = "outcome.json"  # written last: a run with it is complete
 PREDICTIONS = "predictions.npz"
+DRAWS = "draws.npz"
 GENERATIONS = "generations.jsonl"
 
 
@@ -37,6 +42,7 @@ class Outcome:
         n: predictions (tokens for sequences); n_sequences: None for one label per example.
         num_classes: of the softmax, the vocabulary for language models.
         class_counts: of the labels, None for language models.
+        draws: name of a row -> what its metrics become when the examples are drawn anew, so that runs can be paired.
     """
 
     split: str | None
@@ -46,25 +52,43 @@ class Outcome:
     class_counts: list[int] | None
     rows: list[CalibrationRow]
     history: list[dict[str, Any]]
+    draws: dict[str, list[Draws]] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
-        """Write `outcome.json`, whole or not at all."""
-        write_atomically(folder / OUTCOME, json.dumps(dataclasses.asdict(self), allow_nan=False))
+        """Write `draws.npz` and `outcome.json`, each whole or not at all."""
+        write_arrays(folder / DRAWS, **draws_as_arrays(self.draws))
+        fields = dataclasses.asdict(dataclasses.replace(self, draws={}))
+        del fields["draws"]
+        write_atomically(folder / OUTCOME, json.dumps(fields, allow_nan=False))
 
     @classmethod
     def load(cls, folder: Path) -> Outcome:
         """Read what `save` wrote."""
-        fields = json.loads((folder / OUTCOME).read_text(encoding="utf-8"))
-        return cls(**fields | {"rows": [CalibrationRow(**row) for row in fields["rows"]]})
+        remedy = f"delete {OUTCOME}, and the run is evaluated again from its last checkpoint"
+        fields = read_json(folder / OUTCOME, remedy)
+        try:
+            draws: dict[str, list[Draws]] = {}
+            if (folder / DRAWS).is_file():  # runs of an older hf_ls left none
+                with np.load(folder / DRAWS, allow_pickle=False) as arrays:
+                    draws = draws_from_arrays(arrays)
+            return cls(**fields | {"rows": [CalibrationRow(**row) for row in fields["rows"]], "draws": draws})
+        except (TypeError, KeyError, ValueError, BadZipFile) as error:
+            raise ValueError(f"expected the outcome of a run in {folder / OUTCOME}, got: {error}; {remedy}") from error
 
 
 def run_name(training: LabelSmoothingArguments) -> str:
-    """The name of a run's row: what it trains on, "baseline" being the plain cross entropy."""
+    """The name of a run's row: what it trains on, "baseline" being the plain cross entropy in every step."""
     if training.label_smoothing_objective != "smoothed_ce":
         return training.label_smoothing_objective
-    if training.label_smoothing_factor:
+    smoothing = smoothing_of(training)
+    if smoothing.epsilon or (smoothing.schedule is not None and smoothing.schedule.final_epsilon):
         return "smoothed"
     return "distilled" if training.distillation_teacher else "mixup" if training.mixup_alpha else "baseline"
+
+
+def _epsilon(training: LabelSmoothingArguments) -> float | None:
+    """Of the training; not known where there was none."""
+    return training.label_smoothing_factor if training.do_train else None
 
 
 def evaluate_classes(trainer: Any, tokens: DatasetDict) -> Outcome:
@@ -79,16 +103,24 @@ def evaluate_classes(trainer: Any, tokens: DatasetDict) -> Outcome:
         _save_predictions(Path(training.output_dir), logits, labels)
     if not logits:
         return Outcome(None, 0, None, num_classes, None, [], trainer.state.log_history)
-    split, name, epsilon = list(logits)[-1], run_name(training), training.label_smoothing_factor
-    rows = [CalibrationRow.from_logits(name, epsilon, 1.0, logits[split], labels[split])]
+    split, name, epsilon = list(logits)[-1], run_name(training), _epsilon(training)
+    rows = [CalibrationRow.from_logits(name, epsilon, None, logits[split], labels[split])]
     if split == "test" and "validation" in logits:  # a temperature is never judged on the data it was fitted on
         try:
             temperature = fit_temperature(logits["validation"], labels["validation"])
-            rows.append(CalibrationRow.from_logits(f"{name} + temperature", epsilon, temperature, logits[split], labels[split]))
+            rows.append(CalibrationRow.from_logits(name, epsilon, temperature, logits[split], labels[split]))
         except NoFiniteTemperature as error:
             announce(f"{name}: no row with temperature, {error}")
     counts = np.bincount(labels[split], minlength=num_classes).tolist()
-    return Outcome(split, len(labels[split]), None, num_classes, counts, rows, trainer.state.log_history)
+    draws = {
+        row.name: [
+            draws_of_examples(
+                PredictionStatistics.from_logits(apply_temperature(logits[split], row.temperature), labels[split]), labels[split]
+            )
+        ]
+        for row in rows
+    }
+    return Outcome(split, len(labels[split]), None, num_classes, counts, rows, trainer.state.log_history, draws)
 
 
 def evaluate_tokens(trainer: Any, tokens: DatasetDict, texts: DatasetDict, metrics: list[str], *, has_classes: bool) -> Outcome:
@@ -99,23 +131,28 @@ def evaluate_tokens(trainer: Any, tokens: DatasetDict, texts: DatasetDict, metri
         has_classes: labels are classes with names, as in token classification, not a vocabulary.
     """
     training, rows = trainer.args, []
-    name, epsilon = run_name(training), training.label_smoothing_factor
+    name, epsilon = run_name(training), _epsilon(training)
     temperature, reported, counts = None, None, None
+    draws: dict[str, list[Draws]] = {}
     model_config = trainer.model.config.get_text_config()
     num_classes = model_config.num_labels if has_classes else model_config.vocab_size
     generating = bool(getattr(training, "predict_with_generate", False))
     for split, prefix in _wanted(training, tokens):
         output = _predict(trainer, tokens[split], prefix, loss_only=not generating)
-        reported, extra = trainer.token_calibration, {}
+        reported, of_texts = trainer.token_calibration, []
+        extra: dict[str, Any] = {}
         if generating:
             generated, references = _decode(trainer, output.predictions), texts[split]["target"]
-            extra = text_metrics(generated, references, metrics, seed=training.seed)
+            extra.update(text_metrics(generated, references, metrics, seed=training.seed))
+            extra.update({name: extra[name] | {"signature": signature(name)} for name in ("bleu", "chrf") if name in extra})
+            of_texts = [draws_of_texts(generated, references, metrics, seed=training.seed)]
             extra["sequence_ece"] = {"value": trainer.sequence_calibration.compute()["ece"]}
             output.metrics.update({f"{prefix}_{metric}": found["value"] for metric, found in extra.items()})
             if training.should_save:
                 _save_generations(Path(training.output_dir), split, texts[split]["source"], references, generated)
         write_metrics(trainer, prefix, output.metrics)
-        rows = [CalibrationRow.from_tokens(name, epsilon, 1.0, reported, extra)]
+        rows = [CalibrationRow.from_tokens(name, epsilon, None, reported, extra)]
+        draws = {name: [draws_of_tokens(reported), *of_texts]}
         counts = _class_counts(tokens[split], num_classes) if has_classes else None
         if split == "validation":
             try:
@@ -127,12 +164,11 @@ def evaluate_tokens(trainer: Any, tokens: DatasetDict, texts: DatasetDict, metri
             _predict(trainer, tokens[split], prefix, loss_only=True)
             trainer.temperature = 1.0
             extra.pop("sequence_ece", None)  # of untempered probabilities; what greedy search writes is the same at every T
-            rows.append(
-                CalibrationRow.from_tokens(f"{name} + temperature", epsilon, temperature, trainer.token_calibration, extra)
-            )
+            rows.append(CalibrationRow.from_tokens(name, epsilon, temperature, trainer.token_calibration, extra))
+            draws[rows[-1].name] = [draws_of_tokens(trainer.token_calibration), *of_texts]
     if reported is None:
         return Outcome(None, 0, None, num_classes, None, [], trainer.state.log_history)
-    return Outcome(split, len(reported), reported.sequences, num_classes, counts, rows, trainer.state.log_history)
+    return Outcome(split, len(reported), reported.sequences, num_classes, counts, rows, trainer.state.log_history, draws)
 
 
 def _predict(trainer: Any, tokens: Dataset, prefix: str, *, loss_only: bool) -> Any:
@@ -158,7 +194,7 @@ def write_metrics(trainer: Any, prefix: str, metrics: dict[str, float]) -> None:
         return
     folder = Path(trainer.args.output_dir)
     everything = folder / "all_results.json"
-    known = json.loads(everything.read_text(encoding="utf-8")) if everything.is_file() else {}
+    known = read_json(everything, "delete it: it only repeats the other results") if everything.is_file() else {}
     for path, numbers in ((folder / f"{prefix}_results.json", metrics), (everything, known | metrics)):
         write_atomically(path, json.dumps(numbers, indent=4, sort_keys=True))
 

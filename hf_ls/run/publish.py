@@ -1,39 +1,42 @@
-"""From the outcomes of runs to what a reader sees: the report, its plots and its card.
-
-Owns: the facts which a report states, the files made of it, what is uploaded, the baked temperature.
-Does not own: training (`finetune`), evaluation (`outcome`), numbers and pictures (`report`, `plots`, `card`).
-"""
+"""From the outcomes of runs to what a reader sees: the report, its plots and its card, what is uploaded, a baked temperature."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from accelerate import PartialState
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from rich.console import Console
 from transformers import SchedulerType
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from hf_ls.calibration.temperature import bake_folder
 from hf_ls.common.errors import uploading
 from hf_ls.common.files import write_atomically
+from hf_ls.common.privacy import local_name, paths_here, without_paths
+from hf_ls.common.text import hub_id
 from hf_ls.data.classification import ClassificationData
 from hf_ls.data.sequences import SequenceData
-from hf_ls.report.calibration_report import REPORT, CalibrationReport, package_versions
+from hf_ls.metrics.paired import differences
+from hf_ls.report.calibration_report import REPORT, SETTINGS, CalibrationReport, package_versions
 from hf_ls.report.card import write_card
+from hf_ls.report.facts import DatasetFacts, SmoothingFacts, TrainingFacts
 from hf_ls.report.pictures import PENULTIMATE, Penultimate, write_pictures
 from hf_ls.report.plots import write_plots
 from hf_ls.report.sentences import regime, verdict, warnings
 from hf_ls.report.table import group_table, table
 from hf_ls.run.config import Config
-from hf_ls.run.outcome import GENERATIONS, OUTCOME, PREDICTIONS, Outcome
+from hf_ls.run.launch import announce
+from hf_ls.run.outcome import DRAWS, GENERATIONS, OUTCOME, PREDICTIONS, Outcome
 from hf_ls.run.tasks import TASKS
-from hf_ls.trainer.arguments import LabelSmoothingArguments, smoothing_of, techniques_of
-from hf_ls.trainer.criterion import parse_params
+from hf_ls.trainer.arguments import LabelSmoothingArguments, criterion_of, smoothing_of, techniques_of
+from hf_ls.trainer.criterion import ADAPTIVE
+
+_TEXTS = (".json", ".md", ".txt", ".jinja")
 
 
 def folder_of(config: Config) -> Path:
@@ -46,26 +49,27 @@ def publish(config: Config, data: ClassificationData | SequenceData, runs: dict[
 
     Raises: ValueError for adapters with `bake_temperature`, and as `write_card`.
     """
-    training = config.training
+    training, task, base = config.training, TASKS[config.run.task], config.model.model_name_or_path
     published, main = list(runs.items())[-1]
     if main.split is None:
         return None
-    tempered = next((row for row in main.rows if row.temperature != 1), None)
+    tempered = next((row for row in main.rows if row.tempered), None)
     if config.run.bake_temperature and tempered is not None:
         published = tempered.name
         _bake(config, tempered.temperature)
     report = CalibrationReport(
-        task=TASKS[config.run.task].hub_task,
+        task=task.hub_task,
         model_name=training.hub_model_id or folder_of(config).name,
-        base_model=None if config.model.model_type else config.model.model_name_or_path,
+        base_model=None if config.model.model_type else base if hub_id(base) else local_name(base),
         dataset=_dataset_facts(config, data, main),
         label_names=list(data.label_names),
-        smoothing=_smoothing_facts(training, main.num_classes),
+        smoothing=_smoothing_facts(training, main.num_classes, over="classes" if task.has_classes else "vocabulary"),
         rows=[row for run in runs.values() for row in run.rows],
-        training=_training_facts(config, runs),
+        training=_training_facts(config, runs) if training.do_train else None,
         history={name: run.history for name, run in runs.items()},
         versions=package_versions(),
         published=published,
+        differences=differences({name: draws for run in runs.values() for name, draws in run.draws.items()}),
     )
     folder = folder_of(config)
     report.save(folder / REPORT)
@@ -80,8 +84,6 @@ def publish(config: Config, data: ClassificationData | SequenceData, runs: dict[
     pictures_of(report, {name: folder if run is main else folder / "baseline" for name, run in runs.items()}, folder / "plots")
     write_card(report, folder)
     console.print(f"Report, plots and card: {folder}", markup=False, highlight=False, soft_wrap=True)
-    if training.push_to_hub:
-        _push(training, folder)
     return report
 
 
@@ -91,7 +93,7 @@ def pictures_of(report: CalibrationReport, folders: Mapping[str, Path], folder: 
     for name, path in folders.items():
         if (path / PREDICTIONS).is_file():
             with np.load(path / PREDICTIONS, allow_pickle=False) as arrays:
-                split = report.dataset["split"]
+                split = report.dataset.split
                 predictions[name] = (arrays[f"logits_{split}"], arrays[f"labels_{split}"])
         if (path / PENULTIMATE).is_file():
             features[name] = Penultimate.load(path / PENULTIMATE)
@@ -101,27 +103,51 @@ def pictures_of(report: CalibrationReport, folders: Mapping[str, Path], folder: 
 def check_push(config: Config) -> None:
     """Make the repository to be pushed to, so that a token which may not is noticed before the training.
 
-    Raises: ValueError for no token, a refused one, no connection.
+    Raises: ValueError for no token, a refused one, no connection, and for checkpoints to be pushed.
     """
     training, name = config.training, config.training.hub_model_id or folder_of(config).absolute().name
+    strategy = HubStrategy(training.hub_strategy)
+    if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        raise ValueError(
+            f"expected hub_strategy end or every_save, got {strategy.value}: checkpoints hold paths of this machine "
+            "and pickles; drop it, what a run leaves is pushed at its end"
+        )
     with uploading("the model", name):
-        HfApi(token=training.hub_token).create_repo(name, private=training.hub_private_repo, exist_ok=True)
+        HfApi(token=get_token()).create_repo(name, private=training.hub_private_repo, exist_ok=True)
 
 
-def _push(training: LabelSmoothingArguments, folder: Path) -> None:
-    """Upload the folder once more: the Trainer's own pushes came before the report and carry its stock card."""
-    api = HfApi(token=training.hub_token)
+def push(config: Config, names: Sequence[str]) -> None:
+    """Upload those of the run's files which are for others, in one commit, without paths of this machine.
+
+    names: of files in the run's folder. Predictions, settings, checkpoints, the baseline and pickles stay here, as does a text
+    from which a path cannot be taken.
+
+    Raises: ValueError for no token, a refused one, no connection.
+    """
+    training, folder = config.training, folder_of(config)
     name = training.hub_model_id or folder.absolute().name
-    private = [PREDICTIONS, OUTCOME, PENULTIMATE, f"*_{GENERATIONS}", "training_args.bin"]
+    model, data = config.model, config.data
+    given = (model.model_name_or_path, model.tokenizer_name, training.distillation_teacher, data.dataset_name)
+    paths = paths_here(folder, *given, *data.files.values())
+    operations = []
+    for found in sorted(filter(_is_public, names)):
+        content = (folder / found).read_bytes() if (folder / found).suffix in _TEXTS else None
+        text = None if content is None else without_paths(content.decode(), paths)
+        if content is not None and text is None:
+            announce(f"{found} is not pushed: it names a path of this machine")
+            continue
+        operations.append(CommitOperationAdd(found, str(folder / found) if text is None else text.encode()))
+    api = HfApi(token=get_token())
     with uploading(f"{folder}, where everything is,", name):
         repo = api.create_repo(name, private=training.hub_private_repo, exist_ok=True)
-        api.upload_folder(
-            repo_id=repo.repo_id,
-            folder_path=folder,
-            revision=training.hub_revision,
-            commit_message="Calibration report and model card",
-            ignore_patterns=[f"{PREFIX_CHECKPOINT_DIR}-*", "baseline/*", "_*", ".*", *private],
-        )
+        message = "Model, calibration report and model card"
+        api.create_commit(repo.repo_id, operations, commit_message=message, revision=training.hub_revision)
+
+
+def _is_public(name: str) -> bool:
+    top, last = name.split("/")[0], name.rsplit("/", 1)[-1]
+    here = top == "baseline" or top.startswith((f"{PREFIX_CHECKPOINT_DIR}-", "_", ".")) or last.endswith(f"_{GENERATIONS}")
+    return not here and last not in (PREDICTIONS, DRAWS, OUTCOME, PENULTIMATE, SETTINGS, TRAINING_ARGS_NAME)
 
 
 def _bake(config: Config, temperature: float) -> None:
@@ -139,55 +165,45 @@ def _bake(config: Config, temperature: float) -> None:
     write_atomically(folder / OUTCOME, outcome)
 
 
-def _dataset_facts(config: Config, data: ClassificationData | SequenceData, main: Outcome) -> dict[str, Any]:
-    sizes = {f"n_{name}": len(part) for name, part in data.splits.items() if name != "test"}
-    facts = {
-        "name": data.name,
-        "hub_id": data.hub_id,
-        "split": main.split,
-        "n": main.n,
-        "class_counts": main.class_counts,
-        "licence": data.licence,
-    }
+def _dataset_facts(config: Config, data: ClassificationData | SequenceData, main: Outcome) -> DatasetFacts:
+    sizes: dict[str, Any] = {f"n_{name}": len(part) for name, part in data.splits.items() if name != "test"}
     example = None if data.example is None else config.data.source_prefix + data.example + config.data.source_suffix
-    known = {"n_sequences": main.n_sequences, "example": example}
-    return facts | sizes | {name: value for name, value in known.items() if value is not None}
+    return DatasetFacts(
+        name=data.name, hub_id=data.hub_id, split=main.split, n=main.n, n_sequences=main.n_sequences,
+        class_counts=main.class_counts, licence=data.licence, example=example, **sizes,
+    )  # fmt: skip
 
 
-def _smoothing_facts(training: LabelSmoothingArguments, num_classes: int) -> dict[str, Any]:
+def _smoothing_facts(
+    training: LabelSmoothingArguments, num_classes: int, over: Literal["classes", "vocabulary"]
+) -> SmoothingFacts:
+    if not training.do_train:
+        return SmoothingFacts(None)
     smoothing = smoothing_of(training)
-    gap = smoothing.optimal_logit_gap(num_classes)
-    return {
-        "epsilon": smoothing.epsilon,
-        "convention": smoothing.convention,
-        "prior": "uniform",
-        "schedule": None if smoothing.schedule is None else asdict(smoothing.schedule),
-        "optimal_logit_gap": gap if np.isfinite(gap) else None,
-        "max_confidence": smoothing.max_confidence(num_classes),
-    }
+    criterion = criterion_of(training, smoothing)
+    adaptive = criterion.name in ADAPTIVE
+    return SmoothingFacts.of(smoothing, num_classes, plain=criterion.plain, over=over, item_by_item=adaptive)
 
 
-def _training_facts(config: Config, runs: dict[str, Outcome]) -> dict[str, Any]:
+def _training_facts(config: Config, runs: dict[str, Outcome]) -> TrainingFacts:
     training = config.training
     last = [run.history[-1] for run in runs.values() if run.history]
     seconds = [entry["train_runtime"] for entry in last if "train_runtime" in entry]
-    return {
-        "seeds": [training.seed],
-        "steps": last[-1].get("step") if last else None,
-        "epochs": round(last[-1]["epoch"], 2) if last and "epoch" in last[-1] else None,
-        "global_batch": training.per_device_train_batch_size
-        * training.gradient_accumulation_steps
-        * PartialState().num_processes,
-        "learning_rate": training.learning_rate,
-        "lr_scheduler_type": SchedulerType(training.lr_scheduler_type).value,
-        "weight_decay": training.weight_decay,
-        "objective": training.label_smoothing_objective,
-        "objective_params": parse_params(training.label_smoothing_objective_params),
-        "techniques": techniques_of(training),
-        "teacher": Path(training.distillation_teacher).name if training.distillation_teacher else None,  # not a path here
-        "max_length": config.data.max_length,
-        "model_config_overrides": config.model.overrides,
-        "peft": config.model.peft,
-        "num_processes": PartialState().num_processes,
-        "train_runtime_s": round(sum(seconds), 1) if len(seconds) == len(runs) else None,
-    }
+    return TrainingFacts(
+        seeds=[training.seed],
+        steps=last[-1].get("step") if last else None,
+        epochs=round(last[-1]["epoch"], 2) if last and "epoch" in last[-1] else None,
+        global_batch=training.per_device_train_batch_size * training.gradient_accumulation_steps * PartialState().num_processes,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=SchedulerType(training.lr_scheduler_type).value,
+        weight_decay=training.weight_decay,
+        objective=training.label_smoothing_objective,
+        objective_params=criterion_of(training, smoothing_of(training)).params,
+        techniques=techniques_of(training),
+        teacher=Path(training.distillation_teacher).name if training.distillation_teacher else None,  # not a path here
+        max_length=config.data.max_length,
+        model_config_overrides=config.model.overrides,
+        peft=config.model.peft,
+        num_processes=PartialState().num_processes,
+        train_runtime_s=round(sum(seconds), 1) if len(seconds) == len(runs) else None,
+    )

@@ -1,24 +1,28 @@
-"""The settings of label smoothing beside the Trainer's own.
-
-Owns: `LabelSmoothingArguments`, its seq2seq form, and what follows from them alone: the `Smoothing`, a metric's direction.
-Does not own: training (`trainer`) or the command line (`config`).
-"""
+"""The settings of label smoothing beside the Trainer's own, and what follows from them alone: what a training minimises."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+import copy
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, NamedTuple, Self, TypeVar, get_args
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
+from hf_ls.common.privacy import is_secret
+from hf_ls.losses.adaptive import OnlineLabelSmoothing
+from hf_ls.losses.objectives import Objective
 from hf_ls.losses.smoothing import Schedule, Smoothing
-from hf_ls.metrics.direction import is_lower_better
-from hf_ls.trainer.criterion import Criterion, parse_params
+from hf_ls.metrics.core import direction
+from hf_ls.trainer.criterion import Criterion, check_combined, parse_params, techniques
 from hf_ls.trainer.distillation import Distillation
 from hf_ls.trainer.mixup import Mixup
-from hf_ls.trainer.softening import check_combined, techniques
 
 LogitsFree = Literal["auto", "on", "off"]
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
+# The beginnings of the names of all settings which decide the training loss.
+_LOSS = ("label_smoothing_", "distillation_", "mixup_")
+# How the loss is computed, not which: a run without smoothing goes the way of the run beside it.
+_WAY_OF_COMPUTING = ("label_smoothing_logits_free",)
 
 
 @dataclass
@@ -85,10 +89,24 @@ class LabelSmoothingArguments(TrainingArguments):
                 f"expected label_smoothing_logits_free in {get_args(LogitsFree)}, got {self.label_smoothing_logits_free!r}; "
                 "'auto' is the default"
             )
-        if self.greater_is_better is None and is_lower_better(self.metric_for_best_model):
+        if self.greater_is_better is None and direction(self.metric_for_best_model or "") == "lower":
             self.greater_is_better = False
         super().__post_init__()
         check_direction(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle holds: no secrets, for the Trainer writes one, `training_args.bin`, beside every model."""
+        return {name: None if is_secret(name) else value for name, value in vars(self).items()}
+
+    def __copy__(self) -> Self:
+        made = object.__new__(type(self))
+        vars(made).update(vars(self))
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        made = memo[id(self)] = object.__new__(type(self))
+        vars(made).update(copy.deepcopy(vars(self), memo))
+        return made
 
 
 @dataclass
@@ -99,15 +117,58 @@ class LabelSmoothingSeq2SeqArguments(LabelSmoothingArguments, Seq2SeqTrainingArg
 def smoothing_of(args: TrainingArguments) -> Smoothing:
     """The `Smoothing` which the arguments describe; plain `TrainingArguments` give the "all" convention and a constant ε.
 
-    Raises: as `Smoothing`.
+    Raises: as `Smoothing`; ValueError for a final epsilon without a schedule which would reach it.
     """
     epsilon = args.label_smoothing_factor
     if not isinstance(args, LabelSmoothingArguments):
         return Smoothing(epsilon)
     kind, warmup = args.label_smoothing_schedule, args.label_smoothing_warmup_steps
+    if kind == "constant" and args.label_smoothing_final_factor:
+        raise ValueError(
+            "expected label_smoothing_schedule 'linear' or 'cosine' with label_smoothing_final_factor="
+            f"{args.label_smoothing_final_factor}, got 'constant', which never reaches it; set one, or drop the final factor"
+        )
     constant = kind == "constant" and not warmup
     schedule = None if constant else Schedule(kind, args.label_smoothing_final_factor, warmup)  # type: ignore[arg-type]
     return Smoothing(epsilon, args.label_smoothing_convention, schedule=schedule)  # type: ignore[arg-type]
+
+
+def without_smoothing(args: Arguments) -> Arguments:
+    """A copy of the arguments which trains on the labels as they are: no smoothing of any kind, no teacher, no mixup.
+
+    Every `label_smoothing_*` field goes back to its default, one which is added later too. Only `label_smoothing_logits_free`
+    stays: it says how the loss is computed, not which. What else the arguments hold stays; the given ones are not changed.
+    """
+    plain = copy.copy(args)
+    for setting in fields(plain):
+        if setting.name.startswith(_LOSS) and setting.name not in _WAY_OF_COMPUTING:
+            setattr(plain, setting.name, setting.default)
+    return plain
+
+
+def loss_settings(args: TrainingArguments) -> dict[str, Any]:
+    """The settings which decide the training loss, by name; two trainings with the same ones minimise the same."""
+    return {setting.name: getattr(args, setting.name) for setting in fields(args) if setting.name.startswith(_LOSS)}
+
+
+def criterion_of(
+    args: TrainingArguments, smoothing: Smoothing, objective: Objective | OnlineLabelSmoothing | None = None
+) -> Criterion:
+    """The objective which the arguments name, or the given one.
+
+    Raises: ValueError as `Criterion`, and for a given objective beside another one, or beside parameters, in the arguments.
+    """
+    name = getattr(args, "label_smoothing_objective", "smoothed_ce")
+    params = parse_params(getattr(args, "label_smoothing_objective_params", None))
+    if objective is None:
+        return Criterion(smoothing, name, params)
+    found = Criterion(smoothing, objective)
+    if params or name not in ("smoothed_ce", found.name):
+        raise ValueError(
+            f"expected one objective, got objective={objective!r} and label_smoothing_objective={name!r}"
+            f"{f' with {params}' if params else ''}; set only one of them"
+        )
+    return found
 
 
 def distillation_of(args: TrainingArguments) -> Distillation:
@@ -133,23 +194,97 @@ def mixup_of(args: TrainingArguments) -> Mixup | None:
     return Mixup(args.mixup_alpha, args.mixup_per)  # type: ignore[arg-type]
 
 
+class Loss(NamedTuple):
+    """What the arguments describe: what a training minimises."""
+
+    smoothing: Smoothing
+    criterion: Criterion
+    distillation: Distillation | None
+    mixup: Mixup | None
+
+
+def loss_of(
+    args: TrainingArguments,
+    smoothing: Smoothing | None = None,
+    objective: Objective | OnlineLabelSmoothing | None = None,
+    teacher: bool = False,
+) -> Loss:
+    """What the arguments describe now; ε from the arguments, the rest of a given smoothing as it is.
+
+    Raises: ValueError as `Smoothing`, `criterion_of` and `Mixup`, for a teacher which is named and not there, and for two
+    target-softening techniques.
+    """
+    smoothing = smoothing_of(args) if smoothing is None else replace(smoothing, epsilon=args.label_smoothing_factor)
+    named = getattr(args, "distillation_teacher", None)
+    if named and not teacher:
+        raise ValueError(
+            f"expected teacher=model with distillation_teacher={named!r}, got none; load it with "
+            "hf_ls.trainer.distillation.load_teacher and pass it to the trainer"
+        )
+    distillation = distillation_of(args) if teacher else None
+    found = Loss(smoothing, criterion_of(args, smoothing, objective), distillation, mixup_of(args))
+    check_combined(techniques(*found), getattr(args, "allow_combined_softening", False))
+    return found
+
+
 def techniques_of(args: LabelSmoothingArguments) -> list[str]:
     """The target-softening techniques which the arguments put in effect, in words, for a card.
 
     Raises: ValueError as `Smoothing`, `Criterion`, `Distillation` and `Mixup`.
     """
     smoothing = smoothing_of(args)
-    criterion = Criterion(smoothing, args.label_smoothing_objective, parse_params(args.label_smoothing_objective_params))
+    criterion = criterion_of(args, smoothing)
     return techniques(smoothing, criterion, distillation_of(args) if args.distillation_teacher else None, mixup_of(args))
 
 
 def check_direction(args: TrainingArguments) -> None:
     """Refuse to keep the checkpoint with the greatest error, as stock names do: all but "...loss" are greater-is-better there.
 
-    Raises: ValueError when `metric_for_best_model` is lower-is-better and `greater_is_better` is True.
+    Raises: ValueError when `metric_for_best_model` is lower-is-better and `greater_is_better` is True, and for the signed gap, of
+    which neither the largest nor the least value is the best.
     """
-    if args.greater_is_better and is_lower_better(args.metric_for_best_model):
+    way = direction(args.metric_for_best_model or "")
+    if way == "zero":
+        raise ValueError(
+            f"expected metric_for_best_model with a best end, got {args.metric_for_best_model!r}: a signed gap is best at 0, and "
+            "its ends are the most over- and the most under-confident model; use ece, nll or brier"
+        )
+    if args.greater_is_better and way == "lower":
         raise ValueError(
             f"expected greater_is_better=False for metric_for_best_model={args.metric_for_best_model!r}, got True (plain "
             "TrainingArguments guess it from the name); use LabelSmoothingArguments or set greater_is_better=False"
+        )
+
+
+def check_given(args: TrainingArguments, smoothing: Any, compute_loss_func: Any) -> None:
+    """Refuse what contradicts itself among the arguments of a Trainer.
+
+    Raises: ValueError for a loss function, two epsilons, and as `check_direction`; TypeError for another kind of smoothing.
+    """
+    if compute_loss_func is not None:
+        raise ValueError(
+            "expected no compute_loss_func, got one: a stock Trainer lets it silently replace label smoothing; remove it, "
+            "or use it with transformers.Trainer and hf_ls.SmoothedCrossEntropy"
+        )
+    check_direction(args)
+    if smoothing is None:
+        return
+    if not isinstance(smoothing, Smoothing):
+        raise TypeError(f"expected smoothing as a hf_ls.Smoothing, got {type(smoothing).__name__}; pass Smoothing(0.1)")
+    if args.label_smoothing_factor not in (0.0, smoothing.epsilon):
+        raise ValueError(
+            f"expected one epsilon, got label_smoothing_factor={args.label_smoothing_factor} and smoothing={smoothing}; "
+            "set only one"
+        )
+
+
+def check_search(compute_objective: Any, direction: Any) -> None:
+    """Refuse to maximise what a search minimises unless it is told otherwise, the unsmoothed `eval_loss`.
+
+    Raises: ValueError for another direction than "minimize" without an objective.
+    """
+    if compute_objective is None and direction != "minimize":
+        raise ValueError(
+            f"expected compute_objective with direction={direction!r}, got none: eval_loss is lower-is-better; pass e.g. "
+            "compute_objective=lambda metrics: metrics['eval_accuracy']"
         )

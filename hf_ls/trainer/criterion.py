@@ -1,40 +1,55 @@
 """What one training item costs: the smoothed cross entropy, another objective, or an adaptive epsilon.
 
-Owns: the choice of the objective by name, its terms per item, and the state of online label smoothing in checkpoints.
-Does not own: the objectives (`objectives`, `adaptive`), weighting and reduction (`trainer`), the logits-free loop (`linear`).
+Beside it: the state of online label smoothing in checkpoints, the terms of the loss as the log shows them, and which techniques
+make the training target softer. Label smoothing, its adaptive forms, the objectives which press confidence down, distillation and
+mixup all do the same thing to the target: together they overshoot, and no result can be credited to one of them.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
+import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load, save
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_ls.common.files import write_atomically
-from hf_ls.losses.adaptive import OnlineLabelSmoothing, adaptive_smoothed_terms, graduated_epsilon, instance_epsilon
+from hf_ls.losses.adaptive import OnlineLabelSmoothing, OnlineSettings
 from hf_ls.losses.cross_entropy import SmoothedTerms, smoothed_terms
-from hf_ls.losses.objectives import OBJECTIVES, Objective, check_smoothing, masked_objective
+from hf_ls.losses.objectives import Objective, check_smoothing, settle
 from hf_ls.losses.smoothing import Smoothing
+from hf_ls.trainer.batch import Batch
+from hf_ls.trainer.distillation import Distillation
+from hf_ls.trainer.mixup import Mixup
+from hf_ls.trainer.spans import span_terms
+
+logger = logging.getLogger(__name__)
 
 ADAPTIVE = ("graduated", "instance", "online")
-NAMES = (*OBJECTIVES, *ADAPTIVE)
 _ONLINE_STATE = "online_label_smoothing.safetensors"
+_SMOOTHED = ("smoothed_ce", "generalised_smoothing")  # objectives which are label smoothing, no second technique
+_TERMS = ("nll", "smoothing_term", "distillation_term")  # the last only with a teacher
+
+# Modules of Trainers whose own loss is the cross entropy.
+_CROSS_ENTROPY = ("hf_ls.", "transformers.", "trl.trainer.sft_trainer")
 
 
 class Criterion:
     """The terms of each training item: loss = nll + smoothing_term, the second being whatever is not the plain NLL.
 
     Args:
-        objective: a name in `NAMES`, an `Objective`, or an `OnlineLabelSmoothing`.
+        objective: a name in `objectives.NAMES`, an `Objective`, or an `OnlineLabelSmoothing`.
         params: parameters of a named objective, e.g. {"gamma": 3}.
 
-    Raises: ValueError for an unknown name or parameter, and for an ε which the objective does not use.
+    Raises: ValueError and TypeError as `settle`; ValueError for an ε which the objective does not use.
     """
 
     def __init__(
@@ -43,70 +58,61 @@ class Criterion:
         objective: str | Objective | OnlineLabelSmoothing = "smoothed_ce",
         params: dict[str, Any] | None = None,
     ) -> None:
-        self.online = objective if isinstance(objective, OnlineLabelSmoothing) else None
-        self.name = "online" if self.online else objective.name if isinstance(objective, Objective) else str(objective)
-        self.params = dict(params or {})
-        self.objective = objective if isinstance(objective, Objective) else None
-        if self.name in OBJECTIVES:
-            check_smoothing(self.name, smoothing)
-            self.objective = self.objective or Objective(self.name, **self.params)
-        elif self.name not in ADAPTIVE:
-            raise ValueError(f"expected an objective in {sorted(NAMES)}, got {self.name!r}; choose one of them")
-        elif smoothing.epsilon:
-            raise ValueError(
-                f"expected epsilon = 0 with {self.name}, which makes its own, got {smoothing.epsilon}; drop one of the two"
-            )
-        if self.name in ("graduated", "instance"):
-            Smoothing(max(self.params.get("values", (0.0,)), default=0.0))
-            self._epsilon_of(graduated_epsilon if self.name == "graduated" else instance_epsilon)
-
-    def _epsilon_of(self, function: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
-        return lambda confidence: function(confidence, **self.params)
-
-    @property
-    def plain(self) -> bool:
-        """Whether this is the smoothed cross entropy and nothing else."""
-        return self.objective is not None and self.name == "smoothed_ce" and not self.objective.z_loss
+        settled = settle(objective, params)
+        self.objective = settled if isinstance(settled, Objective) else None
+        self._settings = settled if isinstance(settled, OnlineSettings) else None
+        self._given_online = self.online = settled if isinstance(settled, OnlineLabelSmoothing) else None
+        self.name = "online" if self.objective is None else self.objective.name
+        self.params = dict(params or {}) if self.objective is None else dict(self.objective.params)
+        # Whether this is the smoothed cross entropy and nothing else.
+        self.plain = self.objective is not None and self.objective.plain
+        check_smoothing(self.name, smoothing)
 
     def for_rows(self, smoothing: Smoothing) -> Callable[[Tensor, Tensor], Tensor] | None:
         """The objective as (logits [n, K], labels [n]) -> losses [n] for the logits-free loop; None if `plain`."""
         objective = self.objective
-        if self.plain or objective is None:
+        if objective is None or self.plain:
             return None
         return lambda logits, labels: objective(logits, labels, smoothing)
 
-    def build(self, num_classes: int) -> None:
-        """Make the state of online label smoothing once the number of classes is known.
+    def restart(self) -> None:
+        """Forget the state of a training before: online label smoothing by name starts afresh, an object goes on."""
+        self.online = self._given_online
 
-        Raises: ValueError above 4096 classes.
+    def build(self, num_classes: int) -> OnlineLabelSmoothing:
+        """The state of online label smoothing, made once the number of classes is known.
+
+        Raises: ValueError above 4096 classes; TypeError for another objective.
         """
-        if self.name == "online" and self.online is None:
-            self.online = OnlineLabelSmoothing(num_classes, **self.params)
+        if self.online is None:
+            if self._settings is None:
+                raise TypeError(f"expected the objective 'online', got {self.name!r}, which has no state; do not build it")
+            self.online = self._settings.build(num_classes)
+        return self.online
 
     def terms(self, logits: Tensor, labels: Tensor, smoothing: Smoothing, *, ignore_index: int = -100) -> SmoothedTerms:
         """NLL and the rest per item, shaped as the labels, nats.
 
-        Raises: as `smoothed_terms`.
+        Raises: as `Objective.terms` and `OnlineLabelSmoothing.terms`.
         """
-        if self.name == "online":
-            self.build(logits.shape[-1])
-            online = self.online
-            if online is None:  # build made it
-                raise TypeError("expected online label smoothing to be built, got none; call build(num_classes)")
-            return online.to(logits.device).terms(logits, labels)
-        if self.name == "graduated":
-            return adaptive_smoothed_terms(
-                logits, labels, smoothing, self._epsilon_of(graduated_epsilon), ignore_index=ignore_index
-            )
-        if self.name == "instance":
-            return adaptive_smoothed_terms(
-                logits, labels, smoothing, self._epsilon_of(instance_epsilon), confidence="entropy", ignore_index=ignore_index
-            )
-        if self.plain or self.objective is None:
+        if self.plain:  # the short way
             return smoothed_terms(logits, labels, smoothing, ignore_index=ignore_index)
-        nll = smoothed_terms(logits, labels, Smoothing(0.0), ignore_index=ignore_index).nll
-        losses = masked_objective(self.objective, logits, labels, smoothing, ignore_index=ignore_index)
-        return SmoothedTerms(nll, losses - nll)
+        if self.objective is not None:
+            return self.objective.terms(logits, labels, smoothing, ignore_index=ignore_index)
+        return self.build(logits.shape[-1]).to(logits.device).terms(logits, labels)
+
+    def parts(
+        self, logits: Tensor, batch: Batch, smoothing: Smoothing, distillation: Distillation | None, teacher_logits: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """The parts of the loss of each item in the order of the log, unweighted: two, or three with a teacher.
+
+        Raises: as `terms`, `span_terms` and `Distillation.terms`.
+        """
+        labels = batch.labels
+        found = span_terms(logits, labels, smoothing, batch.others) if batch.spans else self.terms(logits, labels, smoothing)
+        if distillation is None or teacher_logits is None:
+            return found
+        return distillation.terms(found, logits, teacher_logits, labels)
 
 
 class OnlineState(TrainerCallback):
@@ -119,6 +125,14 @@ class OnlineState(TrainerCallback):
         self.criterion = criterion
         self.resume_from: str | None = None
 
+    def register(self, callbacks: list[Any], criterion: Criterion) -> None:
+        """Be among the callbacks of a Trainer if the objective is "online", and only then."""
+        self.criterion = criterion
+        if self in callbacks:
+            callbacks.remove(self)
+        if criterion.name == "online":  # first: its file must be there before a checkpoint is marked complete
+            callbacks.insert(0, self)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Load the state of the checkpoint which training resumes from."""
         path = Path(self.resume_from or "") / _ONLINE_STATE
@@ -127,9 +141,7 @@ class OnlineState(TrainerCallback):
         if not path.is_file():
             raise ValueError(f"expected {_ONLINE_STATE} in {self.resume_from}, got none; resume a run with the same objective")
         values = load(path.read_bytes())
-        self.criterion.build(len(values["count"]))
-        if self.criterion.online is not None:
-            self.criterion.online.load_state_dict(values)
+        self.criterion.build(len(values["count"])).load_state_dict(values)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Make this epoch's sums the next epoch's targets."""
@@ -144,6 +156,107 @@ class OnlineState(TrainerCallback):
         if args.should_save:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             write_atomically(folder / _ONLINE_STATE, save(self.criterion.online.state_dict()))
+
+
+class LoggedTerms:
+    """Sums of the terms of one training, nats; every process adds the same steps."""
+
+    def __init__(self) -> None:
+        self._since: Tensor | None = None  # the terms, and the items which they are of
+        self._first_step = 0
+        self._nll, self._steps, self._items = 0.0, 0, 0.0
+
+    def add(self, terms: Tensor, items: Tensor, step: int) -> None:
+        """Count a micro-batch, whose terms have their share of the step `step`; items: how many the whole step has."""
+        found = torch.cat([terms.detach(), items.sum().to(terms).reshape(1)])
+        if self._since is None:  # the first since the last log
+            self._since, self._first_step = torch.zeros_like(found), step
+        self._since += found
+
+    def add_to(self, logs: dict[str, float], step: int, gather: Callable[[Tensor], Tensor]) -> None:
+        """Put the means over the steps since the last call into a training log, and `train_nll`, that over all steps, into its
+        summary, with `train_nll_steps` where those are not all steps of a resumed training. All processes together.
+
+        Where no label counted they are NaN, the losses beside them too, instead of 0.
+        """
+        if self._since is not None:
+            steps = max(1, step - self._first_step)
+            *means, items = (gather(self._since[None]).mean(0) / steps).tolist()
+            self._nll, self._steps, self._since = self._nll + means[0] * steps, self._steps + steps, None
+            self._items += items
+            if "loss" in logs:
+                logs |= dict(zip(_TERMS, means if items else [math.nan] * len(means), strict=False))
+                if not items:
+                    logs["loss"] = math.nan
+                    logger.warning("No label counted in the steps up to %d: all are ignored, nothing is learnt", step)
+        if "train_loss" in logs and self._steps:
+            logs["train_nll"] = self._nll / self._steps if self._items else math.nan
+            logs |= {} if self._items else {"train_loss": math.nan}
+            logs |= {"train_nll_steps": self._steps} if self._steps < step else {}
+
+
+def techniques(
+    smoothing: Smoothing,
+    criterion: Criterion,
+    distillation: Distillation | None = None,
+    mixup: Mixup | None = None,
+) -> list[str]:
+    """The target-softening techniques in effect, each in a few words; empty for the plain cross entropy.
+
+    >>> techniques(Smoothing(0.1), Criterion(Smoothing(0.1)), mixup=Mixup(0.2))
+    ['label smoothing (ε = 0.1)', 'embedding mixup (α = 0.2, one λ per batch)']
+    """
+    found = []
+    final = smoothing.schedule.final_epsilon if smoothing.schedule else 0.0
+    if smoothing.epsilon or final:
+        schedule = f", {smoothing.schedule.kind} schedule" if smoothing.schedule else ""
+        found.append(f"label smoothing (ε = {smoothing.epsilon:g}{schedule})")
+    if criterion.name in ADAPTIVE:
+        found.append(f"{criterion.name} label smoothing")
+    elif criterion.name not in _SMOOTHED:
+        found.append(criterion.name)
+    if distillation is not None:
+        found.append(f"distillation (α = {distillation.alpha:g}, T = {distillation.temperature:g})")
+    if mixup is not None:
+        found.append(f"embedding mixup (α = {mixup.alpha:g}, one λ per {mixup.per})")
+    return found
+
+
+def check_combined(found: list[str], allowed: bool) -> None:
+    """Refuse two target-softening techniques at once.
+
+    Raises: ValueError naming them and the switch.
+    """
+    if len(found) > 1 and not allowed:
+        raise ValueError(
+            f"expected one target-softening technique, got {' and '.join(found)}: each of them makes the model less confident; "
+            "drop all but one, or set allow_combined_softening=True to train with both"
+        )
+
+
+def check_one_loss(kind: type, mixin: type) -> None:
+    """Refuse a Trainer class with a second `compute_loss`, which would be left out or take the place of ours in silence.
+
+    One in front of the mixin (a subclass of ours too) may add to the loss: it has to call `super().compute_loss`. The Trainers of
+    transformers and TRL's SFTTrainer take the cross entropy: ours is there to take its place.
+
+    Raises: ValueError naming the class and the way out.
+    """
+    order = kind.__mro__
+    ours = order.index(mixin)
+    for place, parent in enumerate(order):
+        function = vars(parent).get("compute_loss")
+        if function is None or parent.__module__.startswith(_CROSS_ENTROPY):
+            continue
+        code = getattr(inspect.unwrap(function), "__code__", None)
+        if place < ours and (code is None or "compute_loss" in code.co_names):
+            continue
+        what = "would never be called" if place > ours else "calls no super().compute_loss and so would replace label smoothing"
+        raise ValueError(
+            f"expected one loss, got a compute_loss in {parent.__name__} too, which {what}; drop it: class weights are "
+            "class_weight=..., smoothing is label_smoothing_factor; for a term of your own put LabelSmoothingMixin behind that "
+            "class and add the term to super().compute_loss(...)"
+        )
 
 
 def parse_params(text: str | None) -> dict[str, Any]:

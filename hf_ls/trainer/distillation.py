@@ -1,8 +1,7 @@
 """Distillation: a teacher's soft targets beside the labels.
 
-Owns: the divergence from a teacher per item, its share of the loss, running the teacher, and whether the teacher can teach this
-student: label space, and what its files say of smoothing.
-Does not own: the loss on the labels (`criterion`), weighting and reduction (`trainer`), which techniques may meet (`softening`).
+Here are the divergence from a teacher per item, its share of the loss, running the teacher, and whether the teacher can teach
+this student: label space, and what its files say of smoothing.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import json
 import logging
 import math
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +26,7 @@ from hf_ls.losses.cross_entropy import SmoothedTerms, logits_of
 
 logger = logging.getLogger(__name__)
 
-# How the runs of hf_ls, and BART's and fairseq's old configs, call it; the first is also what a stock card lists.
+# How the runs of hf_ls, and BART's and fairseq's old configs, call it.
 _EPSILON_KEYS = ("label_smoothing_factor", "label_smoothing")
 
 
@@ -145,6 +143,25 @@ class Teacher:
         return logits_of(self.model(**{key: value for key, value in inputs.items() if self._names is None or key in self._names}))
 
 
+def teacher_for(student: nn.Module, teacher: nn.Module, logits_free: str) -> Teacher:
+    """The teacher of a student, whose loss then needs logits.
+
+    Raises: as `Teacher`; ValueError for a language model whose logits are ruled out.
+    """
+    if output_embedding(student) is not None:
+        if logits_free == "on":
+            raise ValueError(
+                "expected label_smoothing_logits_free 'auto' or 'off' with a teacher, got 'on': distillation compares whole "
+                "distributions; set 'auto'"
+            )
+        if logits_free == "auto":
+            logger.warning(
+                "The training loss is taken from the logits of %s: distillation compares whole distributions",
+                type(student).__name__,
+            )
+    return Teacher(teacher, student)
+
+
 def load_teacher(name_or_path: str, auto_model: Any, tokenizer: Any = None, **kwargs: Any) -> nn.Module:
     """The teacher from a folder or the Hub, its tokenizer compared with the student's.
 
@@ -205,14 +222,13 @@ def check_label_space(teacher: nn.Module, student: nn.Module) -> None:
 def smoothing_evidence(name_or_path: str | os.PathLike[str], *, local_files_only: bool = False) -> str | None:
     """What says that a model was trained with label smoothing, in a few words; None where nothing does.
 
-    Asked in order: `calibration.json` (the row whose weights were published), `settings.json` and the card of a run, then
-    `config.json`. The first which states an epsilon decides. A folder, or a repository on the Hub (with `local_files_only` what
+    Asked in order: `calibration.json` (the row whose weights were published) and `settings.json` of a run, then `config.json`.
+    The first which states an epsilon decides. A folder, or a repository on the Hub (with `local_files_only` what
     is in the cache).
     """
     for file, read in (
         ("calibration.json", _in_report),
         ("settings.json", _in_json),
-        ("README.md", _in_card),
         ("config.json", _in_json),
     ):
         text = _file_text(str(name_or_path), file, local_files_only)
@@ -245,7 +261,8 @@ def _file_text(name_or_path: str, file: str, local_files_only: bool) -> str | No
 def _in_report(text: str) -> str | None:
     report = _json(text)
     rows = [row for row in report.get("rows") or [] if isinstance(row, dict)]
-    named = [row for row in rows if row.get("name") is not None and row.get("name") == report.get("published")]
+    names = [f"{row.get('run')}{' + temperature' if row.get('tempered') else ''}" for row in rows]
+    named = [row for row, name in zip(rows, names, strict=True) if name == report.get("published")]
     row = next(iter(named or (rows if len(rows) == 1 else [])), {})
     epsilon = row.get("epsilon", (report.get("smoothing") or {}).get("epsilon"))
     if not isinstance(epsilon, int | float):
@@ -257,14 +274,6 @@ def _in_json(text: str) -> str | None:
     values = [_json(text).get(key) for key in _EPSILON_KEYS]
     epsilon = next((value for value in values if isinstance(value, int | float) and not isinstance(value, bool)), None)
     return None if epsilon is None else f"epsilon = {epsilon:g}" if epsilon else ""
-
-
-def _in_card(text: str) -> str | None:
-    # Cards of hf_ls say "effective epsilon", those of a stock Trainer list their hyperparameters.
-    found = re.search(r"(?:effective epsilon|label_smoothing_factor)\W{1,6}(\d*\.?\d+(?:e-?\d+)?)", text)
-    if found is None:
-        return "" if "No label smoothing was used" in text else None
-    return f"epsilon = {float(found[1]):g}" if float(found[1]) else ""
 
 
 def _json(text: str) -> dict[str, Any]:

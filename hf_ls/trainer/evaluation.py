@@ -1,245 +1,209 @@
-"""The evaluation half of the Trainer mixin: unsmoothed, over all items at once, the same on any number of processes.
+"""What an evaluation measures: unsmoothed, over all items at once, the same on any number of processes.
 
-Owns: `CalibratedEvaluation`: which numbers an evaluation reports and keeps, and the temperature pass.
-Does not own: the numbers of one item (`statistics`), their sums (`metrics`), the training loss (`trainer`).
+`item_statistics` reduces logits to four numbers per item before anything is gathered; `Evaluation` adds them up. Which batches
+are evaluated, and what is gathered, is the Trainer's part (`mixin`).
 """
 
 from __future__ import annotations
 
-import logging
 import math
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.modeling_utils import unwrap_model
-from transformers.trainer_utils import EvalLoopOutput
 
 from hf_ls.calibration.token_temperature import TokenTemperature
 from hf_ls.common.models import IGNORE_INDEX, output_embedding
-from hf_ls.losses._rows import Observer, observe
+from hf_ls.losses._rows import Observer
 from hf_ls.losses.smoothing import Smoothing
-from hf_ls.metrics.ceiling import ceiling_warning
+from hf_ls.metrics.ceiling import ceiling_warning, last_epsilon
 from hf_ls.metrics.streaming import StreamingCalibration
 from hf_ls.metrics.tokens import TokenCalibration
+from hf_ls.trainer.batch import Batch, copied
 from hf_ls.trainer.logits_free import LogitsFreeHead
-from hf_ls.trainer.processes import gather_once, reshard, without_repeats
-from hf_ls.trainer.shift import SHIFTED
-from hf_ls.trainer.spans import check_both_positions
-from hf_ls.trainer.statistics import item_statistics
 
-logger = logging.getLogger(__name__)
-
-_METRICS = ("nll", "brier", "ece", "accuracy", "signed_gap")
+_METRICS = ("nll", "brier", "ece", "accuracy", "signed_gap", "perplexity", "eos_nll", "eos_ece")
+# At a vocabulary of 128k this is 32 rows in float64: 32 MiB however long the batch is.
+_CHUNK_ELEMENTS = 1 << 22
 
 
-class CalibratedEvaluation(Trainer):
-    """What `LabelSmoothingMixin` does in `evaluate` and `predict`, always in the order of the dataset.
-
-    A Trainer itself, so that it comes before the Trainer in `class Mine(Theirs, LabelSmoothingMixin, Trainer)` too; else
-    Python would put Trainer's own evaluation first there, and the metrics would be missing in silence.
+class Evaluation:
+    """The sums of one evaluation.
 
     Attributes:
-        temperature: divides the logits of the evaluation statistics, and of nothing else.
-        token_counts: how often each token id is a training label [V]; evaluations of tokens then have frequency groups.
-        token_calibration: the sums of the last evaluation of labels [B, T]; None before.
+        sums: over all labels which count.
+        tokens: the same for labels [B, T], with groups and intervals; None for other labels.
+        pending: rows of numbers per item [..., 5 or 6] and labels [...] of the batch under way; None until the loss has seen it.
+        examples: rows with a label, the number of independent observations.
+        labelled: whether any batch had labels at all, ignored or not.
+        reached: whether any batch came through our `prediction_step`.
     """
 
-    temperature: float = 1.0
-    token_counts: np.ndarray | None = None
-    token_calibration: TokenCalibration | None = None
-    model: Any
-    _spans: bool = False  # the labels are a start and an end position, each an item of the metrics
-    _statistics: StreamingCalibration | None = None
-    _tokens: TokenCalibration | None = None
-    _fit: TokenTemperature | None = None
-    _judged = 0  # items of the last evaluation
-    _warned_of_ceiling = False
-    _pending: tuple[Tensor, Tensor] | None = None  # items [..., 4] and aligned labels [...] of the batch under way
-    _observer: Observer | None = None
+    def __init__(
+        self,
+        eos_token_id: int | None = None,
+        token_counts: np.ndarray | None = None,
+        temperature: float = 1.0,
+        fit: TokenTemperature | None = None,
+    ) -> None:
+        self.sums = StreamingCalibration()
+        self.tokens: TokenCalibration | None = None
+        self.pending: tuple[Tensor, Tensor] | None = None
+        self.rows = self.examples = 0
+        self.labelled = self.reached = False
+        self._eos_token_id, self._token_counts = eos_token_id, token_counts
+        self._temperature, self._fit = temperature, fit
+        self._inverse_classes, self._classes, self._spans = 0.0, 1, False
 
-    def fit_temperature(self, dataset: Any) -> float:
-        """The T > 0 which minimises the NLL of softmax(logits / T) on the labels of a dataset: one teacher-forced pass.
-
-        Takes validation data; set `temperature` to the result and report on test data. Memory does not grow with the number
-        of labels. The same on any number of processes.
-
-        Raises: NoFiniteTemperature (a ValueError) where the NLL has no minimum.
-        """
-        self._fit = TokenTemperature()
-        try:
-            self.evaluation_loop(self.get_eval_dataloader(dataset), "Temperature", prediction_loss_only=True)
-            if self.accelerator.num_processes > 1:
-                sums = self._fit.sums.to(self.accelerator.device)
-                self._fit.sums = self.accelerator.reduce(sums, reduction="sum").cpu()
-            return self._fit.fit()
-        finally:
-            self._fit = None
-
-    def _evaluation_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The mean NLL of a batch, its items kept for the metrics."""
-        if self._observer is not None:
-            kept = labels != IGNORE_INDEX
-            observe(self._observer, logits[kept], labels[kept])
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Keep the items of a batch and return their mean NLL, NaN where no label counts; 0 while a temperature is fitted."""
         if self._fit is not None:
-            self._fit.update(logits, without_repeats(self.accelerator, labels, self._copies()))
+            self._fit.update(logits, batch.labels)
             return logits.new_zeros(())
-        return self._keep(item_statistics(logits, labels, temperature=self.temperature), labels)
+        return self._keep(item_statistics(logits, batch.labels, temperature=self._temperature), batch, logits.shape[-1])
 
-    def _logits_free_evaluation(self, head: LogitsFreeHead, model: nn.Module, batch: dict[str, Any], labels: Tensor) -> Tensor:
-        """As `_evaluation_loss`, from a forward without logits."""
+    def loss_without_logits(
+        self, head: LogitsFreeHead, model: nn.Module, inputs: dict[str, Any], batch: Batch, observer: Observer | None
+    ) -> tuple[Tensor, Any]:
+        """As `loss`, from a forward without logits, with its outputs."""
         found: list[Tensor] = []
-        fit, observer = self._fit, self._observer
-        if fit is not None:
-            labels = without_repeats(self.accelerator, labels, self._copies())
 
         def each(logits: Tensor, y: Tensor) -> None:
             if observer is not None:
                 observer(logits, y)
-            if fit is not None:
-                fit.update(logits, y)
+            if self._fit is not None:
+                self._fit.update(logits, y)
             else:
-                found.append(item_statistics(logits, y, temperature=self.temperature))
+                found.append(item_statistics(logits, y, temperature=self._temperature))
 
         with torch.no_grad():
-            head(model, batch, labels, Smoothing(0.0), observer=each)
-        if fit is not None:
-            return torch.zeros((), device=labels.device)
-        exact = torch.float64 if labels.device.type != "mps" else torch.float32
-        items = torch.full((*labels.shape, 4), math.nan, dtype=exact, device=labels.device)
-        if found:
-            items[labels != IGNORE_INDEX] = torch.cat(found)
-        return self._keep(items, labels)  # without any label too: the other processes gather theirs
+            outputs = head(model, inputs, batch.labels, Smoothing(0.0), observer=each).outputs
+        if self._fit is not None:
+            return batch.weight.new_zeros(()), outputs
+        items = batch.weight.new_full((*batch.labels.shape, 4), math.nan)
+        if found:  # without any label too: the other processes gather theirs
+            items[batch.kept] = torch.cat(found)
+        return self._keep(items, batch, head.head.weight.shape[0]), outputs
 
-    def _keep(self, items: Tensor, labels: Tensor) -> Tensor:
-        if self._statistics is not None:
-            self._pending = items, labels
-        nll = items[..., 2]
-        return nll.nanmean() if bool((~nll.isnan()).any()) else nll.new_zeros(())
+    def _keep(self, items: Tensor, batch: Batch, classes: int) -> Tensor:
+        # Rows [..., 5]: four numbers and the label; ids below 2**53 are exact. Of single labels and of positions 1/K of their
+        # logits too, which may differ from batch to batch; the vocabulary of tokens does not.
+        parts = [items, batch.labels.unsqueeze(-1).to(items.dtype)]
+        if batch.spans or batch.labels.dim() == 1:
+            parts.append(torch.full_like(items[..., :1], 1 / classes))
+        self.pending, self._classes = (torch.cat(parts, -1), batch.labels), classes
+        self._spans = batch.spans
+        return items[..., 2].nanmean()
 
-    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        # A stock Trainer groups evaluation by length too: predictions come in another order than the dataset, in silence.
-        strategy, self.args.train_sampling_strategy = self.args.train_sampling_strategy, "random"
-        try:
-            return super()._get_eval_sampler(eval_dataset)
-        finally:
-            self.args.train_sampling_strategy = strategy
+    def add(self, gathered: np.ndarray) -> None:
+        """Count the kept rows [..., 5] or [..., 6] of all processes."""
+        counts = ~np.isnan(gathered).any(-1)
+        confidence, correct, nll, brier, _, *inverse = gathered[counts].T
+        self.sums.update(confidence, correct.astype(bool), nll, brier)
+        self._inverse_classes += float(inverse[0].sum()) if inverse else len(nll) / self._classes
+        self.examples += int(counts.reshape(len(counts), -1).any(1).sum())
+        if gathered.ndim == 3 and not self._spans:
+            if self.tokens is None:
+                self.tokens = TokenCalibration(eos_token_id=self._eos_token_id, token_counts=self._token_counts)
+            self.tokens.update(gathered[..., :4], np.nan_to_num(gathered[..., 4], nan=IGNORE_INDEX).astype(np.int64))
 
-    def _copies(self) -> int:
-        """How many processes in a row see the same batch."""
-        return self.get_tp_size() * self.get_cp_size()
-
-    def _gather_once(self, items: Any) -> Any:
-        return gather_once(self.accelerator, items, self._copies())
-
-    def prediction_step(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As `Trainer.prediction_step`, keeping four numbers per item for the exact calibration sums."""
-        self._pending = None
-        if self._spans:
-            check_both_positions(inputs)
-        if inputs.get(SHIFTED) is not None and inputs.get(self.label_names[0]) is None:  # the Trainer asks for labels by name
-            labels = nn.functional.pad(inputs[SHIFTED], (1, 0), value=IGNORE_INDEX)[:, :-1]
-            inputs = {**inputs, self.label_names[0]: labels}
-        result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **kwargs)
-        if self._pending is None or self._statistics is None:
-            return result
-        items, labels = self._pending
-        rows = torch.cat([items, labels.unsqueeze(-1).to(items.dtype)], -1)  # ids below 2**53 are exact
-        if labels.dim() > 1:  # processes pad their tokens to different lengths
-            rows = self.accelerator.pad_across_processes(rows, dim=1, pad_index=math.nan)
-        found = self._gather_once(rows).cpu().numpy().astype(np.float64)
-        confidence, correct, nll, brier = found[~np.isnan(found).any(-1)].T[:4]
-        self._statistics.update(confidence, correct.astype(bool), nll, brier)
-        if labels.dim() == 2 and not self._spans:
-            if self._tokens is None:
-                self._tokens = TokenCalibration(
-                    eos_token_id=end_of_sequence(self.model, self.processing_class), token_counts=self.token_counts
-                )
-            self._tokens.update(found[..., :4], np.nan_to_num(found[..., 4], nan=IGNORE_INDEX).astype(np.int64))
-        return result
-
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """As `Trainer.evaluation_loop`, with the unsmoothed calibration metrics over all items.
+    def metrics(self) -> dict[str, float]:
+        """The metrics as far as they were measured; empty without a label which counts.
 
         Labels [B, T] also give `perplexity`, and those of language models `eos_nll` and `eos_ece` of the end-of-sequence token.
         """
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(f"expected temperature > 0, got {self.temperature}; set trainer.temperature to 1.0 for none")
-        standalone = not self.is_in_train and self.model_wrapped is self.model
-        self._statistics, self._tokens = StreamingCalibration(), None
-        # Seq2SeqTrainer gathers the examples repeated to fill the last batch too, so that its metrics count them twice; the
-        # Trainer counts the copies of tensor parallelism.
-        self.gather_function = self._gather_once
-        try:
-            output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        finally:
-            statistics, self._statistics = self._statistics, None
-            if standalone:
-                self._forget_evaluation_preparation()
-            if not self.is_in_train:
-                reshard(self.model)
-        metrics = {} if output.metrics is None else output.metrics
-        found = statistics.compute() if len(statistics) else {}
-        if found:
-            metrics[f"{metric_key_prefix}_loss"] = found["nll"]
-            self._judged = len(statistics)
-        tokens = self._tokens
-        if tokens is not None and len(tokens):
-            self.token_calibration = tokens
+        if not len(self.sums):
+            return {}
+        found = self.sums.compute()
+        if self.tokens is not None and len(self.tokens):
             found["perplexity"] = math.exp(found["nll"]) if found["nll"] < 709 else math.inf
-            for group in tokens.groups():
+            for group in self.tokens.groups():
                 if group["name"] == "end of sequence":
                     found |= {"eos_nll": group["nll"], "eos_ece": group["ece"]}
-        for name in (*_METRICS, "perplexity", "eos_nll", "eos_ece"):
-            if name in found:
-                metrics.setdefault(f"{metric_key_prefix}_{name}", found[name])
-        return output
+        return {name: found[name] for name in _METRICS if name in found}
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As `Trainer.evaluate`, with a warning, once, when ε asks for less confidence than the model is right."""
-        self._judged = 0
-        metrics = super().evaluate(*args, **kwargs)
-        accuracy = metrics.get(f"{kwargs.get('metric_key_prefix', 'eval')}_accuracy")
-        if accuracy is not None and self._judged:
-            self._warn_of_ceiling(accuracy, self._judged)
-        return metrics
+    def add_to(self, metrics: dict[str, Any], prefix: str) -> None:
+        """Put what was measured among the metrics of a Trainer; a loss of labels none of which counts is NaN, not 0."""
+        found = self.metrics()
+        if found or self.labelled:
+            metrics[f"{prefix}_loss"] = found.get("nll", math.nan)
+        for name, value in found.items():
+            metrics.setdefault(f"{prefix}_{name}", value)
 
-    def _warn_of_ceiling(self, accuracy: float, n: int) -> None:
-        smoothing, criterion = getattr(self, "smoothing", None), getattr(self, "criterion", None)
-        if self._warned_of_ceiling or smoothing is None or smoothing.prior is not None or not getattr(criterion, "plain", False):
-            return
-        config: Any = getattr(self.model, "config", None)
-        config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        classes = getattr(config, "num_labels" if output_embedding(self.model) is None else "vocab_size", 0)
-        warning = ceiling_warning(smoothing.epsilon, smoothing.convention, accuracy, n, classes)
-        if warning and self.is_world_process_zero():
-            logger.warning(warning)
-        self._warned_of_ceiling = warning is not None
+    def missing(self, trainer: type) -> str | None:
+        """Why an evaluation with labels has no calibration metrics, in a sentence; None where it has, or has no labels."""
+        if len(self.sums):
+            return None
+        if not self.reached:
+            name = next(kind.__name__ for kind in trainer.__mro__ if "prediction_step" in vars(kind))
+            return (
+                f"No calibration metrics: prediction_step of {name} does not call super().prediction_step, so that its loss is "
+                "another one; put LabelSmoothingMixin before that class"
+            )
+        ignored = f"No label counted in this evaluation: all are {IGNORE_INDEX}, ignored; its loss is NaN"
+        return ignored if self.labelled else None
 
-    def _forget_evaluation_preparation(self) -> None:
-        """Let a later train() wrap the model: accelerate >= 1.14 takes a model prepared for evaluation as prepared for good
-        and leaves it out of DDP, so that the processes drift apart in silence."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return  # prepared by sharding, which training shares
-        self.accelerator._models = [m for m in self.accelerator._models if m is not self.model]
-        if getattr(self.model, "_is_accelerate_prepared", False):
-            self.model._is_accelerate_prepared = False
+    def ceiling_warning(self, smoothing: Smoothing) -> str | None:
+        """One sentence when the ε at the end of training asks for less confidence than the model is right; else None.
+
+        K is that of the logits seen: the choices of multiple choice, the positions of question answering. Where it differs from
+        row to row it is the harmonic mean, since the confidence at the optimum is 1 − ε + ε/K.
+        """
+        if not len(self.sums) or smoothing.prior is not None:
+            return None
+        last = last_epsilon(smoothing.epsilon, smoothing.schedule)
+        classes = len(self.sums) / self._inverse_classes
+        accuracy = self.sums.compute()["accuracy"]
+        return ceiling_warning(last, smoothing.convention, accuracy, self.examples, round(classes))
+
+
+@torch.no_grad()
+def item_statistics(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, temperature: float = 1.0) -> Tensor:
+    """Confidence, correctness, NLL and Brier score of each prediction, float64 [..., 4]; NaN rows where ignored.
+
+    With z = logits / temperature and p = softmax z: confidence = max p (0 to 1); correct = 1 if arg max p = y (the first of
+    equals); nll = lse(z) − z_y in nats; brier = 1 − 2·p_y + Σ p² (0 to 2, lower is better).
+    Shapes: logits [..., K], labels [...].
+    Rows are reduced in chunks, so memory does not grow with the number of tokens.
+
+    Raises: ValueError for labels outside [0, K) other than `ignore_index`, and for NaN logits.
+    """
+    num_classes = logits.shape[-1]
+    flat, y = logits.reshape(-1, num_classes), labels.reshape(-1)
+    kept = y != ignore_index
+    if bool((kept & ((y < 0) | (y >= num_classes))).any()):
+        raise ValueError(f"expected labels in [0, {num_classes}) or {ignore_index}, got others; map class names to ids 0..K-1")
+    dtype = torch.float64 if logits.device.type != "mps" else torch.float32
+    out = torch.full((y.numel(), 4), float("nan"), dtype=dtype, device=logits.device)
+    rows = kept.nonzero().squeeze(1)
+    for chunk in rows.split(max(1, _CHUNK_ELEMENTS // num_classes)):
+        z = flat[chunk].to(dtype) / temperature
+        log_normaliser = z.logsumexp(-1)
+        if bool(log_normaliser.isnan().any()):
+            raise ValueError("expected finite logits, got NaN; the model diverged: lower the learning rate")
+        top, prediction = z.max(-1)
+        nll = log_normaliser - z.gather(-1, y[chunk].unsqueeze(-1)).squeeze(-1)
+        squares = ((2 * z).logsumexp(-1) - 2 * log_normaliser).exp()
+        confidence = (top - log_normaliser).exp()
+        out[chunk] = torch.stack([confidence, (prediction == y[chunk]).to(dtype), nll, 1 - 2 * (-nll).exp() + squares], -1)
+    return out.reshape(*labels.shape, 4)
+
+
+def beside_loss(loss: Tensor, outputs: Any) -> Any:
+    """Outputs of a model without labels as it returns them with labels: a Trainer takes `outputs[1:]` of a tuple."""
+    return outputs if isinstance(outputs, dict) else (loss, outputs) if isinstance(outputs, Tensor) else (loss, *outputs)
+
+
+def for_prediction(model: Any) -> Any:
+    """The model for a prediction without labels; a bare tensor in a tuple, of which a Trainer takes the first element."""
+
+    def forward(**inputs: Any) -> Any:
+        outputs = model(**copied(inputs))
+        return (outputs,) if isinstance(outputs, Tensor) else outputs
+
+    return forward
 
 
 def end_of_sequence(model: nn.Module, tokenizer: Any = None) -> int | None:

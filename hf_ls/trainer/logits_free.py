@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import unwrap_model
@@ -25,14 +26,12 @@ from hf_ls.losses._rows import Observer, RowLoss
 from hf_ls.losses.cross_entropy import logits_of, smoothed_terms
 from hf_ls.losses.linear import LinearTerms, linear_smoothed_terms
 from hf_ls.losses.smoothing import Smoothing
+from hf_ls.trainer.batch import Batch, copied
 
 # What a config calls the number which multiplies, divides or caps the logits.
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere; FalconH1; MuseGlimmer
 DIVISORS = ("logits_scaling",)  # Granite
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma; RecurrentGemma; xLSTM
-
-# Labels in the first-batch checks: enough to tell one position from the next, few enough for their logits to be small.
-PROBE_LABELS = 64
 
 
 class HeadLoss(NamedTuple):
@@ -151,13 +150,13 @@ class LogitsFreeHead:
         Raises: ValueError with the reason when they differ.
         """
         with in_eval_mode(model):
-            own = logits_of(model(**inputs))
+            own = logits_of(model(**copied(inputs)))
             known, processed = self._known_logits(model, inputs)
             if processed.shape != known.shape:
                 raise ValueError(f"expected logits {tuple(known.shape)} as the head makes them, got {tuple(processed.shape)}")
             smoothing = Smoothing(0.5)
             try:
-                here = self(model, inputs, labels, smoothing)
+                here = self(model, copied(inputs), labels, smoothing)
             except (RuntimeError, IndexError, TypeError) as error:
                 raise ValueError(
                     f"expected a forward which can do with empty logits, got {type(error).__name__}: {error}"
@@ -185,7 +184,7 @@ class LogitsFreeHead:
             return put[0].clone()
 
         with self._replaced(head_forward, lambda outputs: outputs):
-            outputs = model(**inputs)
+            outputs = model(**copied(inputs))
         if len(put) != 1:
             raise ValueError(f"expected one call of the head in a forward, got {len(put)}; it is not used as a layer")
         return put[0], logits_of(outputs)
@@ -202,39 +201,18 @@ class LogitsFreeHead:
             yield
 
 
-def virtual_tokens(model: nn.Module) -> int:
-    """How many positions PEFT's prompt tuning puts before the first token, in the logits too; 0 for all else."""
-    config = getattr(unwrap_model(model), "active_peft_config", None)
-    if config is None or not config.is_prompt_learning or config.task_type != "CAUSAL_LM":
-        return 0
-    # Prefixes go into the cache of the attention and leave the positions alone.
-    return 0 if config.peft_type in ("PREFIX_TUNING", "CARTRIDGE") else config.num_virtual_tokens
+def head_for(wrapped: nn.Module, model: nn.Module, small: Batch) -> tuple[LogitsFreeHead | None, str | None]:
+    """The head of a model after its probe on a small batch, or the reason why it cannot be used. All processes together.
 
-
-def probe_inputs(inputs: Mapping[str, Any], label_name: str, labels: int = PROBE_LABELS) -> dict[str, Any]:
-    """A valid small batch for the first-batch checks: one row, cut after `labels` labels.
-
-    The row which holds them earliest, or which holds the most. Columns are cut only from tensors shaped as the labels. A
-    batch with anything but tensors [B] and [B, T] (images, packed lengths, 4-d masks) is returned whole.
+    One process on the other path would leave the rest alone in collective forwards: the reason of any is that of all.
     """
-    target = inputs[label_name]
-    tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
-    if target.dim() != 2 or not len(target) or any(not 1 <= t.dim() <= 2 or len(t) != len(target) for t in tensors):
-        return dict(inputs)
-    count = (target != -100).cumsum(1)
-    enough = count >= labels
-    # argmax finds the first column with enough labels; rows without enough count as full length.
-    columns = torch.where(enough.any(1), enough.int().argmax(1) + 1, target.shape[1])
-    order = columns * (target.shape[1] + 1) - count[:, -1]
-    row = int(order.argmin())
-    stop = 64 * -(-int(columns[row]) // 64)  # kernels and block-sparse attention like round lengths
-
-    def cut(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return value[row : row + 1, :stop] if value.shape == target.shape else value[row : row + 1]
-
-    return {name: cut(value) for name, value in inputs.items()}
+    head, error = None, None
+    try:
+        head = LogitsFreeHead(wrapped)
+        head.probe(model, small.for_model(model), small.labels)
+    except ValueError as found:
+        error = str(found)
+    return head, next((reason for reason in gather_object([error]) if reason is not None), None)
 
 
 @contextmanager

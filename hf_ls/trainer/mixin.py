@@ -1,84 +1,91 @@
 """Trainer integration: one loss path for every epsilon, exact counting, honest evaluation.
 
-Owns: `LabelSmoothingMixin`, `LabelSmoothingTrainer`.
-Does not own: the loss (`losses`), what an evaluation reports (`evaluation`), checkpoint choice (`checkpoint`).
+`LabelSmoothingMixin` is the whole of it, in the order of a run: settings, what a batch costs, evaluation, search and card. What
+can be said without a Trainer stands beside it: a batch (`batch`), the objective (`criterion`), the sums of an evaluation
+(`evaluation`), whether a model's loss is ours (`shift`), the loss without logits (`logits_free`).
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
+import math
+from dataclasses import replace
+from operator import itemgetter
 from typing import Any
 
+import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import find_batch_size, gather_object
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
-from hf_ls.common.models import IGNORE_INDEX, output_embedding
-from hf_ls.losses._rows import observe
+from hf_ls.calibration.token_temperature import TokenTemperature
+from hf_ls.common.models import output_embedding
+from hf_ls.losses._rows import Observer, observe
 from hf_ls.losses.adaptive import OnlineLabelSmoothing
-from hf_ls.losses.cross_entropy import SmoothedTerms, item_weights, logits_of, shift_if
+from hf_ls.losses.cross_entropy import check_no_probabilities, logits_of
 from hf_ls.losses.objectives import Objective
 from hf_ls.losses.smoothing import Smoothing
-from hf_ls.trainer.arguments import LabelSmoothingArguments, check_direction, distillation_of, mixup_of
-from hf_ls.trainer.card import TrainerCard
-from hf_ls.trainer.criterion import OnlineState
-from hf_ls.trainer.distillation import Teacher
-from hf_ls.trainer.evaluation import CalibratedEvaluation
-from hf_ls.trainer.logged_terms import LoggedTerms
-from hf_ls.trainer.logits_free import LogitsFreeHead, probe_inputs, virtual_tokens
+from hf_ls.metrics.tokens import TokenCalibration
+from hf_ls.trainer.arguments import LabelSmoothingArguments, check_given, check_search, loss_of, loss_settings
+from hf_ls.trainer.batch import SHIFTED, Batch, check_class_weight, copied, virtual_tokens, with_named_labels
+from hf_ls.trainer.card import write_trainer_card
+from hf_ls.trainer.criterion import LoggedTerms, OnlineState, check_one_loss
+from hf_ls.trainer.distillation import teacher_for
+from hf_ls.trainer.evaluation import Evaluation, beside_loss, end_of_sequence, for_prediction
+from hf_ls.trainer.logits_free import LogitsFreeHead, head_for
 from hf_ls.trainer.mixup import check_mixable
-from hf_ls.trainer.processes import without_repeats
-from hf_ls.trainer.search import SearchableLoss
-from hf_ls.trainer.shift import (
-    SHIFTED,
-    check_supported,
-    counts_first_label,
-    decoder_inputs,
-    has_label,
-    integer_labels,
-    model_loss_gap,
-    resolve_shift,
-    router_loss,
-    with_some_label,
-)
-from hf_ls.trainer.softening import check_combined, techniques
-from hf_ls.trainer.spans import check_span_settings, check_spans, is_span_task, positions_in, span_terms
+from hf_ls.trainer.processes import check_parallelism, forget_preparation, gather_once, reshard, without_repeats
+from hf_ls.trainer.shift import check_supported, counts_first_label, model_loss_gap, resolve_shift, router_loss
+from hf_ls.trainer.spans import check_both_positions, check_span_settings, is_span_task, span_loss_gap
 
 logger = logging.getLogger(__name__)
 
 
-class LabelSmoothingMixin(TrainerCard, SearchableLoss, CalibratedEvaluation):
+class LabelSmoothingMixin(Trainer):
     """Put before a Trainer class: `class MyTrainer(LabelSmoothingMixin, Trainer)`.
 
     Training minimises Σ w_i·loss_i / Σ w_i over the whole global batch, whatever the micro-batches and processes; ε = 0 and
-    ε > 0 run the same lines. It logs `loss` = `nll` + `smoothing_term`, with a teacher + `distillation_term`. Evaluation reports
-    the unsmoothed `nll`, `brier`, `ece` (15 bins), `accuracy` and `signed_gap` over all examples or tokens at once; `eval_loss`
-    equals `eval_nll`. See `CalibratedEvaluation` for more.
+    ε > 0 run the same lines. It logs `loss` = `nll` + `smoothing_term`, with a teacher + `distillation_term`. Evaluation, always
+    in the order of the dataset, reports the unsmoothed `nll`, `brier`, `ece` (15 bins), `accuracy` and `signed_gap` over all
+    examples or tokens at once; `eval_loss` equals `eval_nll`. Where no label counted, a mean is NaN and a warning says so.
 
     Args (keyword, beside the Trainer's own):
         smoothing: a `Smoothing` in place of the one in the arguments (a prior needs this).
         class_weight: [K]; each example counts w_y times.
         objective: an `Objective` or `OnlineLabelSmoothing` in place of the one named in the arguments.
         shift_labels: whether position t predicts label t+1; None asks the model's own loss on the first batch. A batch
-            with a `shift_labels` column (context parallelism, padding-free collators) is aligned already.
+            with a `shift_labels` column (padding-free collators) is aligned already.
         teacher: a model for distillation; see `distillation.Distillation` and the arguments `distillation_*`.
 
-    Attributes: distillation, mixup: of the training under way or the last one, None where there is none.
+    Attributes:
+        smoothing, criterion, distillation, mixup: of the last training, or the one under way.
+        temperature: divides the logits of the evaluation statistics, and of nothing else.
+        token_counts: how often each token id is a training label [V]; evaluations of tokens then have frequency groups.
+        token_calibration: the sums of the last evaluation of labels [B, T]; None before.
 
-    Extractive question answering needs nothing else: each row has two labels, `start_positions` and `end_positions`, see
-    `question_answering`.
+    Extractive question answering needs nothing else: each row has two labels, `start_positions` and `end_positions`, see `spans`.
 
-    Raises: ValueError for `compute_loss_func`, two different epsilons, two target-softening techniques, tasks without one
-    label per prediction (multi-label, regression, CTC), and a model whose own loss is no cross entropy of its logits.
+    Raises: ValueError for `compute_loss_func`, a second `compute_loss`, two different epsilons, two target-softening techniques,
+    tasks without one label per prediction (multi-label, regression, CTC), sequences cut among processes, and a model whose own
+    loss is no cross entropy of its logits.
     """
 
     _arguments_class: type[TrainingArguments] = LabelSmoothingArguments
-
     # The loss is divided by the item count of the whole accumulated batch, so the Trainer must not divide it again.
     loss_is_scaled_for_ga: bool | None = True
     model: Any
+    temperature: float = 1.0
+    token_counts: np.ndarray | None = None
+    token_calibration: TokenCalibration | None = None
+    _evaluation: Evaluation | None = None  # of the evaluation under way
+    _measured: Evaluation | None = None  # of the last one
+    _fit: TokenTemperature | None = None
+    _observer: Observer | None = None
+    _warned_of_ceiling = False
+    _saw_logits = False  # enough of them to tell logits from probabilities
 
     def __init__(
         self,
@@ -93,27 +100,15 @@ class LabelSmoothingMixin(TrainerCard, SearchableLoss, CalibratedEvaluation):
         training_args = next((a for a in (*args, *kwargs.values()) if isinstance(a, TrainingArguments)), None)
         if training_args is None:
             training_args = kwargs["args"] = self._arguments_class(output_dir="trainer_output")
-        if kwargs.get("compute_loss_func") is not None:
-            raise ValueError(
-                "expected no compute_loss_func, got one: a stock Trainer lets it silently replace label smoothing; remove it, "
-                "or use it with transformers.Trainer and hf_ls.SmoothedCrossEntropy"
-            )
-        check_direction(training_args)
-        if smoothing is not None and not isinstance(smoothing, Smoothing):
-            raise TypeError(f"expected smoothing as a hf_ls.Smoothing, got {type(smoothing).__name__}; pass Smoothing(0.1)")
+        check_one_loss(type(self), LabelSmoothingMixin)
+        check_given(training_args, smoothing, kwargs.get("compute_loss_func"))
         self.class_weight = class_weight
         self._given_smoothing, self._given_objective, self._given_shift = smoothing, objective, shift_labels
         self._has_teacher, self._teacher = teacher is not None, None
-        self._shift = shift_labels
-        self._checked_shifted = shift_labels is not None
+        self._shift, self._checked_shifted = shift_labels, shift_labels is not None
         self._head: LogitsFreeHead | None = None
         self._head_sought = False
-        self._terms = LoggedTerms()
-        if smoothing is not None and training_args.label_smoothing_factor not in (0.0, smoothing.epsilon):
-            raise ValueError(
-                f"expected one epsilon, got label_smoothing_factor={training_args.label_smoothing_factor} and "
-                f"smoothing={smoothing}; set only one"
-            )
+        self._terms, self._spans = LoggedTerms(), False
         epsilon = training_args.label_smoothing_factor if smoothing is None else smoothing.epsilon
         training_args.label_smoothing_factor = epsilon
         self._read_settings(training_args)
@@ -127,177 +122,138 @@ class LabelSmoothingMixin(TrainerCard, SearchableLoss, CalibratedEvaluation):
         self._spans = is_span_task(self.model, self.label_names)
         check_supported(self.model, self.label_names, self.class_weight, spans=self._spans)
         check_span_settings(self)
-        self._teacher = None if teacher is None else self._check_teacher(teacher)
+        self._teacher = None if teacher is None else teacher_for(self.model, teacher, self._logits_free)
         if self.mixup is not None:
             check_mixable(self.model)
-        if self.get_sp_size() > 1:
-            raise ValueError("expected no sequence parallelism, got sp_size > 1: there the Trainer reduces the model's own loss")
+        check_parallelism(self.get_sp_size(), self.get_cp_size())
         self._online_state = OnlineState(self.criterion)
-        self._register_online_state()
+        self._online_state.register(self.callback_handler.callbacks, self.criterion)
+
+    # Settings: read from the arguments again before each training, so that a search over epsilon is not in vain.
 
     def _read_settings(self, args: TrainingArguments) -> None:
-        super()._read_settings(args)
-        named = getattr(args, "distillation_teacher", None)
-        if named and not self._has_teacher:
-            raise ValueError(
-                f"expected teacher=model with distillation_teacher={named!r}, got none; load it with "
-                "hf_ls.trainer.distillation.load_teacher and pass it to the trainer"
-            )
-        self.distillation, self.mixup = (distillation_of(args) if self._has_teacher else None), mixup_of(args)
-        found = techniques(self.smoothing, self.criterion, self.distillation, self.mixup)
-        check_combined(found, getattr(args, "allow_combined_softening", False))
+        """Make what the arguments describe now; raises as `loss_of`."""
+        settled = loss_of(args, self._given_smoothing, self._given_objective, self._has_teacher)
+        self.smoothing, self.criterion, self.distillation, self.mixup = settled
+        self._logits_free = getattr(args, "label_smoothing_logits_free", "auto")
         check_span_settings(self)
+        self._settings = loss_settings(args)
 
-    def _check_teacher(self, teacher: nn.Module) -> Teacher:
-        has_head = output_embedding(self.model) is not None
-        if has_head and self._logits_free == "on":
-            raise ValueError(
-                "expected label_smoothing_logits_free 'auto' or 'off' with a teacher, got 'on': distillation compares whole "
-                "distributions; set 'auto'"
-            )
-        if has_head and self._logits_free == "auto":
-            logger.warning(
-                "The training loss is taken from the logits of %s: distillation compares whole distributions",
-                type(self.model).__name__,
-            )
-        return Teacher(teacher, self.model)
+    # What a batch costs.
 
     def compute_loss(
         self,
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | float | None = None,
+        num_items_in_batch: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """The smoothed loss in training, the plain NLL in evaluation; nats per item.
+        """The smoothed loss in training, the plain NLL in evaluation; nats per item. No tensor of `inputs` is changed.
 
         In training: world size × Σ w·loss / num_items_in_batch (DDP then averages over processes); without a count, and in
-        evaluation, the mean over this batch.
+        evaluation, the mean over this batch. With `return_outputs` also the outputs; a tuple or a tensor as the model returns
+        it beside its own loss, (loss, logits, ...).
 
-        Raises: ValueError for a batch without labels and as `smoothed_terms`.
+        Raises: ValueError for a batch without labels and as `smoothed_terms`. One batch with NaN logits ends training, and the
+        error names it: a stock Trainer hides the number (`logging_nan_inf_filter`) and goes on with weights which are all NaN.
         """
         self._check_against_model([inputs])
-        labels, batch = self._aligned(inputs), self._model_inputs(inputs)
-        needs_logits = return_outputs or (model.training and self._teacher is not None)
-        head = None if needs_logits else self._find_head(model, inputs)
-        if head is not None and model.training:
-            return self._logits_free_loss(head, model, batch, labels, num_items_in_batch)
+        batch = self._read(inputs)
+        # DeepSpeed's engine stays in training mode where it is evaluated first.
+        evaluates = not model.training or self._evaluation is not None
+        needs_logits = return_outputs or (not evaluates and self._teacher is not None)
+        head = None if needs_logits else self._find_head(model, batch)
+        if evaluates:
+            loss, outputs = self._evaluation_loss(head, model, batch)
+        else:
+            try:
+                loss, outputs = self._training_loss(head, model, batch, num_items_in_batch)
+            except ValueError as error:
+                raise batch.named(error, self.state.global_step + 1, self.args.process_index) from error
+        return (loss, beside_loss(loss, outputs)) if return_outputs else loss
+
+    def _read(self, inputs: dict[str, Any]) -> Batch:
+        shift, prompt = bool(self._shift), virtual_tokens(self.model)
+        return Batch.read(inputs, self.label_names, shift=shift, class_weight=self.class_weight, prompt=prompt)
+
+    def _training_loss(self, head: LogitsFreeHead | None, model: nn.Module, batch: Batch, num_items_in_batch: Any) -> Any:
+        """The loss with its terms logged, and the outputs; with a head from a forward without logits."""
         if head is not None:
-            return self._logits_free_evaluation(head, model, batch, labels)
-        mixed = self.mixup.draw(labels) if self.mixup is not None and model.training else None
-        outputs = model(**batch) if mixed is None else mixed.forward(model, batch)
-        logits = logits_of(outputs)
-        if not model.training:
-            loss = self._evaluation_loss(logits, labels)
-            return (loss, outputs) if return_outputs else loss
-        if self._observer is not None:
-            kept = labels != IGNORE_INDEX
-            observe(self._observer, logits[kept], labels[kept])
-        teacher_logits = None if self._teacher is None else self._teacher.logits(batch)
+            return self._logits_free_loss(head, model, batch, num_items_in_batch)
+        inputs = batch.for_model(self.model)
+        mixed = None if self.mixup is None else self.mixup.draw(batch.labels)
+        outputs = model(**inputs) if mixed is None else mixed.forward(model, inputs)
+        logits = self._logits_of(outputs, batch)
+        teacher_logits = None if self._teacher is None else self._teacher.logits(batch.for_model(self.model))
         if mixed is None:
-            terms = self._training_terms(logits, labels, teacher_logits, num_items_in_batch, batch=batch)
+            terms = self._training_terms(logits, batch, teacher_logits, num_items_in_batch)
         else:  # of both labels of each example; an ignored one is its own partner, so either side has the same count
             theirs = None if teacher_logits is None else teacher_logits[mixed.partner]
-            terms = self._training_terms(logits, labels, teacher_logits, num_items_in_batch, mixed.share)
-            terms = terms + self._training_terms(logits, labels[mixed.partner], theirs, num_items_in_batch, 1 - mixed.share)
-        self._log_terms(*terms)
-        loss = terms.sum() + self._auxiliary_loss(outputs)
-        return (loss, outputs) if return_outputs else loss
+            other = replace(batch, labels=batch.labels[mixed.partner], weight=batch.weight[mixed.partner])
+            terms = self._training_terms(logits, batch, teacher_logits, num_items_in_batch, mixed.share)
+            terms = terms + self._training_terms(logits, other, theirs, num_items_in_batch, 1 - mixed.share)
+        self._terms.add(terms, batch.items(num_items_in_batch), self.state.global_step)
+        return terms.sum() + self._auxiliary_loss(outputs), outputs
 
     def _training_terms(
-        self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None, num_items_in_batch: Any,
-        share: Tensor | None = None, batch: dict[str, Any] | None = None,
-    ) -> Tensor:  # fmt: skip
+        self, logits: Tensor, batch: Batch, teacher_logits: Tensor | None, num_items_in_batch: Any, share: Tensor | None = None
+    ) -> Tensor:
         """The parts of the training loss in the order of the log, each item counted by its share; [2], [3] with a teacher."""
         smoothing = self.smoothing.at(self.state.global_step, self.state.max_steps)
-        terms: tuple[Tensor, ...] = (
-            span_terms(logits, labels, smoothing, batch or {}) if self._spans else self.criterion.terms(logits, labels, smoothing)
-        )
-        if self.distillation is not None and teacher_logits is not None:
-            terms = self.distillation.terms(SmoothedTerms(*terms), logits, teacher_logits, labels)
-        weight, per_count = self._weighting(labels, num_items_in_batch, terms[0].dtype)
+        terms = self.criterion.parts(logits, batch, smoothing, self.distillation, teacher_logits)
+        weight, per_count = batch.factors(num_items_in_batch, self._loss_scale(), terms[0].dtype)
         weight = weight if share is None else weight * share
         return torch.stack([(part * weight).sum() * per_count for part in terms])
 
-    def _logits_free_loss(
-        self, head: LogitsFreeHead, model: nn.Module, batch: dict[str, Any], labels: Tensor, num_items_in_batch: Any
-    ) -> Tensor:
-        """The training loss of `compute_loss` with its terms logged, from a forward without logits."""
+    def _logits_free_loss(self, head: LogitsFreeHead, model: nn.Module, batch: Batch, num_items_in_batch: Any) -> Any:
         smoothing = self.smoothing.at(self.state.global_step, self.state.max_steps)
-        exact = torch.float64 if labels.device.type != "mps" else torch.float32
-        weight, per_count = self._weighting(labels, num_items_in_batch, exact)
-        token_weight = None if self.class_weight is None else weight
-        objective = self.criterion.for_rows(smoothing)
+        check_class_weight(self.class_weight, head.head.weight.shape[0])
+        weight, per_count = batch.factors(num_items_in_batch, self._loss_scale(), batch.weight.dtype)
         found = head(
-            model, batch, labels, smoothing, objective=objective, token_weight=token_weight, num_items_in_batch=1 / per_count,
+            model, batch.for_model(self.model), batch.labels, smoothing, objective=self.criterion.for_rows(smoothing),
+            token_weight=None if self.class_weight is None else weight, num_items_in_batch=1 / per_count,
             observer=self._observer,
         )  # fmt: skip
-        self._log_terms(*((part * weight).sum() * per_count for part in (found.nll, found.smoothing_term)))
-        return found.loss + self._auxiliary_loss(found.outputs)
+        terms = torch.stack([(part * weight).sum() * per_count for part in (found.nll, found.smoothing_term)])
+        self._terms.add(terms, batch.items(num_items_in_batch), self.state.global_step)
+        return found.loss + self._auxiliary_loss(found.outputs), found.outputs
 
-    def _find_head(self, model: nn.Module, inputs: dict[str, Any]) -> LogitsFreeHead | None:
-        """Once per training, all processes together: the head which gives losses instead of logits, or None and the reason in
-        the log.
+    def _evaluation_loss(self, head: LogitsFreeHead | None, model: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
+        """The mean NLL of a batch, its items kept for the metrics; the sums of a fitted temperature instead while one is."""
+        evaluation = self._evaluation or Evaluation(temperature=self.temperature)
+        if self._fit is not None:
+            batch = replace(batch, labels=without_repeats(self.accelerator, batch.labels, self._copies()))
+        inputs = batch.for_model(self.model)
+        if head is not None:
+            return evaluation.loss_without_logits(head, model, inputs, batch, self._observer)
+        outputs = model(**inputs)
+        return evaluation.loss(self._logits_of(outputs, batch), batch), outputs
 
-        Raises: ValueError with the reason under `label_smoothing_logits_free="on"`.
-        """
-        if self._head_sought or self._logits_free == "off" or self.criterion.objective is None or self._spans:
-            return self._head
-        name = self.label_names[0]
-        counts = has_label(inputs, name)
-        if not any(gather_object([counts])):
-            return None  # nothing to compare: ask the next batch
-        self._head_sought = True
-        small = probe_inputs(
-            inputs if counts else with_some_label(inputs, name), name if inputs.get(name) is not None else SHIFTED
-        )
-        head, error = None, None
-        try:
-            head = LogitsFreeHead(model)
-            head.probe(self.model, self._model_inputs(small), self._aligned(small))
-        except ValueError as found:
-            error = found
-        # One process on the other path would leave the rest alone in collective forwards.
-        reason = next((r for r in gather_object([None if error is None else str(error)]) if r is not None), None)
-        if reason is None:
-            self._head = head
-        elif self._logits_free == "on":
-            raise ValueError(f"{reason}; set label_smoothing_logits_free='auto'") from error
-        elif self._labels(small).dim() == 2 and output_embedding(model) is not None:  # others have no large logits to avoid
-            logger.warning("The loss is taken from the logits of %s: %s", type(self.model).__name__, reason)
-        return self._head
+    def _logits_of(self, outputs: Any, batch: Batch) -> Tensor:
+        """The logits, shown to the observer; refused while they may be probabilities, or where the class weights do not fit."""
+        logits = logits_of(outputs)
+        if not self._saw_logits and logits.shape[:-1] == batch.labels.shape:
+            check_no_probabilities(logits[batch.kept])
+            self._saw_logits = int(batch.kept.sum()) >= 4  # fewer rows say too little: look at the next batch again
+        check_class_weight(self.class_weight, logits.shape[-1])
+        if self._observer is not None:
+            observe(self._observer, logits[batch.kept], batch.labels[batch.kept])
+        return logits
 
-    def _weighting(self, labels: Tensor, num_items_in_batch: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The weight of each item, and what their sum is multiplied by."""
-        weight = item_weights(labels, self.class_weight, IGNORE_INDEX, dtype)
-        count = self._count(weight) if num_items_in_batch is None else num_items_in_batch
-        scale = 1.0 if num_items_in_batch is None else self._loss_scale()
-        # A batch in which every label is ignored has count 0 and sum 0.
-        per_count = scale / torch.as_tensor(count, dtype=dtype, device=weight.device).clamp_min(1e-30)
-        return (weight * per_count, per_count.new_ones(())) if per_count.dim() else (weight, per_count)
+    def _auxiliary_loss(self, outputs: Any) -> Tensor | float:
+        """Router losses of mixture-of-experts models, a mean per micro-batch (stock smoothing drops them)."""
+        if not isinstance(outputs, dict) or "aux_loss" not in outputs:
+            return 0.0
+        return router_loss(self.model, outputs) / getattr(self, "current_gradient_accumulation_steps", 1)
 
-    def _count(self, weight: Tensor) -> Tensor:
-        """What a sum of losses is divided by: Σ w; of starts and ends apart, since the mean of each is half the loss."""
-        return 2 * weight.sum(0) if self._spans else weight.sum()
+    def _loss_scale(self) -> int:
+        # DDP averages gradients, but the count is global; tensor-parallel ranks see the same batch.
+        return self.accelerator.num_processes // self.get_tp_size()
 
-    def _labels(self, inputs: dict[str, Any], *, aligned: bool = False) -> Tensor:
-        """The labels of a batch as they are given; `aligned` prefers its `shift_labels`."""
-        if self._spans:
-            return positions_in(inputs)
-        labels = integer_labels(inputs, self.label_names[0], aligned)
-        prompt = virtual_tokens(self.model)
-        return nn.functional.pad(labels, (prompt, 0), value=IGNORE_INDEX) if prompt else labels
-
-    def _aligned(self, inputs: dict[str, Any]) -> Tensor:
-        """The labels each logit predicts: `shift_labels` as they are, else the labels by the model's own rule."""
-        labels = self._labels(inputs, aligned=True)
-        return shift_if(bool(self._shift) and inputs.get(SHIFTED) is None, labels, labels)[1]
-
-    def _model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """A batch without labels, so that the model computes no loss of its own; the caller's batch stays whole."""
-        batch = {name: value for name, value in inputs.items() if name not in (*self.label_names, SHIFTED)}
-        return batch if self._spans else decoder_inputs(self.model, batch, self._labels(inputs))
+    def _copies(self) -> int:
+        """How many processes in a row see the same batch."""
+        return self.get_tp_size()
 
     def _check_against_model(self, batches: list[dict[str, Any]]) -> None:
         """Once: find the shift from the model's own loss and refuse a model whose loss is another quantity.
@@ -307,90 +263,236 @@ class LabelSmoothingMixin(TrainerCard, SearchableLoss, CalibratedEvaluation):
         """
         if self._shift is not None:
             return
-        if self._spans:
-            self._shift = False if check_spans(self.model, batches, self._prepare_inputs) else None
+        found, raw = next(((b, r) for r in batches if (b := Batch.read(r, self.label_names)).tells), (None, batches[0]))
+        batch = found or Batch.read(raw, self.label_names)
+        if batch.aligned and self._checked_shifted:
             return
-        name = self.label_names[0]
-        batch = next((batch for batch in batches if has_label(batch, name)), batches[0])
-        only_aligned = batch.get(name) is None and batch.get(SHIFTED) is not None
-        if only_aligned and self._checked_shifted:
-            return
-        self._labels(batch)
-        counts = has_label(batch, name)
-        if not any(gather_object([counts])):
+        if not any(gather_object([found is not None])):
             return  # nothing was learnt: ask the next batch
-        batch = self._prepare_inputs(batch if counts else with_some_label(batch, name))
-        small = probe_inputs(batch, SHIFTED if only_aligned else name)
+        batch = Batch.read(self._prepare_inputs(raw), self.label_names)
+        batch = (batch if found or batch.spans else batch.with_some_label()).small()
         # Virtual tokens have no labels in the batch: the model below the prompt has the same shift and loss.
         model = self.model.get_base_model() if virtual_tokens(self.model) else self.model
-        own = model_loss_gap(model, small, name)
-        gap = next(gap for gap in gather_object([own if counts else None]) if gap is not None)
-        shift = resolve_shift(self.model, gap, gap.ambiguous and counts_first_label(model, small, name))
-        if only_aligned:
+        own = span_loss_gap(model, batch) if batch.spans else model_loss_gap(model, batch)
+        gap = next(gap for gap in gather_object([own if found else None]) if gap is not None)
+        shift = resolve_shift(self.model, gap, gap.ambiguous and counts_first_label(model, batch))
+        if batch.aligned:
             self._checked_shifted = True
         else:
             self._shift = shift
 
-    def _auxiliary_loss(self, outputs: Any) -> Tensor | float:
-        """Router losses of mixture-of-experts models, a mean per micro-batch (stock smoothing drops them)."""
-        return router_loss(self.model, outputs) / getattr(self, "current_gradient_accumulation_steps", 1)
+    def _find_head(self, model: nn.Module, batch: Batch) -> LogitsFreeHead | None:
+        """Once per training, all processes together: the head which gives losses instead of logits; why none, in the log."""
+        if self._head_sought or self._logits_free == "off" or self.criterion.objective is None or self._spans:
+            return self._head
+        if not any(gather_object([batch.tells])):
+            return None  # nothing to compare: ask the next batch
+        self._head_sought = True
+        head, reason = head_for(model, self.model, (batch if batch.tells else batch.with_some_label()).small())
+        if reason is None:
+            self._head = head
+        elif self._logits_free == "on":
+            raise ValueError(f"{reason}; set label_smoothing_logits_free='auto'")
+        elif batch.labels.dim() == 2 and output_embedding(model) is not None:  # others have no large logits to avoid
+            logger.warning("The loss is taken from the logits of %s: %s", type(self.model).__name__, reason)
+        return self._head
 
-    def _loss_scale(self) -> int:
-        # DDP averages gradients, but the count is global; tensor-parallel ranks see the same batch.
-        return self.accelerator.num_processes // self.get_tp_size()
+    # Training: the global count, and what the log says.
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """Σ w over the accumulated batches of all processes, by our own shift rule."""
-        if self._statistics is not None or not batch_samples:
+        if self._evaluation is not None or not batch_samples:
             return None
-        self._ignore_repeats(batch_samples)
+        last, copies = batch_samples[-1], self._copies()  # the Trainer trains on the batches of this very list
+        for name in (*self.label_names, SHIFTED):
+            if isinstance(last.get(name), Tensor):
+                last = {**last, name: without_repeats(self.accelerator, last[name], copies)}
+        batch_samples[-1] = last
         self._check_against_model(batch_samples)  # the shift decides what counts
         count = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
-        for batch in batch_samples:
-            weight = item_weights(self._aligned(batch), self.class_weight, IGNORE_INDEX, count.dtype)
-            count = count + self._count(weight).to(device)
+        for inputs in batch_samples:
+            count = count + self._read(inputs).count.to(device)
         if self.accelerator.num_processes > 1:
             count = self.accelerator.gather(count[None]).sum(0)
-        return count / self._copies()
-
-    def _ignore_repeats(self, batches: list[dict[str, Any]]) -> None:
-        """Ignore the labels of rows which fill the last batch, in the caller's list: it trains on those very batches."""
-        last = batches[-1]
-        labels = {name: last[name] for name in (*self.label_names, SHIFTED) if isinstance(last.get(name), Tensor)}
-        batches[-1] = {**last} | {name: without_repeats(self.accelerator, y, self._copies()) for name, y in labels.items()}
-
-    def _log_terms(self, *parts: Tensor) -> None:
-        self._terms.add(torch.stack([part.detach() for part in parts]), self.state.global_step)
+        return count / copies
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the terms of the loss (nats, means over the steps since the last log) to each training log, and to the summary of
-        the training the mean NLL of its steps: `train_loss` does not compare between ε, `train_nll` does."""
+        """Add the terms of the loss (nats, means over the steps since the last log) to each training log, and `train_nll` to its
+        summary: `train_loss` does not compare between ε, `train_nll` does. Both are means over the steps of this call of
+        `train`; after a resume `train_nll_steps` says how many those are. NaN where no label counted."""
         if "loss" in logs or "train_loss" in logs:
-            found = self._terms.take(self.state.global_step, self.accelerator.gather)
-            if "loss" in logs and found:
-                logs |= found
-                if self.smoothing.schedule is not None:
-                    logs["epsilon"] = self.smoothing.at(self.state.global_step - 1, self.state.max_steps).epsilon
-            if "train_loss" in logs and self._terms.nll is not None:
-                logs["train_nll"] = self._terms.nll
+            self._terms.add_to(logs, self.state.global_step, self.accelerator.gather)
+            if "nll" in logs and self.smoothing.schedule is not None:
+                logs["epsilon"] = self.smoothing.at(self.state.global_step - 1, self.state.max_steps).epsilon
         super().log(logs, *args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # A stock Trainer resumed from the checkpoint of its last step, in mid-epoch, takes one step more than max_steps.
-        if self.state.global_step >= self.state.max_steps:
+        # A run which early stopping had ended takes none either.
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
 
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # Once per try of `auto_find_batch_size`: nothing of a failed one may stay.
+        self._terms, self._head, self._head_sought = LoggedTerms(), None, False
+        self.criterion.restart()
+        return super()._inner_training_loop(*args, **kwargs)
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.train`."""
-        self._terms = LoggedTerms()
-        self._head, self._head_sought = None, False
         if self.model_init is not None:  # which may make another model
             self._shift, self._checked_shifted = self._given_shift, self._given_shift is not None
         last = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
         self._online_state.resume_from = last or None
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    # Evaluation.
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As `Trainer.evaluate`, with a warning, once, when ε asks for less confidence than the model is right."""
+        self._measured = None
+        metrics = super().evaluate(*args, **kwargs)
+        if self._measured is not None and not self._warned_of_ceiling and self.criterion.plain:
+            warning = self._measured.ceiling_warning(self.smoothing)
+            if warning and self.is_world_process_zero():
+                logger.warning(warning)
+            self._warned_of_ceiling = warning is not None
+        return metrics
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As `Trainer.evaluation_loop`, with the unsmoothed calibration metrics over all items, see `Evaluation.metrics`."""
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(f"expected temperature > 0, got {self.temperature}; set trainer.temperature to 1.0 for none")
+        standalone = not self.is_in_train and self.model_wrapped is self.model
+        self._evaluation = Evaluation(
+            end_of_sequence(self.model, self.processing_class), self.token_counts, self.temperature, self._fit
+        )
+        # Seq2SeqTrainer gathers the examples repeated to fill the last batch too, so that its metrics count them twice; the
+        # Trainer counts the copies of tensor parallelism.
+        self.gather_function = self._gather_once
+        try:
+            output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        finally:
+            self._measured, self._evaluation = self._evaluation, None
+            if standalone and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # those prepare by sharding
+                forget_preparation(self.accelerator, self.model)
+            if not self.is_in_train:
+                reshard(self.model)
+        if self._measured.tokens is not None and len(self._measured.tokens):
+            self.token_calibration = self._measured.tokens
+        if self._fit is None and output.metrics is not None:
+            self._measured.add_to(output.metrics, metric_key_prefix)
+            warning = self._measured.missing(type(self))
+            if warning and self.is_world_process_zero():
+                logger.warning(warning)
+        return output
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None, **kwargs: Any
+    ) -> Any:
+        """As `Trainer.prediction_step`, keeping four numbers per item for the exact calibration sums.
+
+        A Trainer below with its own step, whose loss is its model's, costs one more forward, in which ours is taken.
+        """
+        evaluation = self._evaluation
+        if self._spans:
+            check_both_positions(inputs)
+        inputs = with_named_labels(inputs, self.label_names)
+        labelled = all(inputs.get(name) is not None for name in self.label_names)
+        if evaluation is not None:
+            evaluation.pending, evaluation.rows = None, find_batch_size(inputs) or 0
+            evaluation.reached, evaluation.labelled = True, evaluation.labelled or labelled
+        theirs = dict(inputs) if labelled else copied(inputs)
+        result = super().prediction_step(
+            model if labelled else for_prediction(model), theirs, prediction_loss_only, ignore_keys, **kwargs
+        )
+        if evaluation is None or self._fit is not None:
+            return result
+        if evaluation.pending is None and labelled:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                result = self.compute_loss(model, self._prepare_inputs(inputs)).detach(), *result[1:]
+        if evaluation.pending is None:
+            return result
+        rows, labels = evaluation.pending
+        if labels.dim() > 1:  # processes pad their tokens to different lengths
+            rows = self.accelerator.pad_across_processes(rows, dim=1, pad_index=math.nan)
+        evaluation.add(self._gather_once(rows).cpu().numpy().astype(np.float64))
+        return result
+
+    def _gather_once(self, items: Any) -> Any:
+        if isinstance(items, Tensor) and items.dim() == 1 and self._evaluation is not None and self._evaluation.rows:
+            items = items[: self._evaluation.rows]  # the loss of a batch, which the Trainer repeats to the size of a full one
+        return gather_once(self.accelerator, items, self._copies())
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        # A stock Trainer groups evaluation by length too: predictions come in another order than the dataset, in silence.
+        strategy, self.args.train_sampling_strategy = self.args.train_sampling_strategy, "random"
+        try:
+            return super()._get_eval_sampler(eval_dataset)
+        finally:
+            self.args.train_sampling_strategy = strategy
+
+    def fit_temperature(self, dataset: Any) -> float:
+        """The T > 0 which minimises the NLL of softmax(logits / T) on the labels of a dataset: one teacher-forced pass.
+
+        Takes validation data; set `temperature` to the result and report on test data. Memory does not grow with the number
+        of labels. The same on any number of processes.
+
+        Raises: NoFiniteTemperature (a ValueError) where the NLL has no minimum.
+        """
+        self._fit = TokenTemperature()
+        try:
+            self.evaluation_loop(self.get_eval_dataloader(dataset), "Temperature", prediction_loss_only=True)
+            if self.accelerator.num_processes > 1:
+                sums = self._fit.sums.to(self.accelerator.device)
+                self._fit.sums = self.accelerator.reduce(sums, reduction="sum").cpu()
+            return self._fit.fit()
+        finally:
+            self._fit = None
+
+    # Search, and the card.
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """As the Trainer's, which writes a trial into the arguments; this reads the loss from them again.
+
+        Raises: ValueError for an `OnlineLabelSmoothing` object in a search, whose state would go from trial to trial.
+        """
+        super()._hp_search_setup(trial)
+        if trial is not None and isinstance(self._given_objective, OnlineLabelSmoothing):
+            raise ValueError(
+                "expected online label smoothing by name in a search, got an object; objective='online' starts afresh"
+            )
+        if trial is not None or self._settings != loss_settings(self.args):
+            self._read_settings(self.args)
+            self._online_state.register(self.callback_handler.callbacks, self.criterion)
+
+    def hyperparameter_search(self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, but without `compute_objective` the objective is the unsmoothed `eval_loss`, lower is better.
+
+        (The stock one adds up all metrics, here NLL and accuracy. Smoothed losses of two epsilons do not compare.)
+
+        Raises: ValueError for direction="maximize" without `compute_objective`.
+        """
+        check_search(compute_objective, args[1] if len(args) > 1 else kwargs.get("direction", "minimize"))
+        return super().hyperparameter_search(hp_space, compute_objective or itemgetter("eval_loss"), *args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write `README.md`, arguments as in the Trainer below this mixin, and thereby in `push_to_hub` and the saving of TRL.
+
+        A README.md which was written by hand stays as it is. Where `calibration.json` belongs to these weights the card is
+        that of the report, with its intervals; else it states the last evaluation and the smoothing which training used.
+        """
+        if self.is_world_process_zero():
+            write_trainer_card(self, inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments)
 
 
 class LabelSmoothingTrainer(LabelSmoothingMixin, Trainer):

@@ -4,7 +4,7 @@ Owns: which rows accelerate repeats to fill the last batch of every process, gat
 FSDP2 leaves gathered after an evaluation.
 Does not own: the loss and its counting (`trainer`), starting and ending processes (`launch`).
 
-`copies` is how many processes in a row see the same batch: the tensor-parallel times the context-parallel size.
+`copies` is how many processes in a row see the same batch: the tensor-parallel size.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from __future__ import annotations
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler
 
 
 def without_repeats(accelerator: Accelerator, labels: Tensor, copies: int = 1, *, ignore_index: int = -100) -> Tensor:
@@ -50,6 +52,33 @@ def gather_once(accelerator: Accelerator, items: Any, copies: int = 1) -> Any:
     return recursively_apply(once, accelerator.gather(items))
 
 
+def check_parallelism(sequence: int, context: int) -> None:
+    """Refuse to cut sequences among processes.
+
+    Raises: ValueError for sequence parallelism, and for context parallelism, in which an evaluation would gather only the tokens
+    of the first of every group. Its ring attention (torch 2.13) has operators for GPUs alone: no test could show it right.
+    """
+    if sequence > 1:
+        raise ValueError(
+            f"expected no sequence parallelism, got sp_size = {sequence}: there the Trainer reduces the model's own loss; set 1"
+        )
+    if context > 1:
+        raise ValueError(
+            f"expected no context parallelism, got cp_size = {context}: each process has other tokens of one sequence, which is "
+            "not shown to be counted right; set 1 (shorter sequences, gradient checkpointing or FSDP spread the memory)"
+        )
+
+
+def forget_preparation(accelerator: Any, model: Any) -> None:
+    """Let a later training wrap a model which was prepared for evaluation.
+
+    accelerate >= 1.14 takes it as prepared for good and leaves it out of DDP, so that the processes drift apart in silence.
+    """
+    accelerator._models = [prepared for prepared in accelerator._models if prepared is not model]
+    if getattr(model, "_is_accelerate_prepared", False):
+        model._is_accelerate_prepared = False
+
+
 def reshard(model: nn.Module) -> None:
     """Give back the weights which FSDP2 keeps gathered after a forward (head, last norm, root).
 
@@ -65,4 +94,19 @@ def reshard(model: nn.Module) -> None:
 def _remainder(accelerator: Accelerator) -> int | None:
     """How many examples there are in the last batches of all processes; None before those, or without repeats."""
     state = accelerator.gradient_state
-    return state.remainder if accelerator.num_processes > 1 and state.end_of_dataloader and state.remainder > 0 else None
+    if accelerator.num_processes == 1 or not state.end_of_dataloader:
+        return None
+    remainder = state.remainder if state.remainder >= 0 else _remainder_after_skipping(state.active_dataloader)
+    return remainder if remainder > 0 else None
+
+
+def _remainder_after_skipping(loader: Any) -> int:
+    """The remainder of the loader of a training resumed in mid-epoch, 0 where nothing is repeated.
+
+    `skip_first_batches` wraps the sampler which knows the batch size, and then accelerate (1.15) finds no remainder.
+    """
+    sampler = loader.sampler if isinstance(loader.sampler, BatchSampler) else loader.batch_sampler
+    whole = sampler.batch_sampler if isinstance(sampler, SkipBatchSampler) else None
+    if not isinstance(whole, BatchSamplerShard) or whole.drop_last or whole.batch_size is None:
+        return 0
+    return len(loader.dataset) % (whole.batch_size * (1 if whole.split_batches else whole.num_processes))

@@ -1,7 +1,6 @@
 """Encoder-decoder models: generation and calibration in one evaluation.
 
-Owns: `LabelSmoothingSeq2SeqTrainer`, the confidence of a generated sequence and what counts as equal to its labels.
-Does not own: the loss and the token metrics (`trainer`, `evaluation`), text metrics (the user's `compute_metrics`).
+Text metrics are the user's `compute_metrics`; here are the confidence of a generated sequence and what equals its labels.
 """
 
 from __future__ import annotations
@@ -18,8 +17,9 @@ from hf_ls.common.models import IGNORE_INDEX
 from hf_ls.losses.cross_entropy import logits_of
 from hf_ls.metrics.streaming import StreamingCalibration
 from hf_ls.trainer.arguments import LabelSmoothingSeq2SeqArguments
+from hf_ls.trainer.batch import copied
+from hf_ls.trainer.evaluation import item_statistics
 from hf_ls.trainer.mixin import LabelSmoothingMixin
-from hf_ls.trainer.statistics import item_statistics
 
 
 class LabelSmoothingSeq2SeqTrainer(LabelSmoothingMixin, Seq2SeqTrainer):
@@ -68,7 +68,7 @@ class LabelSmoothingSeq2SeqTrainer(LabelSmoothingMixin, Seq2SeqTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """As `CalibratedEvaluation.evaluation_loop`, with `exact_match` and `sequence_ece` where it generates."""
+        """As `LabelSmoothingMixin.evaluation_loop`, with `exact_match` and `sequence_ece` where it generates."""
         self._sequences = StreamingCalibration() if self._generates(prediction_loss_only) else None
         loss_only = False if self._sequences is not None else prediction_loss_only
         output = super().evaluation_loop(dataloader, description, loss_only, ignore_keys, metric_key_prefix)
@@ -98,10 +98,10 @@ class LabelSmoothingSeq2SeqTrainer(LabelSmoothingMixin, Seq2SeqTrainer):
             # The stock class calls the model only for its loss, smoothed or not as the model likes.
             return {"loss": self.compute_loss(model, batch)}
 
-        result = super().prediction_step(teacher_forced, inputs, False, ignore_keys, **kwargs)
-        if self._sequences is not None and self._pending is not None:
-            generated = torch.as_tensor(result[1])
-            self._keep_sequences(model, self._prepare_inputs(inputs), generated, *self._pending)
+        result = super().prediction_step(teacher_forced, copied(inputs), False, ignore_keys, **kwargs)
+        pending = None if self._evaluation is None else self._evaluation.pending
+        if self._sequences is not None and pending is not None:
+            self._keep_sequences(model, self._prepare_inputs(inputs), torch.as_tensor(result[1]), *pending)
         return result
 
     @torch.no_grad()
@@ -110,7 +110,7 @@ class LabelSmoothingSeq2SeqTrainer(LabelSmoothingMixin, Seq2SeqTrainer):
         generated = generated[:: len(generated) // len(labels)]  # the first of several return sequences
         tokens = self._written(generated)
         width = int((tokens != IGNORE_INDEX).any(0).nonzero().max()) + 1 if bool((tokens != IGNORE_INDEX).any()) else 1
-        batch = {name: value for name, value in self._model_inputs(inputs).items() if not name.startswith("decoder_")}
+        batch = {name: value for name, value in self._read(inputs).for_model(model).items() if not name.startswith("decoder_")}
         with self.compute_loss_context_manager():
             logits = logits_of(model(**batch, decoder_input_ids=generated[:, :width]))
         found = item_statistics(logits, tokens[:, :width], temperature=self.temperature)

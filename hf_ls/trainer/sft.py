@@ -1,25 +1,27 @@
 """Supervised fine-tuning with TRL: one forward a step, no logits, TRL's own metrics.
 
-Owns: `LabelSmoothingSFTTrainer`, `LabelSmoothingSFTConfig`, and entropy and top-1 accuracy from logits seen in pieces.
-Does not own: the loss (`trainer`, `head`), data preparation (TRL).
+TRL prepares the data; here are the Trainer, its config, and entropy and top-1 accuracy from logits seen in pieces.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from hf_ls.common.errors import extra
 from hf_ls.trainer.arguments import LabelSmoothingArguments
 from hf_ls.trainer.mixin import LabelSmoothingMixin
 
-try:
+with extra("trl", "LabelSmoothingSFTTrainer"):
     from trl import SFTConfig, SFTTrainer
-except ImportError as error:
-    raise ImportError("LabelSmoothingSFTTrainer needs TRL; install it with: pip install 'hf_ls[trl]'") from error
+
+logger = logging.getLogger(__name__)
 
 
 # SFTConfig first: a dataclass takes its defaults from the first base which has them, and TRL changes those of the Trainer.
@@ -48,9 +50,11 @@ class LabelSmoothingSFTTrainer(LabelSmoothingMixin, SFTTrainer):  # type: ignore
     TRL's own smoothing runs two forwards a step, one of them with logits [B, T, V]. Here it is one, without logits, and so
     are evaluations whose logits nobody asked for. Logs TRL's `entropy` and `mean_token_accuracy` (means over the labels of a
     micro-batch, over all processes) and `num_tokens`, taken from the chunks of logits which the loss makes anyway; because of
-    them a GPU keeps to the chunk loop. Masks of prompts and users, packing and padding-free batches, PEFT: as in TRL.
+    them a GPU keeps to the chunk loop. Masks of prompts and users, packing and padding-free batches, PEFT: as in TRL. Examples
+    which TRL drops, because `max_length` leaves no token to learn, are counted in a warning.
 
-    Raises: ValueError for a `loss_type` other than "nll"; TypeError for arguments which are no `SFTConfig`; as the mixin.
+    Raises: ValueError for a `loss_type` other than "nll" and where no example is left; TypeError for arguments which are no
+    `SFTConfig`; as the mixin.
     """
 
     _arguments_class: type[TrainingArguments] = LabelSmoothingSFTConfig
@@ -63,6 +67,26 @@ class LabelSmoothingSFTTrainer(LabelSmoothingMixin, SFTTrainer):  # type: ignore
             raise ValueError(f"expected loss_type='nll', got {given.loss_type!r}, which is another loss; use trl.SFTTrainer")
         super().__init__(*args, **kwargs)
 
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any, **options: Any) -> Any:
+        """As TRL, which cuts examples to `max_length` and drops those without a label left, without a word."""
+        prepared = super()._prepare_dataset(dataset, processing_class, args, packing, *rest, **options)
+        if packing or not (isinstance(dataset, Dataset) and isinstance(prepared, Dataset)):
+            return prepared  # packs and streams have no examples to count
+        name = options.get("dataset_name") or (rest[-1] if rest else "train")
+        lost = len(dataset) - len(prepared)
+        if lost and not len(prepared):
+            raise ValueError(
+                f"expected {name} examples with a token to learn within max_length={args.max_length}, got none of {lost}; raise "
+                "max_length, or shorten the prompts"
+            )
+        if lost:
+            logger.warning(
+                "%s: %d of %d examples are dropped, because max_length=%d leaves no token of them to learn; raise max_length, or "
+                "shorten their prompts",
+                name, lost, len(dataset), args.max_length,
+            )  # fmt: skip
+        return prepared
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -74,7 +98,7 @@ class LabelSmoothingSFTTrainer(LabelSmoothingMixin, SFTTrainer):  # type: ignore
         """As `LabelSmoothingMixin.compute_loss`, adding to TRL's metrics."""
         # As TRL: without a cache packed sequences are kept apart; vision-language models take the router flag only so.
         inputs = {**inputs, "use_cache": False} | ({"output_router_logits": True} if self.aux_loss_enabled else {})
-        seen = TokenMetrics(self._labels(inputs).device)
+        seen = TokenMetrics(self.accelerator.device)
         self._observer = seen
         try:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)

@@ -1,8 +1,7 @@
 """Which label a logit predicts, and whether a model's loss is a cross entropy at all.
 
-Owns: the refusal of unsuitable tasks and labels, decoder inputs, and the first-batch check against the model's own loss.
-Does not own: the loss (`losses`), when the check runs and what other processes see (`trainer`), start and end positions
-(`question_answering`).
+Here are the refusal of unsuitable tasks, decoder inputs, and the first-batch check against the model's own loss; `batch` reads
+the labels, `spans` holds the check of start and end positions.
 
 The rule is explicit. A batch with `shift_labels` is aligned already. Else labels are shifted if the model's own loss is
 the cross entropy with a shift, and not if it is the one without; a model whose loss is neither is refused.
@@ -12,18 +11,19 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import unwrap_model
 
-from hf_ls.common.models import IGNORE_INDEX, base_model, in_eval_mode, output_embedding
+from hf_ls.common.models import IGNORE_INDEX, base_model, in_eval_mode
 from hf_ls.losses.cross_entropy import check_no_probabilities, logits_of, shift_if, smoothed_terms
 from hf_ls.losses.smoothing import Smoothing
 
-# What context parallelism and padding-free collators call labels which are aligned with the logits already.
-SHIFTED = "shift_labels"
+if TYPE_CHECKING:
+    from hf_ls.trainer.batch import Batch
+
 # Losses over all alignments of labels to audio frames; the ends of the names of the classes.
 _ALIGNING = ("ForCTC", "ForRNNT", "ForTDT")
 
@@ -46,45 +46,6 @@ class LossGap(NamedTuple):
     def ambiguous(self) -> bool:
         """Whether both alignments give the model's own loss, as with a head of zeros, all of whose logits are alike."""
         return self.agrees(self.unshifted) and self.agrees(self.shifted)
-
-
-def labels_in(inputs: dict[str, Any], label_name: str) -> Tensor | None:
-    """The labels of a batch, or its `shift_labels` where it has no others."""
-    labels = inputs.get(label_name)
-    return inputs.get(SHIFTED) if labels is None else labels
-
-
-def has_label(inputs: dict[str, Any], label_name: str) -> bool:
-    """Whether any label of a batch is not ignored."""
-    labels = labels_in(inputs, label_name)
-    return labels is not None and bool((labels != IGNORE_INDEX).any())
-
-
-def with_some_label(inputs: dict[str, Any], label_name: str) -> dict[str, Any]:
-    """A batch with class 0 as every label, for a process without any label which must take part in collective forwards."""
-    return inputs | {name: torch.zeros_like(inputs[name]) for name in (label_name, SHIFTED) if inputs.get(name) is not None}
-
-
-def integer_labels(inputs: dict[str, Any], label_name: str, aligned: bool = False) -> Tensor:
-    """The labels of a batch as they are given; `aligned` prefers its `shift_labels`.
-
-    Raises: ValueError for a batch without labels, TypeError for floats: multi-label or soft targets, regression.
-    """
-    labels = labels_in(inputs, SHIFTED if aligned and inputs.get(SHIFTED) is not None else label_name)
-    if labels is None:
-        raise ValueError(
-            f"expected `{label_name}` in the batch, got {sorted(inputs)}; name the label column so, or set "
-            "TrainingArguments(label_names=[...])"
-        )
-    if labels.is_floating_point():
-        given = f"expected integer labels, got {labels.dtype} {tuple(labels.shape)}"
-        if labels.dim() > 1 and labels.shape[-1] > 1:
-            raise TypeError(
-                f"{given}: one column per class is multi-label or soft targets; use transformers.Trainer (soft targets: with "
-                "hf_ls.SmoothedCrossEntropy), or take argmax(-1) if each example has exactly one class"
-            )
-        raise TypeError(f"{given}; cast class ids to long, or use transformers.Trainer for regression")
-    return labels
 
 
 def check_supported(model: nn.Module, label_names: list[str], class_weight: Tensor | None = None, *, spans: bool = False) -> None:
@@ -125,7 +86,8 @@ def check_supported(model: nn.Module, label_names: list[str], class_weight: Tens
         )
     if len(label_names) != 1 and not spans:
         raise ValueError(f"expected one label input, got {label_names}; {name} is not supported, use transformers.Trainer")
-    classes = getattr(config, "num_labels", None) if output_embedding(model) is None and not spans else None
+    # Of other models only the logits tell: the classes of multiple choice are the choices, not `num_labels`.
+    classes = getattr(config, "num_labels", None) if "Classification" in name else None
     if class_weight is not None and classes is not None and class_weight.shape != (classes,):
         raise ValueError(f"expected class_weight [{classes}], got {tuple(class_weight.shape)}; one weight per class of the model")
 
@@ -152,7 +114,7 @@ def decoder_inputs(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> 
 
 
 @torch.no_grad()
-def model_loss_gap(model: nn.Module, inputs: dict[str, Any], label_name: str) -> LossGap:
+def model_loss_gap(model: nn.Module, batch: Batch) -> LossGap:
     """Compare the model's own loss on one batch with some label, auxiliary losses taken off, with the NLL of its logits.
 
     Two forwards in evaluation mode: no dropout, no random numbers drawn. A batch which has only `shift_labels` is compared
@@ -160,34 +122,28 @@ def model_loss_gap(model: nn.Module, inputs: dict[str, Any], label_name: str) ->
 
     Raises: ValueError/TypeError as `smoothed_terms`, and when the model returns no logits, or probabilities instead.
     """
-    given = inputs.get(label_name)
-    aligned = given is None
-    labels = inputs[SHIFTED] if given is None else given
-    targets = {label_name: labels, SHIFTED: labels} if aligned else {label_name: labels}
-    bare = decoder_inputs(model, {name: value for name, value in inputs.items() if name not in (label_name, SHIFTED)}, labels)
+    labels = batch.given
     with in_eval_mode(model):
-        outputs = model(**bare)
-        logits = logits_of(outputs)
+        logits = logits_of(model(**batch.for_model(model)))
         check_no_probabilities(logits)
         # Before the model sees the labels: wrong ones end in an index error there, or in a crashed GPU.
         unshifted = _mean_nll(logits, labels)
-        shifted = _mean_nll(*shift_if(True, logits, labels)) if labels.dim() == 2 and not aligned else None
-        own = own_loss(model, {**bare, **targets})
+        shifted = _mean_nll(*shift_if(True, logits, labels)) if labels.dim() == 2 and not batch.aligned else None
+        own = own_loss(model, batch.with_labels(model))
     return LossGap(own, unshifted, shifted, loss_tolerance(model, logits))
 
 
 @torch.no_grad()
-def counts_first_label(model: nn.Module, inputs: dict[str, Any], label_name: str) -> bool:
+def counts_first_label(model: nn.Module, batch: Batch) -> bool:
     """Whether the model's own loss counts labels at the first position, which no logit predicts where labels are shifted.
 
     One forward in evaluation mode. It tells the alignments apart when their losses are the same.
     """
-    labels = inputs[label_name]
-    bare = decoder_inputs(model, {name: value for name, value in inputs.items() if name not in (label_name, SHIFTED)}, labels)
+    labels = batch.given
     first = torch.full_like(labels, IGNORE_INDEX)
     first[:, 0] = labels[labels != IGNORE_INDEX][0]
     with in_eval_mode(model):
-        own = own_loss(model, {**bare, label_name: first})
+        own = own_loss(model, batch.for_model(model) | {batch.names[0]: first})
     return own is not None and math.isfinite(own) and own > 1e-3  # else NaN or 0: a mean over nothing
 
 

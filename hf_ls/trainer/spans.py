@@ -12,17 +12,19 @@ each labelled start and each labelled end as one item; its mean NLL is the model
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from hf_ls.common.models import IGNORE_INDEX, base_model, in_eval_mode
 from hf_ls.losses.cross_entropy import SmoothedTerms, logits_of, smoothed_terms
 from hf_ls.losses.smoothing import Smoothing
-from hf_ls.trainer.shift import LossGap, loss_tolerance, own_loss, resolve_shift
+from hf_ls.trainer.shift import LossGap, loss_tolerance, own_loss
+
+if TYPE_CHECKING:
+    from hf_ls.trainer.batch import Batch
 
 POSITIONS = ("start_positions", "end_positions")
 # Models rule positions out by a logit of -1e6 (BigBird: the question) or of the least float (Splinter: padding). No logit which
@@ -108,7 +110,7 @@ def check_span_settings(trainer: Any) -> None:
             raise ValueError(f"expected {expected} for question answering ({name}), got {got}; {remedy}")
 
 
-def check_both_positions(inputs: dict[str, Any]) -> None:
+def check_both_positions(inputs: Mapping[str, Any]) -> None:
     """Refuse a batch with one of the positions, which a stock Trainer evaluates without a loss and without a word.
 
     Raises: ValueError naming the missing one.
@@ -118,7 +120,7 @@ def check_both_positions(inputs: dict[str, Any]) -> None:
         raise ValueError(f"expected `start_positions` and `end_positions` in the batch, got no `{missing[0]}`; add that column")
 
 
-def positions_in(inputs: dict[str, Any]) -> Tensor:
+def positions_in(inputs: Mapping[str, Any]) -> Tensor:
     """The start and end position of each row [B, 2], −100 where ignored.
 
     Ignored are positions ≥ T, answers which were cut off, as the models' own losses have it, and −100. Those losses take every
@@ -143,7 +145,7 @@ def positions_in(inputs: dict[str, Any]) -> Tensor:
         sides.append(side)
     if len(sides[0]) != len(sides[1]):
         raise ValueError(f"expected as many starts as ends, got {len(sides[0])} and {len(sides[1])}; check the collator")
-    positions = torch.stack(sides, 1)
+    positions = torch.stack(sides, 1).long()
     negative = positions[(positions < 0) & (positions != IGNORE_INDEX)]
     if len(negative):
         raise ValueError(
@@ -153,7 +155,7 @@ def positions_in(inputs: dict[str, Any]) -> Tensor:
     return positions.masked_fill(positions >= _length(inputs), IGNORE_INDEX)
 
 
-def span_terms(logits: Tensor, labels: Tensor, smoothing: Smoothing, inputs: dict[str, Any]) -> SmoothedTerms:
+def span_terms(logits: Tensor, labels: Tensor, smoothing: Smoothing, inputs: Mapping[str, Any]) -> SmoothedTerms:
     """The NLL and the smoothing term of each start and end, [B, 2], nats.
 
     nll = lse(z) − z_y over all T positions, as in the models; smoothing_term = e·(z_y − mean of z over the candidates), with e
@@ -180,46 +182,24 @@ def span_terms(logits: Tensor, labels: Tensor, smoothing: Smoothing, inputs: dic
     return SmoothedTerms(nll, nll.new_zeros(nll.shape).masked_scatter(kept, term))
 
 
-def check_spans(model: nn.Module, batches: list[dict[str, Any]], prepare: Callable[[Any], Any]) -> bool:
-    """Compare the model's own loss with the plain one on the first batch which labels a start and an end; False if none does.
-
-    All processes together, as a forward of a sharded model is collective: one without labels joins in, and is not listened to.
-
-    Raises: ValueError as `resolve_shift`.
-    """
-    batch = next((batch for batch in batches if _has_both(batch)), batches[0])
-    counts = _has_both(batch)
-    if not any(gather_object([counts])):
-        return False
-    own = span_loss_gap(model, prepare(batch))
-    gap = next(gap for gap in gather_object([own if counts else None]) if gap is not None)
-    resolve_shift(model, gap)
-    return True
-
-
 @torch.no_grad()
-def span_loss_gap(model: nn.Module, inputs: dict[str, Any]) -> LossGap:
+def span_loss_gap(model: nn.Module, batch: Batch) -> LossGap:
     """The model's own loss beside the mean of its mean start and end NLL, nats. Two forwards in evaluation mode.
 
-    Raises: as `positions_in` and `smoothed_terms`.
+    Raises: as `smoothed_terms`.
     """
-    labels = positions_in(inputs)
-    bare = {name: value for name, value in inputs.items() if name not in POSITIONS}
-    kept = labels != IGNORE_INDEX
+    labels, kept = batch.given, batch.given != IGNORE_INDEX
     with in_eval_mode(model):
-        logits = logits_of(model(**bare))
+        logits = logits_of(model(**batch.for_model(model)))
         nll = smoothed_terms(logits, labels, Smoothing(0.0)).nll.sum(0) / kept.sum(0)
-        # T is what the models ignore. Some clamp the tensor which they are given: these are ours.
-        given = labels.masked_fill(~kept, logits.shape[-1])
-        own = own_loss(model, {**bare, **{name: given[:, i] for i, name in enumerate(POSITIONS)}})
+        # T is what the models ignore.
+        sides = labels.masked_fill(~kept, logits.shape[-1]).unbind(1)
+        given = {name: side.clone() for name, side in zip(POSITIONS, sides, strict=True)}
+        own = own_loss(model, batch.for_model(model) | given)
     return LossGap(own, float(nll.mean()), None, loss_tolerance(model, logits))
 
 
-def _has_both(inputs: dict[str, Any]) -> bool:
-    return bool((positions_in(inputs) != IGNORE_INDEX).any(0).all())
-
-
-def _length(inputs: dict[str, Any]) -> int:
+def _length(inputs: Mapping[str, Any]) -> int:
     """T, the number of tokens in each row."""
     for name in ("input_ids", "inputs_embeds", "attention_mask"):
         if isinstance(inputs.get(name), Tensor):
@@ -227,7 +207,7 @@ def _length(inputs: dict[str, Any]) -> int:
     raise ValueError(f"expected input_ids in the batch for question answering, got {sorted(inputs)}; give token ids")
 
 
-def _candidates(logits: Tensor, inputs: dict[str, Any]) -> Tensor:
+def _candidates(logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:
     """Which positions may get smoothing mass, bool, shaped as the logits [B, 2, T]."""
     mask, length = inputs.get("attention_mask"), logits.shape[-1]
     allowed = torch.ones_like(logits, dtype=torch.bool)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import tiny_bert
-from scipy.special import softmax
+from scipy.special import log_softmax, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.frozen import FrozenEstimator
@@ -25,7 +27,7 @@ from hf_ls.calibration.posthoc import (
     fit_vector_scaling,
     selective_score,
 )
-from hf_ls.calibration.temperature import bake_folder
+from hf_ls.calibration.temperature import apply_temperature, bake_folder, fit_temperature
 from hf_ls.metrics import aurc
 
 
@@ -58,8 +60,8 @@ def test_vector_scaling_is_the_optimum_of_torch_in_float64() -> None:
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_vector_scaling_of_other_units_gives_the_same_probabilities(scale: float) -> None:
     logits, labels = toy()
-    expected = softmax(fit_vector_scaling(logits, labels)(logits - logits.mean(1, keepdims=True)), axis=1)
-    scaled = scale * (logits - logits.mean(1, keepdims=True))
+    expected = softmax(fit_vector_scaling(logits, labels)(logits), axis=1)
+    scaled = scale * logits
     np.testing.assert_allclose(softmax(fit_vector_scaling(scaled, labels)(scaled), axis=1), expected, atol=1e-4)
 
 
@@ -204,3 +206,35 @@ def test_a_folder_which_would_not_give_them_stays_as_it_was(published: Path, mon
         bake_folder(published, 1.7)
     torch.testing.assert_close(folder_logits(published), before)
     assert "calibration_temperature" not in (published / "config.json").read_text()
+
+
+def nll_of_logits(z: np.ndarray, y: np.ndarray) -> float:
+    return float(-log_softmax(z, axis=1)[np.arange(len(y)), y].mean())
+
+
+def nll_of_probabilities(p: np.ndarray, y: np.ndarray) -> float:
+    return float(-np.log(p[np.arange(len(y)), y]).mean())
+
+
+MAPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "temperature": (lambda z, y: partial(apply_temperature, temperature=fit_temperature(z, y)), nll_of_logits),
+    "vector scaling": (fit_vector_scaling, nll_of_logits),
+    "isotonic": (fit_isotonic, nll_of_probabilities),
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("k", [2, 3, 6])
+@pytest.mark.parametrize("seed", range(4))
+def test_every_map_sees_no_constant_of_a_row_and_is_never_worse_than_none_where_it_was_fitted(
+    name: str, k: int, seed: int
+) -> None:
+    fit, nll = MAPS[name]
+    logits, labels = toy(400, k, seed, scale=[0.3, 1.0, 3.0, 1.0][seed])
+    shift = np.random.default_rng(seed).normal(size=(400, 1)) * 20
+    fitted = fit(logits, labels)
+    moved = fit(logits + shift, labels)
+    as_p = (lambda out: out) if nll is nll_of_probabilities else partial(softmax, axis=1)
+    np.testing.assert_allclose(as_p(fitted(logits + shift)), as_p(fitted(logits)), atol=1e-9)
+    np.testing.assert_allclose(as_p(moved(logits)), as_p(fitted(logits)), atol=1e-4)
+    assert nll(fitted(logits), labels) <= nll_of_logits(logits, labels) + 1e-9

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -19,11 +19,16 @@ from datasets import Dataset, load_dataset
 from places import ROOT
 
 from hf_ls.calibration.temperature import fit_temperature
-from hf_ls.compare.cells import CELL, Cell, CellFailed, Spec, finished, run_cells
+from hf_ls.common.files import locked
+from hf_ls.compare.cells import CELL, Cell, CellFailed, Spec, cell_config, finished, run_cells
 from hf_ls.compare.comparison import Comparison, Variant
 from hf_ls.compare.data import flip, prepare_data
 from hf_ls.compare.experiment import _with_frozen_config, check_fingerprints, parse_compare, plan, run_comparison
 from hf_ls.data.classification import EMBEDDED_MODEL, load_snippets, model_path
+from hf_ls.losses.smoothing import Smoothing
+from hf_ls.run.config import parse_config
+from hf_ls.run.outcome import run_name
+from hf_ls.trainer.arguments import smoothing_of
 
 FAST = [
     *("--dataset_name", "snippets", "--report_to", "none", "--use_cpu", "true", "--max_length", "16", "--disable_tqdm", "true"),
@@ -216,17 +221,32 @@ def test_an_interrupt_leaves_no_process(tiny, tmp_path):
 
 
 def test_a_cell_waits_for_a_dying_one_in_its_folder(tmp_path):
-    """The lock of a cell is inherited by its process, and a second comparison does not write beside it."""
-    from hf_ls.compare.cells import locked
-
-    with locked(tmp_path / ".lock", "wait") as descriptor:
-        child = subprocess.Popen(["sleep", "60"], pass_fds=[descriptor])
-    with pytest.raises(ValueError, match="held by another process; wait"), locked(tmp_path / ".lock", "wait"):
+    """A cell holds its lock while it lives, and a second comparison does not write beside it."""
+    held = f"import time; from pathlib import Path; from hf_ls.compare.cells import cell_lock\nwith cell_lock(Path({str(tmp_path / 'cell')!r})): print('held', flush=True); time.sleep(60)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    child = subprocess.Popen([sys.executable, "-c", held], env=environment, stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "held\n"
+    lock = tmp_path / ".cell.lock"
+    with pytest.raises(ValueError, match="held by another process; wait"), locked(lock, "wait"):
         pass
     child.kill()
-    child.wait()
-    with locked(tmp_path / ".lock", "wait") as descriptor, pytest.raises(BlockingIOError), open(tmp_path / ".lock") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    child.communicate()
+    with locked(lock, "wait"), pytest.raises(ValueError, match="held by another process; end"), locked(lock, "end", patience=0.1):
+        pass
+
+
+@pytest.mark.parametrize("cell", [Cell("baseline", "smoothed_ce", None, 0.0, 0), Cell("focal", "focal", '{"gamma": 3}', 0.0, 0)])
+def test_a_cell_without_smoothing_has_none_in_any_step(cell, tmp_path):
+    """Whatever the shared settings say of a schedule, which holds for the smoothed cells."""
+    shared = ["--dataset_name", "snippets", "--use_cpu", "true", "--report_to", "none", "--label_smoothing_schedule", "linear",
+              "--label_smoothing_final_factor", "0.4", "--label_smoothing_warmup_steps", "3"]  # fmt: skip
+    base = parse_config(shared)
+    spec = Spec(cell, shared, {"train": "a.csv", "validation": "b.csv", "test": "c.csv"}, False, {})
+    found = cell_config(base, spec, tmp_path).training
+    assert smoothing_of(found) == Smoothing(0.0) and found.label_smoothing_objective == cell.objective
+    assert run_name(found) == ("baseline" if cell.variant == "baseline" else "focal")
+    smoothed = cell_config(base, replace(spec, cell=Cell("smoothed", "smoothed_ce", None, 0.1, 0)), tmp_path).training
+    assert smoothing_of(smoothed).schedule is not None and run_name(smoothed) == "smoothed"
 
 
 CELLS = [Cell("baseline", "smoothed_ce", None, 0.0, 0), Cell("smoothed", "smoothed_ce", None, 0.1, 0)]

@@ -190,19 +190,16 @@ def test_every_seed_is_a_mark_at_its_place(made):
             contrast = comparison.contrast(variant, reference, metric)
             shown = [slope * seed["x"] + offset for seed in line["seeds"]]
             assert shown == pytest.approx(contrast.per_seed, abs=2e-4)
-            assert slope * line["mean"] + offset == pytest.approx(contrast.mean, abs=2e-4)
+            assert slope * line["mean"] + offset == pytest.approx(contrast.value, abs=2e-4)
             assert [slope * x + offset for x in line["whole"]] == pytest.approx([contrast.low, contrast.high], abs=2e-4)
-            assert line["class"] == contrast.finding(comparison.level)
+            assert line["class"] == contrast.corrected(comparison.level)
             assert all(0 <= x <= 340 for seed in line["seeds"] for x in (seed["x"], *seed["interval"]))
 
 
 def test_rows_of_a_forest_do_not_overlap_and_long_names_get_a_line(made):
     comparison, _ = made
     contrasts = [c for c in comparison.contrasts if c.metric == "nll" and c.set == "test"][:2]
-    long = [
-        contrasts[0].__class__(**vars(c) | {"variant": Variant("margin_smoothing alpha=0.2 margin=5", 0.0, True)})
-        for c in contrasts
-    ]
+    long = [contrasts[0].__class__(**vars(c) | {"row": "margin_smoothing alpha=0.2 margin=5 + temperature"}) for c in contrasts]
     for panel, apart in ((_panel(contrasts, "t", 0.95), 0), (_panel(long, "t", 0.95), 13)):
         first, second = panel["lines"]
         assert first["value_y"] - first["name_y"] == apart

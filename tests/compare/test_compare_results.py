@@ -1,14 +1,12 @@
-"""What is made of the predictions of one cell: cross-fitted temperature, which ε is clearly worse, the ceiling."""
+"""What is made of the predictions of one cell: cross-fitted temperature, which ε is clearly worse."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-import hf_ls
 from hf_ls.compare.cells import Cell
 from hf_ls.compare.results import Predictions, clearly_worse
-from hf_ls.metrics.ceiling import epsilon_ceiling
 
 
 def predictions(epsilon, scale, shift=0.0, n=600, seed=0):
@@ -56,9 +54,3 @@ def test_only_what_is_clearly_worse_is_dropped():
 def test_the_best_epsilon_above_0_is_never_dropped():
     found = {0.0: [predictions(0.0, 1.0)], 0.1: [predictions(0.1, 1.0, 1.0)], 0.2: [predictions(0.2, 1.0, 2.0)]}
     assert list(clearly_worse(found)) == [0.2]
-
-
-@pytest.mark.parametrize("convention", ["all", "wrong"])
-def test_at_the_ceiling_the_confidence_of_the_optimum_is_the_accuracy(convention):
-    epsilon = epsilon_ceiling(0.12, 5, convention)
-    assert hf_ls.Smoothing(epsilon, convention).max_confidence(5) == pytest.approx(0.88)

@@ -7,8 +7,9 @@ import pytest
 import scipy.stats
 from constructed import CASES, Case, Model, results_of, softer, truth_of
 
-from hf_ls.compare.comparison import CONTRASTED, METRICS, Comparison, Result, Variant, compare
+from hf_ls.compare.comparison import METRICS, Comparison, Result, Variant, compare
 from hf_ls.metrics import PredictionStatistics, aurc, e_aurc, ece, null_ece, rmsce_debiased, smooth_ece
+from hf_ls.metrics.paired import COMPARED
 
 BASE, TEMPERED = Variant("baseline", 0, False), Variant("baseline", 0, True)
 NOISY = Case("smooth", Model(2.0, 1.5), softer(Model(), 1.4, 1.2, 1.0, noise=0.7), n=400)
@@ -69,16 +70,15 @@ def test_every_metric_of_every_variant_is_there_with_every_seed(results, compari
 def test_contrasts_are_differences_of_measurements_and_holm_grows_with_the_grid(comparison, results):
     variant = Variant("smoothed", 0.1, True)
     for reference in (BASE, TEMPERED):
-        for metric in (*CONTRASTED, "f1"):
+        for metric in (*COMPARED, "f1"):
             contrast = comparison.contrast(variant, reference, metric)
             mine, theirs = (comparison.measurement(v, metric).per_seed for v in (variant, reference))
             assert contrast.per_seed == pytest.approx(np.subtract(mine, theirs), abs=1e-12)
             assert contrast.p <= contrast.p_holm <= 1.0
-            assert contrast.lower_is_better == (metric not in ("accuracy", "f1"))
-    grid = [c for c in comparison.contrasts if (c.reference, c.metric) == (TEMPERED, "nll") and c.variant.name == "smoothed"]
+    grid = [c for c in comparison.contrasts if (c.against, c.metric) == (TEMPERED.label, "nll") and c.row.startswith("smoothed")]
     assert len(grid) == 6 and min(c.p_holm for c in grid) == pytest.approx(6 * min(c.p for c in grid))
     own = comparison.contrast(TEMPERED, BASE, "nll")
-    assert own.p_holm == own.p and own.finding() == "better"
+    assert own.p_holm == own.p and own.finding == "better"
     alone = compare([r for r in results if r.variant in (BASE, TEMPERED, variant)], repetitions=200).contrast(
         variant, TEMPERED, "nll"
     )
@@ -87,10 +87,12 @@ def test_contrasts_are_differences_of_measurements_and_holm_grows_with_the_grid(
 
 def test_a_finding_follows_the_direction_of_the_metric_and_the_p_value(comparison):
     contrast = comparison.contrast(TEMPERED, BASE, "nll")
-    assert dataclasses.replace(contrast, metric="accuracy", lower_is_better=False).finding() == "worse"
-    assert dataclasses.replace(contrast, p_holm=0.2).finding() == "none"
-    assert dataclasses.replace(contrast, p_holm=0.2).finding(corrected=False) == "better"
-    assert dataclasses.replace(contrast, p=None, p_holm=None, low=None, high=None).finding() == "none"
+    assert contrast.finding == contrast.corrected() == "better"
+    assert dataclasses.replace(contrast, metric="accuracy").finding == "worse"
+    assert dataclasses.replace(contrast, metric="signed_gap").finding == "none"
+    assert dataclasses.replace(contrast, p_holm=0.2).corrected() == "none"
+    assert dataclasses.replace(contrast, p_holm=0.2).finding == "better"
+    assert dataclasses.replace(contrast, p=None, p_holm=None, low=None, high=None).finding == "none"
 
 
 def test_json_gives_the_same_comparison_back(comparison):
@@ -118,7 +120,11 @@ def test_smooth_names_epsilon_and_both_rivals(comparison):
     assert (verdict.kind, verdict.variant, verdict.epsilon) == ("smooth", comparison.picked, comparison.picked.epsilon)
     assert verdict.sentence.startswith(f"Smooth with ε={verdict.epsilon:g}") and "baseline + temperature" in verdict.sentence
     contrast = comparison.contrast(comparison.picked, TEMPERED, "nll")
-    numbers = [f"{contrast.mean:+.4f}", f"{contrast.low:+.4f} to {contrast.high:+.4f}", *(f"{d:+.4f}" for d in contrast.per_seed)]
+    numbers = [
+        f"{contrast.value:+.4f}",
+        f"{contrast.low:+.4f} to {contrast.high:+.4f}",
+        *(f"{d:+.4f}" for d in contrast.per_seed),
+    ]
     assert any(all(number in sentence for number in numbers) for sentence in verdict.evidence)
     assert verdict.caveats == []
 
@@ -126,7 +132,7 @@ def test_smooth_names_epsilon_and_both_rivals(comparison):
 def test_beating_only_the_plain_baseline_is_no_reason_to_smooth():
     results = results_of(Case("temperature", Model(2.5), softer(Model(), 1.6, 1.2, 0.9)), 0)
     comparison = compare(results, repetitions=200)
-    assert comparison.contrast(comparison.picked, BASE, "nll").finding() == "better"
+    assert comparison.contrast(comparison.picked, BASE, "nll").finding == "better"
     assert (comparison.verdict.kind, comparison.verdict.variant) == ("temperature", TEMPERED)
     without = compare([r for r in results if r.variant != TEMPERED], repetitions=200).verdict
     assert without.kind == "smooth" and "No baseline + temperature" in without.caveats[0]
@@ -174,7 +180,7 @@ def test_other_sets_are_columns_without_a_vote(results):
     both = [dataclasses.replace(r, statistics={**r.statistics, "ood": worse[r.seed]}) for r in results]
     comparison = compare(both, repetitions=200)
     assert list(comparison.sets) == ["test", "ood"] and comparison.verdict.kind == "smooth"
-    assert comparison.contrast(comparison.picked, BASE, "nll", "ood").mean == 0.0
+    assert comparison.contrast(comparison.picked, BASE, "nll", "ood").value == 0.0
 
 
 def test_what_does_not_belong_together_is_refused(results):
@@ -233,3 +239,25 @@ def test_the_verdict_is_right_in_18_of_20_constructed_cases(draw):
             wrong[name] = (case.truth, found)
     print(f"\ndraw {draw}: {20 - len(wrong)} of 20 right; wrong (truth, verdict): {wrong}")
     assert len(wrong) <= 2
+
+
+def test_models_which_have_not_learnt_get_no_advice():
+    """Two sure models at chance: temperature scaling improves the NLL measurably, and would be advised."""
+    rng = np.random.default_rng(0)
+    labels, logits = rng.integers(0, 3, 600), 4 * rng.normal(size=(600, 3))
+    results = [
+        Result(
+            Variant(name, e, t != 1), 0, t, 1.1, {"test": PredictionStatistics.from_logits(s * logits / t, labels)}, labels=known
+        )
+        for known in ({"test": labels},)
+        for name, e, s in (("baseline", 0.0, 1.0), ("smoothed", 0.1, 0.5))
+        for t in (1.0, 40.0 * s)
+    ]
+    found = compare(results, repetitions=100)
+    assert (found.verdict.kind, found.verdict.epsilon, found.class_counts) == ("not_learnt", None, np.bincount(labels).tolist())
+    assert found.verdict.sentence.startswith("No verdict, the models have not learnt: no accuracy is measurably above 0.3")
+    assert compare([dataclasses.replace(r, labels=None) for r in results], repetitions=100).verdict.kind == "temperature"
+    assert Comparison.from_json(found.to_json()) == found
+    one_learnt = PredictionStatistics.from_logits(9 * np.eye(3)[labels] + logits, labels)
+    better = [dataclasses.replace(r, statistics={"test": one_learnt}) if r.variant.epsilon else r for r in results]
+    assert compare(better, repetitions=100).verdict.kind == "smooth"

@@ -9,7 +9,7 @@ import logging
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, DataCollatorForSeq2Seq, GPT2TokenizerFast
 
 from hf_ls.data.classification import EMBEDDED_MODEL, model_path
@@ -245,8 +245,21 @@ def test_cut_completions_are_counted_and_rows_stay_in_order(caplog):
     tokens = tokenise_causal(splits(rows), g2p_tokenizer(), 6)["train"]
     assert [sum(label != -100 for label in labels) for labels in tokens["labels"]] == [2, 3, 0]
     assert "train: 2 rows lose the end of their completion beyond 6 tokens" in caplog.text
+    assert "train: 1 rows count for nothing, because their prompt alone fills 6 tokens" in caplog.text
     with pytest.raises(ValueError, match="prompts which fill it"):
         tokenise_causal(splits(rows[2:]), g2p_tokenizer(), 6)
+    with pytest.raises(ValueError, match="in validation, got prompts which fill it"):
+        tokenise_causal(splits(rows, validation=rows[2:]), g2p_tokenizer(), 6)
+
+
+def test_documents_without_a_token_are_counted_and_not_all_of_them(caplog):
+    tokenizer = g2p_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex("[0-9]+"), "")
+    tokens = tokenise_causal(splits([{"text": text} for text in ("ab", "1", "c", "22")]), tokenizer, 8)["train"]
+    assert len(tokens) == 2 and set(tokens.column_names) == {"input_ids", "attention_mask", "labels"}
+    assert "train: 2 documents are left out, because the tokenizer makes no token of them" in caplog.text
+    with pytest.raises(ValueError, match="expected documents of more than one token in train, got none"):
+        tokenise_causal(splits([{"text": "1"}]), tokenizer, 8)
 
 
 def test_causal_lm_needs_an_end_and_two_tokens(bert):

@@ -262,6 +262,7 @@ def test_trap_09_labels_out_of_range_raise(bad):
         smoothed_cross_entropy(logits, labels, 0.1)
 
 
+@pytest.mark.stock
 def test_trap_09_the_stock_smoother_trains_class_0_on_minus_one():
     logits, _ = random_case(ignored=0)
     stock = LabelSmoother(0.1)

@@ -29,6 +29,7 @@ from hf_ls.metrics import (
     signed_gap,
     smooth_ece,
 )
+from hf_ls.metrics.core import direction
 
 TOP_LABEL = [ece, ece_equal_mass, mce, rmsce_debiased, signed_gap, aurc, e_aurc]
 
@@ -271,7 +272,7 @@ def test_smooth_ece_of_one_confidence_is_its_gap():
 
 def test_smooth_ece_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "relplot", None)
-    with pytest.raises(ImportError, match="pip install relplot"):
+    with pytest.raises(ImportError, match=r"pip install 'hf_ls\[scripts\]'"):
         smooth_ece([0.5], [True])
 
 
@@ -348,3 +349,18 @@ def test_wrong_predictions_and_labels_are_refused_by_name(probabilities, labels,
 def test_wrong_logits_are_refused(logits, message):
     with pytest.raises(ValueError, match=message):
         PredictionStatistics.from_logits(logits, [0])
+
+
+@pytest.mark.parametrize(
+    ("names", "way"),
+    [
+        (
+            ["eval_nll", "eval_test_ece", "phoneme_error_rate", "eval_phoneme_error_rate", "wer", "perplexity", "smooth_ece"],
+            "lower",
+        ),
+        (["bleu", "eval_chrf", "exact_match", "accuracy", "f1", "twice", "snowler", ""], "higher"),
+        (["signed_gap", "eval_signed_gap"], "zero"),
+    ],
+)
+def test_the_way_a_metric_is_better_is_in_the_end_of_its_name(names, way):
+    assert {direction(name) for name in names} == {way}

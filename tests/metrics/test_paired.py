@@ -4,8 +4,23 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from hf_ls.metrics import PredictionStatistics, aurc, bootstrap_interval, e_aurc, ece
-from hf_ls.metrics.paired import RESAMPLED, Resamples, holm, ranking_influence, seed_difference, seed_interval
+from hf_ls.metrics import PredictionStatistics, TokenCalibration, aurc, bootstrap_interval, e_aurc, ece
+from hf_ls.metrics.paired import (
+    COMPARED,
+    RESAMPLED,
+    Difference,
+    Resamples,
+    differences,
+    draws_as_arrays,
+    draws_from_arrays,
+    draws_of_examples,
+    draws_of_tokens,
+    holm,
+    ranking_influence,
+    seed_difference,
+    seed_interval,
+)
+from hf_ls.metrics.text import draws_of_texts
 
 
 def model(n=400, sharpness=1.0, noise=0.0, seed=0, examples=0):
@@ -58,7 +73,7 @@ def test_per_seed_interval_is_the_paired_bootstrap_of_scipy():
     ).confidence_interval
     ours = difference.per_seed_low[0], difference.per_seed_high[0]
     assert ours == pytest.approx((theirs.low, theirs.high), abs=0.06 * (theirs.high - theirs.low))
-    assert difference.per_seed[0] == difference.mean == pytest.approx((one.nll - two.nll).mean(), abs=1e-12)
+    assert difference.per_seed[0] == difference.value == pytest.approx((one.nll - two.nll).mean(), abs=1e-12)
     assert (difference.seed_low, difference.seed_high) == (None, None)
 
 
@@ -73,7 +88,7 @@ def test_equal_models_differ_by_exactly_nothing():
     resamples = Resamples([model(), model()], None, repetitions=200, seed=0)
     for name in RESAMPLED:
         difference = resamples.difference([0], [1], name, 0.95)
-        assert (difference.mean, difference.low, difference.high, difference.p) == (0.0, 0.0, 0.0, 1.0)
+        assert (difference.value, difference.low, difference.high, difference.p) == (0.0, 0.0, 0.0, 1.0)
 
 
 def test_influence_is_what_one_more_row_adds():
@@ -157,9 +172,9 @@ def test_seed_interval_equals_scipy_and_one_seed_has_none():
     low, high = seed_interval(numbers, 0.9)
     assert (low, high) == pytest.approx(tuple(theirs.confidence_interval(0.9)))
     assert seed_interval([0.2], 0.9) == (None, None)
-    difference = seed_difference([1.2, 1.5, 1.3, 1.35], [1.0] * 4, 0.95)
+    difference = seed_difference("f1", [1.2, 1.5, 1.3, 1.35], [1.0] * 4, 0.95)
     assert difference.p == pytest.approx(theirs.pvalue) and difference.per_seed == pytest.approx(numbers)
-    alone = seed_difference([1.2], [1.0], 0.95)
+    alone = seed_difference("f1", [1.2], [1.0], 0.95)
     assert (alone.low, alone.high, alone.p) == (None, None, None)
 
 
@@ -178,3 +193,99 @@ def test_models_which_are_equally_good_are_seldom_called_different():
             called[name] += resamples.difference([0], [1], name, 0.95).p <= 0.05
     assert all(count <= 20 for count in called.values()), called  # nominal 10; 20 is 3 standard deviations above
     assert sum(called.values()) > 20
+
+
+def known(found, metric):
+    return next(d for d in found if d.metric == metric)
+
+
+def test_runs_measured_apart_and_read_back_are_paired_as_those_measured_together(tmp_path):
+    one, two, labels = model(), model(noise=0.5, seed=1), np.arange(400)
+    np.savez(tmp_path / "one.npz", **draws_as_arrays({"baseline": [draws_of_examples(one, labels, repetitions=300)]}))
+    with np.load(tmp_path / "one.npz", allow_pickle=False) as arrays:
+        rows = draws_from_arrays(arrays)
+    found = differences(rows | {"smoothed": [draws_of_examples(two, labels, repetitions=300)]})
+    together = Resamples([one, two], None, repetitions=300, seed=0)
+    assert [d.metric for d in found] == list(COMPARED)
+    for d in found:
+        expected = together.difference([1], [0], d.metric, 0.95)
+        assert (d.row, d.against) == ("smoothed", "baseline")
+        assert (d.value, d.low, d.high) == pytest.approx((expected.value, expected.low, expected.high), abs=1e-12), d.metric
+        assert d.finding == expected.finding
+
+
+def test_a_paired_difference_is_found_where_the_two_intervals_overlap():
+    """As on the embedded default: two fits of one quality class differ on the same examples by less than they vary over them."""
+    one = model(2000)
+    two = PredictionStatistics(one.confidence, one.correct, one.nll - 0.0056 + 0.04 * np.sin(np.arange(2000)), one.brier)
+    (low, high), (other_low, other_high) = bootstrap_interval("nll", two), bootstrap_interval("nll", one)
+    assert low < other_high and other_low < high
+    rows = {name: [draws_of_examples(stats, one.correct)] for name, stats in (("baseline", one), ("smoothed", two))}
+    d = known(differences(rows), "nll")
+    half = 1.96 * (one.nll - two.nll).std() / np.sqrt(2000)
+    assert d.finding == "better" and (d.low, d.high) == pytest.approx((d.value - half, d.value + half), abs=0.15 * half)
+
+
+def test_other_examples_or_another_order_are_not_paired():
+    one, labels = model(), np.arange(400)
+    rows = {"a": [draws_of_examples(one, labels, repetitions=50)], "b": [draws_of_examples(one, labels[::-1], repetitions=50)]}
+    assert differences(rows) == []
+    assert differences({**rows, "b": [draws_of_examples(one, labels, repetitions=50, seed=1)]}) == []
+    assert differences({"a": rows["a"]}) == []
+
+
+def test_tokens_are_paired_by_whole_sequences():
+    """Against the plain paired bootstrap of sequences; batches and padding may differ between the two models."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 9, 300)
+    shared = rng.normal(size=300)[:, None] * 0.5 + rng.gumbel(size=(300, 8))
+    items = []
+    for shift in (0.0, 0.06):
+        nll = np.abs(shared) + shift + 0.3 * rng.random((300, 1))
+        item = np.stack([np.full((300, 8), 0.6), (nll < 0.7).astype(float), nll, np.full((300, 8), 0.4)], -1)
+        item[np.arange(8) >= lengths[:, None]] = np.nan
+        items.append(item)
+    streams = []
+    for item, size in zip(items, (300, 7), strict=True):
+        stream = TokenCalibration()
+        for start in range(0, 300, size):
+            stream.update(item[start : start + size], np.ones((300, 8), dtype=int)[start : start + size])
+        streams.append([draws_of_tokens(stream)])
+    found = known(differences(dict(zip("ab", streams, strict=True))), "nll")
+    sums = [np.nansum(item[..., 2], axis=1) for item in items]
+    rows = np.random.default_rng(1).integers(0, 300, (2000, 300))
+    plain = (sums[1] - sums[0])[rows].sum(1) / lengths[rows].sum(1)
+    assert found.value == pytest.approx((sums[1] - sums[0]).sum() / lengths.sum())
+    assert found.high - found.low == pytest.approx(2 * 1.96 * plain.std(), rel=0.12)
+    fewer = TokenCalibration()
+    fewer.update(items[0][:299], np.ones((299, 8), dtype=int))
+    assert differences({"a": streams[0], "b": [draws_of_tokens(fewer)]}) == []
+
+
+def test_texts_are_paired_by_sentences():
+    references = [f"a b c {i}" for i in range(60)]
+    worse = [text if i % 3 else "a b" for i, text in enumerate(references)]
+    metrics = ("exact_match", "word_error_rate", "bleu", "chrf")
+    rows = {"a": [draws_of_texts(references, references, metrics)], "b": [draws_of_texts(worse, references, metrics)]}
+    found = differences(rows)
+    assert [(d.metric, d.finding) for d in found] == [(metric, "worse") for metric in metrics]
+    assert known(found, "exact_match").value == pytest.approx(-1 / 3)
+    half = 1.96 * np.sqrt(2 / 9 / 59)
+    assert known(found, "exact_match").high == pytest.approx(-1 / 3 + half, abs=0.02)
+    assert all(d.finding == "none" and d.value == 0 for d in differences({"a": rows["a"], "b": rows["a"]}))
+
+
+@pytest.mark.parametrize(
+    ("metric", "low", "high", "finding"),
+    [
+        ("nll", -0.2, -0.1, "better"),
+        ("nll", 0.1, 0.2, "worse"),
+        ("accuracy", 0.1, 0.2, "better"),
+        ("phoneme_error_rate", -0.2, -0.1, "better"),
+        ("nll", -0.1, 0.0, "none"),
+        ("nll", None, None, "none"),
+        ("signed_gap", -0.2, -0.1, "none"),
+    ],
+)
+def test_one_rule_of_measurably_better(metric, low, high, finding):
+    assert Difference(metric, "row", "against", -0.1, low, high).finding == finding

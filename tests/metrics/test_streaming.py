@@ -1,4 +1,4 @@
-"""Streaming statistics reproduce the direct metrics exactly, whatever the batches, and merge by addition."""
+"""Streaming statistics reproduce the direct metrics exactly, whatever the batches."""
 
 import numpy as np
 import pytest
@@ -61,28 +61,6 @@ def test_equal_mass_is_exact_where_cells_hold_one_confidence_and_close_otherwise
     assert streamed(stats, [20_000]).compute()["ece_equal_mass"] == pytest.approx(direct, abs=2e-4)
 
 
-def test_processes_merge_by_addition_and_the_operands_stay_as_they_were():
-    stats = statistics()
-    first, second = streamed(stats, [1200, 800]), streamed(statistics(500, seed=1), [500])
-    before = first.compute()
-    merged = first + second
-    assert first.compute() == before and len(second) == 500
-    assert len(merged) == 2500
-    assert merged.compute()["nll"] == pytest.approx(np.concatenate([stats.nll, statistics(500, seed=1).nll]).mean(), rel=1e-12)
-    assert sum([first, second], StreamingCalibration()).compute() == merged.compute()
-
-
-def test_state_dict_round_trip_is_a_copy():
-    state = streamed(statistics(100), [100])
-    saved, expected = state.state_dict(), state.compute()
-    restored = StreamingCalibration.from_state_dict(saved)
-    assert restored.compute() == expected
-    restored.update([0.5], [True], [0.7], [0.5])
-    state.update([0.5], [True], [0.7], [0.5])
-    assert StreamingCalibration.from_state_dict(saved).compute() == expected
-    assert all(isinstance(value, (np.ndarray, float)) for value in saved.values())
-
-
 def test_memory_is_constant():
     state = streamed(statistics(10_000), [10_000])
     arrays = [value for value in vars(state).values() if isinstance(value, np.ndarray)]
@@ -123,11 +101,3 @@ def test_wrong_batches_are_refused_whole(batch, message):
 def test_bins_which_do_not_divide_the_cells_are_refused():
     with pytest.raises(ValueError, match="divides 15360, got 7"):
         streamed(statistics(10), [10]).compute(7)
-
-
-def test_a_foreign_state_is_refused():
-    state = StreamingCalibration().state_dict()
-    with pytest.raises(ValueError, match="keys"):
-        StreamingCalibration.from_state_dict({"count": state["count"]})
-    with pytest.raises(ValueError, match=r"shape \[15360\], got \[10\]"):
-        StreamingCalibration.from_state_dict(state | {"count": np.zeros(10)})

@@ -31,6 +31,8 @@ from hf_ls.common.text import one_line
 from hf_ls.report.calibration_report import CLASS_METRICS, CalibrationReport
 from hf_ls.report.card import _TRAINER_COMMENT, MARKER, model_card, write_card
 from hf_ls.report.card_metadata import eval_results
+from hf_ls.report.facts import SmoothingFacts, TrainingFacts
+from hf_ls.report.plots import plots_of
 from hf_ls.report.sentences import regime, verdict
 from hf_ls.report.table import cells as table_cells
 
@@ -67,6 +69,7 @@ def test_metadata_without_a_dataset_id_claims_no_results(tmp_path: Path) -> None
     assert metadata_load(path) == {
         "base_model": "sentence-transformers/all-MiniLM-L6-v2",
         "library_name": "transformers",
+        "metrics": ["accuracy", "nll", "brier_score", "expected_calibration_error"],
         "pipeline_tag": "text-classification",
         "tags": ["label-smoothing", "calibration", "text-classification"],
     }
@@ -111,7 +114,7 @@ def test_results_need_to_know_which_row_is_published() -> None:
 
 @pytest.mark.parametrize("name", [None, "/data/someone/secret/model", "./model", "a/b/c", "x--y", "x y", "out.git"])
 def test_what_is_no_hub_id_stays_out_of_the_metadata(name: str | None) -> None:
-    dataset = make_report(rows=1).dataset | {"hub_id": name}
+    dataset = replace(make_report(rows=1).dataset, hub_id=name)
     report = make_report(base_model=name, dataset=dataset)
     data = ModelCard(model_card(report)).data
     assert data.base_model is None and data.datasets is None and data.eval_results is None
@@ -128,7 +131,7 @@ def test_a_local_folder_is_not_taken_for_a_hub_id(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize("hostile", HOSTILE.values(), ids=HOSTILE)
 def test_names_are_shown_and_not_obeyed(hostile: str, tmp_path: Path) -> None:
     plain = on_the_hub()
-    rows = [replace(row, name=f"{hostile}{i}") for i, row in enumerate(plain.rows)]
+    rows = [replace(row, run=f"{hostile}{i}") for i, row in enumerate(plain.rows)]
     report = replace(
         plain,
         rows=rows,
@@ -136,9 +139,9 @@ def test_names_are_shown_and_not_obeyed(hostile: str, tmp_path: Path) -> None:
         published=rows[-1].name,
         model_name=hostile,
         label_names=[hostile, "b", "c"],
-        dataset=plain.dataset | {"name": hostile, "licence": hostile, "config": hostile},
-        smoothing=plain.smoothing | {"prior": hostile, "schedule": {"kind": hostile}, "excluded": hostile},
-        training=plain.training | {"optim": hostile, hostile: 3},
+        dataset=replace(plain.dataset, name=hostile, licence=hostile, config=hostile),
+        smoothing=replace(plain.smoothing, prior=hostile, schedule=hostile, final_epsilon=0.2, excluded=hostile),
+        training=replace(plain.training, optim=hostile, model_config_overrides={hostile: 3}, techniques=[hostile, hostile]),
         versions={hostile: hostile},
     )
     path = write_card(report, tmp_path)
@@ -146,7 +149,7 @@ def test_names_are_shown_and_not_obeyed(hostile: str, tmp_path: Path) -> None:
 
     metadata = metadata_load(path)
     assert metadata is not None and set(metadata) == {
-        "base_model", "datasets", "library_name", "model-index", "pipeline_tag", "tags",
+        "base_model", "datasets", "library_name", "metrics", "model-index", "pipeline_tag", "tags",
     }  # fmt: skip
     assert ModelCard.load(path).data.eval_results == eval_results(report)
 
@@ -165,7 +168,9 @@ def test_names_are_shown_and_not_obeyed(hostile: str, tmp_path: Path) -> None:
         "https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2",
         "https://huggingface.co/datasets/owner/snippets",
     }
-    assert [child.attrs["src"] for child in inline if child.type == "image"] == ["plots/reliability.png"]
+    assert [child.attrs["src"] for child in inline if child.type == "image"] == [
+        f"plots/{plot.file}" for plot in plots_of(report)
+    ]
     fences = [token for token in tokens if token.type == "fence"]
     assert len(fences) == 1
     assert shown[0][1] == one_line(hostile)
@@ -215,7 +220,7 @@ class TestUsage:
         tiny_bert(3).save_pretrained(base)
         model = get_peft_model(tiny_bert(3).from_pretrained(base, num_labels=3), LoraConfig(task_type=TaskType.SEQ_CLS))
         model.save_pretrained(folder)
-        report = make_report(model_name=str(folder), training={"peft": "lora", "seeds": [0]}, label_names=["x", "y", "z"])
+        report = make_report(model_name=str(folder), training=TrainingFacts(peft="lora", seeds=[0]), label_names=["x", "y", "z"])
         scope = self.run(report)
         expected = model.eval()(input_ids=torch.tensor([[2, 3, 4, 5, 6]])).logits.softmax(-1)
         torch.testing.assert_close(scope["probabilities"], expected)
@@ -239,7 +244,7 @@ class TestTokenUsage:
 
     def example(self, task: str, folder: Path, **changes: Any) -> CalibrationReport:
         report = make_token_report(task, model_name=str(folder), **changes)
-        return replace(report, dataset=report.dataset | {"example": "A text"})
+        return replace(report, dataset=replace(report.dataset, example="A text"))
 
     def test_seq2seq(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         torch.manual_seed(0)
@@ -273,7 +278,7 @@ class TestTokenUsage:
         GPT2LMHeadModel(GPT2Config(vocab_size=7, n_embd=8, n_layer=1, n_head=1, n_positions=80)).save_pretrained(base)
         settings = LoraConfig(task_type=TaskType.CAUSAL_LM, target_modules=["c_attn"], fan_in_fan_out=True)
         get_peft_model(GPT2LMHeadModel.from_pretrained(base), settings).save_pretrained(folder)
-        scope = self.run(self.example("text-generation", folder, training={"peft": "lora", "seeds": [0]}))
+        scope = self.run(self.example("text-generation", folder, training=TrainingFacts(peft="lora", seeds=[0])))
         assert hasattr(scope["model"], "peft_config")
         assert 0 < scope["probabilities"].min() <= scope["probabilities"].max() <= 1
 
@@ -307,17 +312,26 @@ def test_smoothing_is_stated_truthfully() -> None:
     facts = make_report(rows=1).smoothing
 
     def section(**changes: Any) -> str:
-        return body(make_report(smoothing=facts | changes)).split("## Label smoothing")[1].split("## Training")[0]
+        return body(make_report(smoothing=replace(facts, **changes))).split("## Label smoothing")[1].split("## Training")[0]
 
     assert "effective epsilon: 0.1" in section() and "all 3 classes" in section()
     assert "3.332 nats" in section() and "0.933" in section() and "schedule: constant" in section()
     wrong = section(convention="wrong")
     assert "2 other classes only" in wrong and "the same as 0.15 in the convention `all`" in wrong
     assert "the same as" not in section(convention="wrong", prior="unigram")
-    assert "kind linear, final\\_epsilon" not in section() and "kind linear" in section(schedule={"kind": "linear"})
+    ramp = section(epsilon=0.0, schedule="linear", final_epsilon=0.4, warmup_steps=5)
+    assert "schedule: linear, from 0 to 0.4, 0 in the first 5 steps" in ramp and "No label smoothing" not in ramp
     assert "excluded from the loss: padding" in section(excluded="padding")
     none = section(epsilon=0.0, optimal_logit_gap=None, max_confidence=1.0)
     assert "No label smoothing was used" in none and "nats" not in none
+
+
+def test_nothing_is_claimed_of_a_smoothing_of_which_only_epsilon_is_known() -> None:
+    unknown = body(replace(make_report(rows=1), rows=[replace(make_report(rows=1).rows[0], run="evaluated")], history={},
+                           published=None, differences=[], training=None, smoothing=SmoothingFacts(0.1)))  # fmt: skip
+    section = unknown.split("## Label smoothing")[1].split("## Training")[0]
+    assert "effective epsilon: 0.1" in section and "convention not known" in section and "prior: not known" in section
+    assert "`all`" not in section and "schedule: not known" in section
 
 
 def test_limitations_follow_the_report() -> None:
@@ -328,8 +342,8 @@ def test_limitations_follow_the_report() -> None:
     assert "One seed." in limits() and f"{report.rows[3].metrics['ece']['null']:.3f} (null ece)" in limits()
     assert "out of domain" in limits() and "no free win" in limits()
     assert "no free win" not in limits(published="baseline")
-    assert "no test split" in limits(dataset=report.dataset | {"split": "validation"})
-    low = report.smoothing | {"max_confidence": 0.5}
+    assert "no test split" in limits(dataset=replace(report.dataset, split="validation"))
+    low = replace(report.smoothing, max_confidence=0.5)
     assert "above its confidence ceiling 0.500" in limits(published="smoothed", smoothing=low)
     assert "ceiling" not in limits(published="smoothed + temperature", smoothing=low)
 

@@ -20,6 +20,7 @@ from hf_ls.common.text import one_line
 from hf_ls.report.calibration_report import CalibrationReport
 from hf_ls.report.card import MARKER, model_card, write_card
 from hf_ls.report.card_metadata import eval_results
+from hf_ls.report.plots import plots_of
 from hf_ls.report.sentences import regime
 from hf_ls.report.table import GROUP_HEADINGS, group_cells
 from hf_ls.report.table import cells as table_cells
@@ -27,7 +28,7 @@ from hf_ls.report.table import cells as table_cells
 
 def on_the_hub_tokens(task: str = "text2text-generation", **changes: Any) -> CalibrationReport:
     report = make_token_report(task)
-    return replace(report, dataset=report.dataset | {"hub_id": "owner/words"}, **changes)
+    return replace(report, dataset=replace(report.dataset, hub_id="owner/words"), **changes)
 
 
 @pytest.mark.parametrize("task", ["text2text-generation", "text-generation", "token-classification"])
@@ -55,7 +56,7 @@ def test_token_results_survive_huggingface_hub_with_their_types(tmp_path: Path) 
     report = on_the_hub_tokens()
     row = report.published_row
     assert row is not None
-    extra = {"bleu": {"value": 41.0}, "chrf": {"value": 62.5}, "f1": {"value": 0.5}}
+    extra = {"bleu": {"value": 41.0, "signature": "nrefs:1|tok:13a"}, "chrf": {"value": 62.5}, "f1": {"value": 0.5}}
     row = replace(row, metrics={**row.metrics, **extra})
     report = replace(report, rows=[row if other.name == row.name else other for other in report.rows])
     found = ModelCard.load(write_card(report, tmp_path)).data.eval_results
@@ -64,7 +65,7 @@ def test_token_results_survive_huggingface_hub_with_their_types(tmp_path: Path) 
     assert [(r.metric_type, r.metric_value, r.metric_args) for r in found] == [
         ("per", row.value("phoneme_error_rate"), None),
         ("exact_match", row.value("exact_match"), None),
-        ("bleu", 41.0, None),
+        ("bleu", 41.0, {"signature": "nrefs:1|tok:13a"}),
         ("chrf", 62.5, None),
         ("f1", 0.5, None),
         ("accuracy", row.value("accuracy"), None),
@@ -75,6 +76,11 @@ def test_token_results_survive_huggingface_hub_with_their_types(tmp_path: Path) 
         ("expected_calibration_error", 0.05, bins | {"level": "sequence"}),
     ]
     assert {r.task_type for r in found} == {"text2text-generation"}
+    text = body(report)
+    assert (
+        "bleu: sacrebleu signature nrefs:1\\|tok:13a." in text
+        and "chrf: sacrebleu score, whose signature was not recorded" in text
+    )
     assert all(type(r.metric_value) is float and r.verified is None for r in found)
 
 
@@ -118,7 +124,7 @@ def test_a_vocabulary_has_no_class_names_or_counts() -> None:
     assert "all tokens of the vocabulary, the label's own included" in text
     tagger = body(make_token_report("token-classification"))
     assert "with 9 labels (class 0, class 1" in tagger and "(class 0 381, class 1 0" in tagger
-    facts = make_token_report().smoothing | {"convention": "wrong"}
+    facts = replace(make_token_report().smoothing, convention="wrong")
     assert "goes to the other tokens only\n" in body(make_token_report(smoothing=facts))
 
 
@@ -129,14 +135,16 @@ def test_names_in_a_token_report_are_shown_and_not_obeyed(hostile: str) -> None:
     rows = [
         replace(
             row,
-            name=f"{hostile}{i}",
+            run=f"{hostile}{i}",
             metrics={**row.metrics, quality: {"value": 0.5}},
             groups=[group | {"name": hostile, "kind": hostile} for group in row.groups[:1]],
         )
         for i, row in enumerate(plain.rows)
     ]
     facts = {"name": hostile, "licence": hostile, "example": hostile}
-    report = replace(plain, rows=rows, history={}, published=rows[2].name, model_name=hostile, dataset=plain.dataset | facts)
+    report = replace(
+        plain, rows=rows, history={}, published=rows[2].name, model_name=hostile, dataset=replace(plain.dataset, **facts)
+    )
     card = ModelCard(model_card(report))
     assert card.data.eval_results == eval_results(report)
     shown = headings(card.text)
@@ -149,7 +157,9 @@ def test_names_in_a_token_report_are_shown_and_not_obeyed(hostile: str) -> None:
     inline = [child for token in tokens for child in token.children or []]
     assert [t.content.strip() for t in tokens if t.type == "html_block"] == [MARKER]
     assert not [child for child in inline if child.type in ("html_inline", "strong_open", "s_open", "em_open")]
-    assert [child.attrs["src"] for child in inline if child.type == "image"] == ["plots/reliability.png", "plots/groups.png"]
+    assert [child.attrs["src"] for child in inline if child.type == "image"] == [
+        f"plots/{plot.file}" for plot in plots_of(report)
+    ]
     (fence,) = (token for token in tokens if token.type == "fence")
     tree = ast.parse(fence.content)
     assert one_line(hostile) in [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]

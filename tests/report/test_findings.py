@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from reports import interval, make_report, make_token_report, with_metrics
+from reports import interval, make_report, make_token_report, with_difference, with_metrics
 
-from hf_ls.metrics import TokenCalibration
+from hf_ls.metrics import PredictionStatistics, TokenCalibration
 from hf_ls.report.calibration_report import CalibrationReport, CalibrationRow
-from hf_ls.report.sentences import regime, verdict
+from hf_ls.report.facts import TrainingFacts
+from hf_ls.report.sentences import regime, verdict, warnings
 
 
 @pytest.mark.parametrize(
@@ -42,9 +44,9 @@ def test_regime_sees_errors_which_cancel() -> None:
 def test_regime_does_not_trust_a_bootstrap_without_an_error() -> None:
     """Five of five right at confidence 0.9 happen with probability 0.59: no sign of under-confidence."""
     logits = np.log([[0.9, 0.05, 0.05]] * 5) + np.linspace(0, 1e-3, 5)[:, None] * [1, 0, 0]
-    row = CalibrationRow.from_logits("baseline", 0.0, 1.0, logits, [0] * 5, repetitions=50)
+    row = CalibrationRow.from_logits("baseline", 0.0, None, logits, [0] * 5, repetitions=50)
     assert row.metrics["signed_gap"]["high"] is not None and row.metrics["signed_gap"]["high"] < 0
-    dataset = make_report().dataset | {"n": 5, "class_counts": [5, 0, 0]}
+    dataset = replace(make_report().dataset, n=5, class_counts=[5, 0, 0])
     report = replace(make_report(rows=1, history={}), rows=[row], dataset=dataset)
     assert "not distinguishable" in regime(report)
 
@@ -58,55 +60,61 @@ def test_regime_of_a_smoothed_run_alone_gives_no_advice_to_smooth() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "word"),
+    ("difference", "word"),
     [
-        (
-            interval(0.5, 0.4, 0.6),
-            interval(0.8, 0.7, 0.9),
-            "smoothing is better (the intervals are disjoint)",
-        ),
-        (interval(0.8, 0.7, 0.9), interval(0.5, 0.4, 0.6), "smoothing is worse (the intervals are disjoint)"),
-        (interval(0.5, 0.4, 0.7), interval(0.6, 0.55, 0.8), "no difference shown (the intervals overlap)"),
-        (interval(0.5, 0.4, 0.6), interval(0.7, 0.6, 0.8), "no difference shown (the intervals overlap)"),
-        ({"value": 0.5}, interval(0.8, 0.7, 0.9), "not decided (no interval)"),
+        (interval(-0.0056, -0.0074, -0.0037), "difference -0.0056 [-0.0074, -0.0037] – smoothing is better"),
+        (interval(0.3, 0.2, 0.4), "difference +0.3000 [+0.2000, +0.4000] – smoothing is worse"),
+        (interval(-0.1, -0.2, 0.1), "difference -0.1000 [-0.2000, +0.1000] – no difference shown"),
+        (interval(-0.1, -0.2, 0.0), "no difference shown"),
+        (None, "– not decided (no paired difference)"),
     ],
 )
-def test_verdict_claims_only_what_disjoint_intervals_show(ours: Any, theirs: Any, word: str) -> None:
+@pytest.mark.parametrize("rows", [(0.5, 0.9), (0.9, 0.5), (0.5, 0.5)])
+def test_the_verdict_follows_the_paired_difference_and_never_two_marginal_intervals(
+    difference: Any, word: str, rows: tuple[float, float]
+) -> None:
+    """The two intervals are disjoint in either direction, or equal: the paired difference alone decides."""
     report = make_report()
-    baseline, baseline_t, smoothed, smoothed_t = report.rows
     for metric in ("nll", "ece"):
-        rows = [
-            baseline,
-            with_metrics(baseline_t, **{metric: theirs}),
-            with_metrics(smoothed, **{metric: ours}),
-            smoothed_t,
-        ]
-        found = verdict(replace(report, rows=rows))
+        marginal = [interval(value, value - 0.1, value + 0.1) for value in rows]
+        changed = {"baseline + temperature": marginal[0], "smoothed": marginal[1]}
+        made = [with_metrics(r, **({metric: changed[r.name]} if r.name in changed else {})) for r in report.rows]
+        found = verdict(with_difference(replace(report, rows=made), **{metric: difference}))
         clause = next(part for part in found.split(". ") if part.startswith(metric.upper()))
         assert clause.endswith(word)
-        assert rows[2].show(metric) in clause and rows[1].show(metric) in clause
+        assert made[2].show(metric) in clause and made[1].show(metric) in clause
         assert "temperature scaling of the baseline" in found and "One seed" in found
+        assert "differences are paired over the same 200 examples" in found
+
+
+def test_a_report_without_differences_decides_nothing() -> None:
+    report = CalibrationReport.from_json(re.sub(r',\s*"differences": \[.*\]\s*}', "}", make_report().to_json(), flags=re.S))
+    assert report.differences == []
+    found = verdict(report)
+    assert "only the interval of each row is known" in found and found.count("not decided (no paired difference)") == 2
+    assert "better" not in found and "worse" not in found and "no difference shown" not in found
 
 
 def test_verdict_without_a_pair_says_so() -> None:
     assert "Nothing to compare" in verdict(make_report(rows=2))
     plain = make_report()
-    two = replace(plain, rows=[plain.rows[0], plain.rows[2]], published=None, training={})
+    two = replace(plain, rows=[plain.rows[0], plain.rows[2]], published=None, training=TrainingFacts())
     assert "against the baseline, test split" in verdict(two)
     assert "number of seeds is not recorded" in verdict(two)
-    assert "2 seeds" in verdict(replace(two, training={"seeds": [0, 1]}))
+    assert "2 seeds" in verdict(replace(two, training=TrainingFacts(seeds=[0, 1])))
 
 
 def token_report(**of_smoothed: dict[str, float]) -> CalibrationReport:
-    """A report whose baseline has every metric at 0.5 ± 0.1, and whose smoothed row differs as told."""
+    """A report whose rows have every metric at 0.5 ± 0.1, and whose paired differences are around 0 or as told."""
     report = make_token_report()
     same = {metric: interval(0.5, 0.4, 0.6) for metric in ("phoneme_error_rate", "exact_match", "nll", "ece")}
     baseline, baseline_t, smoothed, smoothed_t = report.rows
-    rows = [with_metrics(baseline, **same), baseline_t, with_metrics(smoothed, **{**same, **of_smoothed}), smoothed_t]
-    return replace(report, rows=rows)
+    rows = [with_metrics(baseline, **same), baseline_t, with_metrics(smoothed, **same), smoothed_t]
+    nothing = {metric: interval(0.0, -0.1, 0.1) for metric in same}
+    return with_difference(replace(report, rows=rows), **{**nothing, **of_smoothed})
 
 
-LOW, HIGH = interval(0.2, 0.1, 0.3), interval(0.8, 0.7, 0.9)
+LOW, HIGH = interval(-0.2, -0.3, -0.1), interval(0.2, 0.1, 0.3)
 
 
 def test_verdict_on_tokens_sets_quality_nll_and_ece_side_by_side() -> None:
@@ -130,8 +138,8 @@ def test_verdict_on_tokens_sets_quality_nll_and_ece_side_by_side() -> None:
         ({"exact_match": LOW, "ece": LOW}, "ECE better, exact match worse;"),
         ({"nll": LOW, "ece": HIGH}, "NLL better, ECE worse;"),
         ({"phoneme_error_rate": LOW, "exact_match": HIGH, "nll": LOW, "ece": LOW}, None),
-        ({"phoneme_error_rate": LOW, "ece": interval(0.7, 0.6, 0.8)}, None),
-        ({"phoneme_error_rate": LOW, "ece": {"value": 0.9}}, None),
+        ({"phoneme_error_rate": LOW, "ece": interval(0.2, 0.0, 0.4)}, None),
+        ({"phoneme_error_rate": LOW, "ece": None}, None),
     ],
 )
 def test_verdict_says_when_metrics_move_apart_and_only_if_the_intervals_do(changes: dict[str, Any], sentence: str | None) -> None:
@@ -146,7 +154,7 @@ def test_each_metric_is_judged_in_its_own_direction() -> None:
     for name in ("Phoneme error rate", "Exact match"):
         for found, word in ((better, "better"), (worse, "worse")):
             clause = next(part for part in found.split(". ") if part.startswith(name))
-            assert clause.endswith(f"smoothing is {word} (the intervals are disjoint)")
+            assert clause.endswith(f"smoothing is {word}")
 
 
 def test_verdict_without_a_task_metric_takes_the_token_accuracy() -> None:
@@ -160,8 +168,61 @@ def test_regime_counts_sequences_where_every_token_is_right() -> None:
     items = np.tile([0.8, 1.0, 0.22, 0.1], (3, 5, 1)) + np.linspace(0, 1e-3, 3)[:, None, None] * [1, 0, 0, 0]
     tokens = TokenCalibration(repetitions=50)
     tokens.update(items, np.ones((3, 5), dtype=int))
-    row = CalibrationRow.from_tokens("baseline", 0.0, 1.0, tokens)
+    row = CalibrationRow.from_tokens("baseline", 0.0, None, tokens)
     assert row.interval("signed_gap")[1] < 0
-    dataset = make_token_report(rows=1).dataset | {"n": 15, "n_sequences": 3}
+    dataset = replace(make_token_report(rows=1).dataset, n=15, n_sequences=3)
     report = replace(make_token_report(rows=1), rows=[row], dataset=dataset, history={})
     assert "not distinguishable" in regime(report) and "n = 15 tokens in 3 sequences" in regime(report)
+
+
+def _unlearnt(kind: str) -> CalibrationReport:
+    """Two sure models: at chance over three even classes; that say "0" to 9 rows of 10; the latter for tokens of 60 sequences."""
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(np.repeat([0, 1, 2], [100, 100, 100] if kind == "chance" else [270, 20, 10]))
+    guesses = rng.integers(0, 3, 300) if kind == "chance" else np.zeros(300, dtype=int)
+    rows = []
+    for name, epsilon, sure in (("baseline", 0.0, 4.0), ("smoothed", 0.1, 2.5)):
+        logits = sure * np.eye(3)[guesses] + rng.normal(size=(300, 3)) * 0.1
+        if kind == "tokens":
+            stats = PredictionStatistics.from_logits(logits, labels)
+            tokens = TokenCalibration(repetitions=50)
+            items = np.stack([stats.confidence, stats.correct, stats.nll, stats.brier], -1)
+            tokens.update(items.reshape(60, 5, 4), labels.reshape(60, 5))
+            rows.append(CalibrationRow.from_tokens(name, epsilon, None, tokens))
+        else:
+            rows.append(CalibrationRow.from_logits(name, epsilon, None, logits, labels, repetitions=50))
+    plain = make_token_report("token-classification", rows=1) if kind == "tokens" else make_report(rows=1)
+    size = {"n_sequences": 60} if kind == "tokens" else {}
+    dataset = replace(plain.dataset, n=300, class_counts=np.bincount(labels).tolist(), **size)
+    return replace(plain, rows=rows, dataset=dataset, label_names=["a", "b", "c"], history={}, published=None, differences=[])
+
+
+@pytest.mark.parametrize("kind", ["chance", "majority", "tokens"])
+def test_a_model_which_has_not_learnt_gets_no_advice(kind: str) -> None:
+    report = _unlearnt(kind)
+    sentence = regime(report)
+    share = "0.333" if kind == "chance" else "0.900"
+    assert f"has not learnt: its accuracy {report.rows[0].show('accuracy')} is not measurably above {share}" in sentence
+    assert verdict(report).startswith("No verdict: ") and warnings(report) == []
+    for text in (sentence, verdict(report)):
+        assert not any(word in text for word in ("may help", "may hurt", "smaller epsilon", "better ", "over-confident"))
+
+
+def test_one_row_which_has_not_learnt_is_named_beside_one_which_has() -> None:
+    bad, good = _unlearnt("chance"), make_report(n=300, rows=3)
+    rows = [bad.rows[0], good.rows[2]]
+    report = replace(good, rows=rows, dataset=bad.dataset, differences=[], history={}, published=None)
+    assert "But the model of row 'baseline' has not learnt" in verdict(report)
+    assert "has not learnt" not in verdict(good) and "has not learnt" not in regime(good)
+
+
+def test_a_model_of_rare_classes_may_learn_without_a_better_accuracy() -> None:
+    """It says "0" to everybody, and knows who is at risk: its NLL is below the entropy of the classes."""
+    rng = np.random.default_rng(0)
+    risk = rng.choice([0.01, 0.3], 2000, p=[0.8, 0.2])
+    labels = (rng.random(2000) < risk).astype(int)
+    row = CalibrationRow.from_logits("baseline", 0.0, None, np.log(np.stack([1 - risk, risk], 1)), labels, repetitions=50)
+    counts = np.bincount(labels).tolist()
+    report = make_report(rows=1, history={})
+    report = replace(report, rows=[row], dataset=replace(report.dataset, n=2000, class_counts=counts), label_names=["no", "yes"])
+    assert row.value("accuracy") == max(counts) / 2000 and "has not learnt" not in regime(report)

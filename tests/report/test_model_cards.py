@@ -24,6 +24,8 @@ def test_every_example_belongs_to_an_embedded_default():
 @pytest.mark.parametrize("name", list(CARDS))
 def test_the_card_is_what_its_report_makes(name):
     folder = ROOT / "model_cards" / name
+    written = (folder / "calibration.json").read_text(encoding="utf-8")
+    assert CalibrationReport.from_json(written).to_json() == written
     assert (folder / "README.md").read_text(encoding="utf-8") == model_card(CalibrationReport.load(folder / "calibration.json"))
 
 
@@ -35,14 +37,14 @@ def test_the_report_is_of_the_default_run(name):
     training = report.training
     assert Path(config.training.output_dir).name == name == report.model_name
     assert [row.name for row in report.rows] == ["baseline", "baseline + temperature", "smoothed", "smoothed + temperature"]
-    assert report.smoothing["epsilon"] == config.training.label_smoothing_factor
-    assert training["learning_rate"] == config.training.learning_rate
-    assert training["model_config_overrides"] == config.model.overrides
-    assert training["max_length"] == config.data.max_length
+    assert report.smoothing.epsilon == config.training.label_smoothing_factor
+    assert training.learning_rate == config.training.learning_rate
+    assert training.model_config_overrides == config.model.overrides
+    assert training.max_length == config.data.max_length
     if config.training.max_steps > 0:
-        assert training["steps"] == config.training.max_steps
+        assert training.steps == config.training.max_steps
     else:
-        assert training["epochs"] == config.training.num_train_epochs
+        assert training.epochs == config.training.num_train_epochs
 
 
 @pytest.mark.parametrize("name", list(CARDS))

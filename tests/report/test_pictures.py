@@ -17,7 +17,6 @@ from hf_ls.losses.smoothing import Smoothing
 from hf_ls.report.pictures import (
     POINTS,
     Penultimate,
-    calibration_over_steps,
     class_plane,
     logit_gap,
     logit_gap_histogram,
@@ -27,6 +26,7 @@ from hf_ls.report.pictures import (
     within_between,
     write_pictures,
 )
+from hf_ls.report.plots import calibration_over_steps
 
 
 def example(n=300, d=8, classes=4, seed=0):
@@ -147,12 +147,12 @@ def test_the_gap_is_that_to_the_mean_of_the_others_and_the_shares_add_up():
 def test_the_optimum_of_a_row_comes_from_the_report():
     report = make_report()
     k = len(report.label_names)
-    expected = Smoothing(0.1, report.smoothing["convention"]).optimal_logit_gap(k)
+    expected = Smoothing(0.1, report.smoothing.convention).optimal_logit_gap(k)
     assert optimal_gap(report, "smoothed") == pytest.approx(expected, rel=1e-3)
     assert optimal_gap(report, "baseline") is None
-    other = replace(report, smoothing=report.smoothing | {"epsilon": 0.2, "optimal_logit_gap": 1.0})
+    other = replace(report, smoothing=replace(report.smoothing, epsilon=0.2, optimal_logit_gap=1.0))
     assert optimal_gap(other, "smoothed") == pytest.approx(expected)
-    assert optimal_gap(replace(other, smoothing=other.smoothing | {"prior": "unigram"}), "smoothed") is None
+    assert optimal_gap(replace(other, smoothing=replace(other.smoothing, prior="unigram")), "smoothed") is None
 
 
 def test_calibration_over_steps_draws_the_evaluations_of_every_run():
@@ -211,5 +211,5 @@ def test_pictures_are_written_for_what_there_is(tmp_path):
         predictions={name: (logits, logits.argmax(1)) for name in runs},
         features=runs,
     )
-    assert [path.name for path in found] == ["calibration_steps.png", "logit_gap.png", "penultimate.png"]
+    assert [path.name for path in found] == ["logit_gap.png", "penultimate.png"]
     assert all(imread(path).shape[1] > 600 for path in found)

@@ -21,7 +21,7 @@ from reports import make_report, make_token_report
 from hf_ls.metrics import wilson_interval
 from hf_ls.report.calibration_report import CalibrationReport
 from hf_ls.report.figures import DPI
-from hf_ls.report.plots import confidence, groups, loss_curve, plot_reliability, reliability, write_plots
+from hf_ls.report.plots import confidence, groups, loss_curve, reliability, write_plots
 
 REPORTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -167,7 +167,7 @@ def test_every_report_can_be_drawn(name: str) -> None:
 
 
 def test_texts_do_not_overlap_in_the_panel_titles(report: CalibrationReport) -> None:
-    rows = [replace(row, name=f"a very long name of a run, number {i}") for i, row in enumerate(report.rows)]
+    rows = [replace(row, run=f"a very long name of a run, number {i}") for i, row in enumerate(report.rows)]
     figure = drawn(confidence(replace(report, rows=rows, history={}, published=None)))
     for ax in figure.axes:
         name, settings = (text.get_window_extent() for text in ax.texts)
@@ -179,7 +179,7 @@ def test_texts_do_not_overlap_in_the_panel_titles(report: CalibrationReport) -> 
 @pytest.mark.filterwarnings("error", "ignore:Glyph")
 @pytest.mark.parametrize("hostile", ["$x$", "$\\frac{$", "$\\frac{", "a\nb", "_x^2", "🙂", "$", "\\"])
 def test_names_are_text_and_never_formulas(hostile: str, report: CalibrationReport) -> None:
-    rows = [replace(report.rows[0], name=hostile)]
+    rows = [replace(report.rows[0], run=hostile)]
     named = replace(report, rows=rows, history={hostile: report.history["baseline"]}, published=None)
     figure = drawn(loss_curve(named))
     drawn(reliability(named))
@@ -192,7 +192,7 @@ def test_files_are_png_at_150_dpi_whatever_the_users_settings(report: Calibratio
     with matplotlib.rc_context({"savefig.dpi": 20, "font.size": 40, "savefig.bbox": "tight", "axes.facecolor": "red"}):
         first = write_plots(report, tmp_path / "a")
     second = write_plots(report, tmp_path / "b")
-    assert [p.name for p in first] == ["reliability.png", "confidence.png", "loss_curve.png"]
+    assert [p.name for p in first] == ["reliability.png", "confidence.png", "loss_curve.png", "calibration_steps.png"]
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
     width, height = reliability(report).get_size_inches() * DPI
     assert imread(first[0]).shape[:2] == (int(height), int(width))
@@ -201,7 +201,7 @@ def test_files_are_png_at_150_dpi_whatever_the_users_settings(report: Calibratio
 
 def test_plots_come_from_the_file_alone(report: CalibrationReport, tmp_path: Path) -> None:
     loaded = CalibrationReport.load(report.save(tmp_path / "calibration.json"))
-    one, two = plot_reliability(report, tmp_path / "1.png"), plot_reliability(loaded, tmp_path / "2.png")
+    (one,), (two,) = (write_plots(given, tmp_path / name, ["reliability.png"]) for name, given in (("1", report), ("2", loaded)))
     assert one.read_bytes() == two.read_bytes()
 
 
@@ -247,7 +247,7 @@ def test_no_groups_no_picture_of_them(report: CalibrationReport, tokens: Calibra
     with pytest.raises(ValueError, match=r"groups of a kind in .*got none; skip this plot"):
         groups(report)
     names = [path.name for path in write_plots(tokens, tmp_path)]
-    assert names == ["reliability.png", "confidence.png", "loss_curve.png", "groups.png"]
+    assert names == ["reliability.png", "confidence.png", "loss_curve.png", "groups.png", "calibration_steps.png"]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4])
@@ -263,7 +263,7 @@ def test_token_counts_stand_on_a_log_axis_which_holds_1_and_1e7(rows: int) -> No
         histogram_correct=[*[0] * 19, n - 1],
         histogram_incorrect=[1, *[0] * 19],
     )
-    report = replace(report, rows=[huge], history={}, published=None, dataset=report.dataset | {"n": n})
+    report = replace(report, rows=[huge], history={}, published=None, dataset=replace(report.dataset, n=n))
     strip = reliability(report).axes[1]
     assert strip.get_yscale() == "log" and "log" in strip.get_ylabel()
     assert "10M" in texts(strip).split("\n")
@@ -296,5 +296,5 @@ def test_axis_of_a_vocabulary_starts_at_zero_and_units_are_tokens(tokens: Calibr
 @pytest.mark.parametrize("hostile", ["$x$", "$\\frac{$", "a\nb", "_x^2", "12345678901234567890", "\\"])
 def test_group_names_are_text_and_never_formulas(hostile: str, tokens: CalibrationReport) -> None:
     group = tokens.rows[0].groups[-1] | {"name": hostile}
-    row = replace(tokens.rows[0], name=hostile, groups=[group])
+    row = replace(tokens.rows[0], run=hostile, groups=[group])
     drawn(groups(replace(tokens, rows=[row], history={}, published=None)))

@@ -16,8 +16,12 @@ import pytest
 from places import ROOT
 from reports import interval, make_report, make_token_report, toy_logits, toy_tokens, with_metrics
 
+from hf_ls.losses.smoothing import Schedule, Smoothing
 from hf_ls.metrics import summarise
 from hf_ls.report.calibration_report import CalibrationReport, CalibrationRow
+from hf_ls.report.card import model_card
+from hf_ls.report.facts import SmoothingFacts, TrainingFacts
+from hf_ls.report.figures import row_colours
 
 
 def test_row_holds_what_an_independent_count_finds() -> None:
@@ -65,8 +69,8 @@ def test_no_value_is_written_which_json_lacks(tmp_path: Path) -> None:
 
 
 def test_unplain_values_are_named_where_they_stand() -> None:
-    with pytest.raises(TypeError, match=r"training\['optimizer'\].*got object"):
-        make_report(training={"optimizer": object()})
+    with pytest.raises(TypeError, match=r"objective_params\['x'\].*got object"):
+        make_report(training=TrainingFacts(objective_params={"x": object()}))
     with pytest.raises(TypeError, match="expected text as keys in versions, got 3"):
         make_report(versions={3: "x"})
 
@@ -110,15 +114,15 @@ def test_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_contradictions_are_refused() -> None:
     report = make_report()
-    other = CalibrationRow.from_logits("other", 0.1, 1.0, *toy_logits(199), repetitions=10)
+    other = CalibrationRow.from_logits("other", 0.1, None, *toy_logits(199), repetitions=10)
     for changes, message in (
         ({"rows": [*report.rows, other]}, "n = 200 in rows.*199"),
         ({"rows": [report.rows[0], report.rows[0]]}, "distinct names"),
         ({"rows": []}, "distinct names"),
-        ({"published": "best"}, "names of rows.*best"),
-        ({"history": {"elsewhere": []}}, "names of rows.*elsewhere"),
+        ({"published": "best"}, "runs of rows.*best"),
+        ({"history": {"elsewhere": []}}, "runs of rows.*elsewhere"),
         (
-            {"dataset": report.dataset | {"class_counts": [1, 2, 3]}},
+            {"dataset": replace(report.dataset, class_counts=[1, 2, 3])},
             r"3 class_counts with sum 200, got \[1, 2, 3\]",
         ),
     ):
@@ -142,20 +146,20 @@ def test_rows_are_found_by_what_they_are() -> None:
 def test_row_of_tokens_holds_what_the_tokens_say() -> None:
     tokens = toy_tokens()
     extra = {"phoneme_error_rate": interval(0.2, 0.1, 0.3), "sequence_ece": {"value": 0.1}}
-    row = CalibrationRow.from_tokens("x", 0.1, 1.0, tokens, extra)
+    row = CalibrationRow.from_tokens("x", 0.1, None, tokens, extra)
     assert row.is_token and row.n == len(tokens) == sum(row.reliability["count"])
     assert row.quality == ["phoneme_error_rate"]
-    assert CalibrationRow.from_tokens("x", 0.1, 1.0, tokens).quality == []
+    assert CalibrationRow.from_tokens("x", 0.1, None, tokens).quality == []
     for metric, found in (tokens.metrics() | extra).items():
         assert row.metrics[metric] == found
     assert row.groups == tokens.groups() and {g["kind"] for g in row.groups} == {"end_of_sequence", "frequency", "position"}
     assert sum(row.histogram_correct) == pytest.approx(row.value("accuracy") * row.n)
     with pytest.raises(ValueError, match=r"other metrics in extra than those of the tokens, got \['ece'\]"):
-        CalibrationRow.from_tokens("x", 0.1, 1.0, tokens, {"ece": {"value": 0.1}})
+        CalibrationRow.from_tokens("x", 0.1, None, tokens, {"ece": {"value": 0.1}})
 
 
 def test_temperature_of_a_token_row_is_already_in_its_tokens() -> None:
-    plain, tempered = (CalibrationRow.from_tokens("x", 0.0, t, toy_tokens(temperature=t)) for t in (1.0, 2.0))
+    plain, tempered = (CalibrationRow.from_tokens("x", 0.0, t, toy_tokens(temperature=t or 1.0)) for t in (None, 2.0))
     assert tempered.temperature == 2.0 and tempered.value("accuracy") == plain.value("accuracy")
     assert tempered.value("nll") == toy_tokens(temperature=2.0).metrics()["nll"]["value"] != plain.value("nll")
 
@@ -183,12 +187,12 @@ def test_contradictions_of_token_reports_are_refused() -> None:
     for changes, message in (
         ({"label_names": names}, "class_counts None only with rows of tokens and label_names"),
         ({"rows": [*report.rows[:3], replace(examples.rows[3])]}, "rows of tokens or of examples, got both"),
-        ({"dataset": report.dataset | {"n": 7}}, "n = 7 in rows, got .381"),
+        ({"dataset": replace(report.dataset, n=7)}, "n = 7 in rows, got .381"),
     ):
         with pytest.raises(ValueError, match=message):
             replace(report, **changes)
     with pytest.raises(ValueError, match="class_counts None only with rows of tokens"):
-        replace(examples, dataset=examples.dataset | {"class_counts": None}, label_names=[])
+        replace(examples, dataset=replace(examples.dataset, class_counts=None), label_names=[])
     row = report.rows[0]
     with pytest.raises(ValueError, match=r"'brier'.*TokenCalibration"):
         replace(row, metrics={name: found for name, found in row.metrics.items() if name != "brier"})
@@ -212,3 +216,31 @@ def test_import_stays_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
+
+
+def test_runs_of_one_epsilon_are_told_apart_by_their_names() -> None:
+    """A distilled run beside its baseline, both without label smoothing, and a temperature which happens to be 1."""
+    report = make_report()
+    names = {"smoothed": "distilled"}
+    rows = [replace(row, run=names.get(row.run, row.run), epsilon=0.0) for row in report.rows]
+    rows[1] = replace(rows[1], temperature=1.0)
+    report = replace(report, rows=[rows[2], rows[0], rows[3], rows[1]], history={}, published=None, differences=[])
+    assert (report.smoothed, report.baseline) == (rows[2], rows[0])
+    assert report.tempered(rows[0]) == rows[1] and report.tempered(rows[2]) == rows[3] and report.tempered(rows[3]) is None
+    assert len(set(row_colours(report).values())) == 4
+    with pytest.raises(ValueError, match="set tempered=True"):
+        replace(rows[3], tempered=False)
+
+
+def test_a_run_which_ramps_from_0_is_not_said_to_be_unsmoothed() -> None:
+    ramp = SmoothingFacts.of(Smoothing(0.0, schedule=Schedule("linear", 0.4)), 3, steps=(5, 5))
+    assert (ramp.final_epsilon, ramp.epsilon_at, ramp.is_used, ramp.optimal_logit_gap) == (0.4, [0.0, 0.2, 0.4], True, None)
+    never = SmoothingFacts.of(Smoothing(0.1, schedule=Schedule("constant", warmup_steps=9)), 3, steps=(5, 5))
+    assert never.is_used is False and SmoothingFacts(None).is_used is None
+    report = make_report()
+    rows = [replace(row, epsilon=0.0) for row in report.rows]
+    report = replace(report, rows=rows, smoothing=ramp)
+    assert [report.epsilon_text(row) for row in rows] == ["0", "0", "0 → 0.4", "0 → 0.4"]
+    card = model_card(report)
+    assert "with label smoothing (epsilon = 0 → 0.4)" in card and "No label smoothing was used" not in card
+    assert CalibrationReport.from_json(report.to_json()) == report

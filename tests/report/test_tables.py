@@ -39,7 +39,7 @@ def test_wide_table_keeps_value_and_interval_together() -> None:
 
 def test_table_shows_names_as_they_are_and_gaps_as_a_dash() -> None:
     report = make_report()
-    row = with_metrics(replace(report.rows[0], name="[red]x[/red]\n[bold"), aurc={"value": math.nan})
+    row = with_metrics(replace(report.rows[0], run="[red]x[/red]\n[bold"), aurc={"value": math.nan})
     text = _printed(replace(report, rows=[row], history={}, published=None), 200)
     assert "[red]x[/red] [bold" in text
     assert row.show("aurc") == "–"
@@ -112,9 +112,9 @@ def test_no_groups_no_table() -> None:
 def test_group_and_run_names_are_shown_as_they_are() -> None:
     report = make_token_report()
     group = report.rows[0].groups[0] | {"kind": "[red]", "name": "x[/red]\n"}
-    row = replace(report.rows[0], name="[bold]y", groups=[group])
+    row = replace(report.rows[0], run="[bold]y", groups=[group])
     report = replace(report, rows=[row], history={}, published=None)
     made = group_table(report)
     assert made is not None and "[red] x[/red]" in _shown(made, 80) and "[bold]y" in _shown(made, 80)
-    turned = replace(report, rows=[replace(row, name=f"[bold]{i}") for i in range(4)])
+    turned = replace(report, rows=[replace(row, run=f"[bold]{i}") for i in range(4)])
     assert "[bold]0" in _shown(table(turned, 70), 70)

@@ -25,7 +25,6 @@ FOLDER = ROOT / "configs" / "accelerate"
 # name -> distributed type, processes, machines, on the CPU, precision
 EXPECTED = {
     "cpu": (DistributedType.NO, 1, 1, True, "no"),
-    "multi_cpu": (DistributedType.MULTI_CPU, 2, 1, True, "no"),
     "single_gpu": (DistributedType.NO, 1, 1, False, "bf16"),
     "multi_gpu": (DistributedType.MULTI_GPU, 4, 1, False, "bf16"),
     "fsdp2": (DistributedType.FSDP, 4, 1, False, "bf16"),
@@ -39,10 +38,10 @@ def header(name):
     return [line[1:] for line in lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]]
 
 
-def launch_line(name):
-    """The words after `accelerate launch` in the header, its continuations joined."""
+def launch_line(name, launcher="accelerate launch"):
+    """The words after the launcher in the header, its continuations joined."""
     text = "\n".join(header(name)).replace("\\\n", " ")
-    return shlex.split(re.search(r"accelerate launch (.*)", text).group(1))
+    return shlex.split(re.search(rf"^ *{launcher} (.*)", text, re.M).group(1))
 
 
 def launched(name):
@@ -83,12 +82,19 @@ def test_the_launch_line_of_the_header_is_a_command(name, environment):
     assert any("What to change" in line for line in header(name))
 
 
-@pytest.mark.parametrize("name", ["cpu", "multi_cpu", "single_gpu"])
+def test_a_process_of_several_on_the_cpu_is_told_of_the_others(environment):
+    """What `check_started` notices them by."""
+    launched = launch_command_parser().parse_args(["--cpu", "--num_processes", "2", "scripts/finetune.py"])
+    told = prepare_simple_launcher_cmd_env(_validate_launch_command(launched)[0])[1]
+    assert told["ACCELERATE_USE_CPU"] == "True" and "MASTER_ADDR" in told and "RANK" not in told
+
+
+@pytest.mark.parametrize("name", ["cpu", "single_gpu"])
 def test_what_a_single_process_is_told(name, environment):
     env = prepare_simple_launcher_cmd_env(launched(name))[1]
     assert env["ACCELERATE_USE_CPU"] == str(EXPECTED[name][3])
     assert env["ACCELERATE_MIXED_PRECISION"] == EXPECTED[name][4]
-    assert ("MASTER_ADDR" in env) == (name == "multi_cpu")  # by which hf_ls.launch knows that a process is missing
+    assert "MASTER_ADDR" not in env
 
 
 def test_what_processes_of_two_machines_are_told(environment):
@@ -122,7 +128,7 @@ def test_deepspeed_is_stage_3(environment):
         assert "pip install deepspeed" in " ".join(header("deepspeed_zero3"))
 
 
-def test_the_cpu_layouts_train_and_agree(tmp_path):
+def test_the_lines_for_the_cpu_train_and_agree(tmp_path):
     tokenizer = tf.AutoTokenizer.from_pretrained(model_path(EMBEDDED_MODEL))
     torch.manual_seed(0)
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
@@ -131,8 +137,9 @@ def test_the_cpu_layouts_train_and_agree(tmp_path):
     tf.BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     results = {}
-    for name, batch in (("cpu", 16), ("multi_cpu", 8)):
-        command = launch_line(name)
+    launchers = {"accelerate launch": ("accelerate.commands.launch", 16), "torchrun": ("torch.distributed.run", 8)}
+    for name, (module, batch) in launchers.items():
+        command = launch_line("cpu", name)
         settings = [
             *(
                 "--model_name_or_path",
@@ -146,12 +153,12 @@ def test_the_cpu_layouts_train_and_agree(tmp_path):
             *("--label_smoothing_factor", "0.1", "--per_device_train_batch_size", str(batch), "--max_length", "16"),
             *("--logging_steps", "1", "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "true", "--seed", "3"),
         ]
-        command = command[: command.index("scripts/finetune.py") + 1]
+        command = command[: command.index("--config")]
         done = subprocess.run(
-            [sys.executable, "-m", "accelerate.commands.launch", *command, *settings],
+            [sys.executable, "-m", module, *command, *settings],
             cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, text=True, capture_output=True,
             timeout=200, check=False,
         )  # fmt: skip
         assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
         results[name] = json.loads((tmp_path / name / "train_results.json").read_text())["train_loss"]
-    assert results["multi_cpu"] == pytest.approx(results["cpu"], rel=1e-5)
+    assert results["torchrun"] == pytest.approx(results["accelerate launch"], rel=1e-5)

@@ -88,3 +88,25 @@ def test_half_a_checkpoint_of_a_later_step_pushes_out_no_whole_one(tmp_path):
     train(tmp_path, limit=1, max_steps=4, resume=str(tmp_path / "checkpoint-2"))
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
     assert names(tmp_path) == ["checkpoint-4", "checkpoint-9"]
+
+
+def test_a_flipped_bit_in_any_file_of_a_checkpoint_is_noticed(tmp_path):
+    """Of the same size, as a bad disk or copy leaves it; in the mark itself too."""
+    train(tmp_path, max_steps=1)
+    checkpoint = tmp_path / "checkpoint-1"
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", MARK} <= {path.name for path in files}
+    check_resumable(checkpoint, Smoothing(0.1))
+    for path in files:
+        whole = path.read_bytes()
+        for at in (0, len(whole) // 2, len(whole) - 1):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+            with pytest.raises(ValueError, match=r"^expected "):
+                check_resumable(checkpoint, Smoothing(0.1))
+        path.write_bytes(whole)
+    check_resumable(checkpoint, Smoothing(0.1))
+    (checkpoint / MARK).write_text(
+        json.dumps({k: v for k, v in json.loads((checkpoint / MARK).read_text()).items() if k != "files"})
+    )
+    with pytest.raises(ValueError, match="names no files"):
+        check_resumable(checkpoint, Smoothing(0.1))

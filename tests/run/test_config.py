@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from places import ROOT
 
+from hf_ls.common.errors import did_you_mean, one_sentence
 from hf_ls.run.config import parse_config
 
 BASE = ["--dataset_name", "snippets", "--report_to", "none", "--use_cpu", "true"]
@@ -141,3 +142,122 @@ def test_a_baseline_beside_an_objective_needs_no_epsilon(tmp_path):
     assert config.training.label_smoothing_objective_params == '{"gamma": 3}'
     with pytest.raises(ValueError, match="gamm"):
         parse(tmp_path, "label_smoothing_objective: focal\nlabel_smoothing_objective_params: {gamm: 3}\n")
+
+
+# Each of them is refused by transformers, accelerate, torch or argparse, or would end the run after its start.
+WRONG = """
+--load_best_model_at_end true --eval_strategy epoch --save_strategy steps
+--load_best_model_at_end true --eval_strategy steps --eval_steps 30 --save_steps 50
+--eval_strategy steps --eval_steps 0 --logging_steps 0
+--warmup_steps -1
+--warmup_steps nan
+--logging_steps 1.5
+--logging_steps inf
+--save_steps 2.5
+--optim adamW
+--optim adafactor --optim_args x
+--lr_scheduler_type lineer
+--lr_scheduler_kwargs a=b
+--lr_scheduler_kwargs {
+--eval_strategy epochs
+--fp16 true --bf16 true
+--train_sampling_strategy grouped
+--fsdp full_shards
+--fsdp full_shard --fsdp_config nofile.json
+--hub_strategy al
+--dataloader_prefetch_factor 2
+--dataloader_prefetch_factor 0 --dataloader_num_workers 1
+--dataloader_num_workers -1
+--deepspeed ds.json
+--accelerator_config nofile.json
+--accelerator_config {
+--accelerator_config {"a":1}
+--torch_empty_cache_steps 0
+--neftune_noise_alpha x
+--parallelism_config x
+--max_length=--
+--generation_config nofile.json
+--debug x
+--report_to wandbb
+--log_level loud
+--liger_kernel_config x
+--gradient_checkpointing_kwargs {
+--learning_rate nan
+--learning_rate -1e-3
+--weight_decay inf
+--adam_beta1 1
+--adam_beta2 -0.1
+--seed -1
+--seed 4294967296
+--data_seed -3
+--per_device_train_batch_size 0
+--per_device_eval_batch_size -2
+--gradient_accumulation_steps 0
+--num_train_epochs -1
+--eval_accumulation_steps 0
+--save_total_limit 0
+--peft lora --lora_r 0
+--peft lora --lora_dropout 1
+--mixup_alpha -1
+--distillation_teacher a --distillation_alpha 2
+--label_smoothing_factor nan
+--label_smoothing_objective focl
+--label_smoothing_objective focal --label_smoothing_objective_params {"gama":1}
+--torch_compile_backend nonsense --torch_compile true
+--ddp_backend carrier_pigeon
+--local_rank x
+--output_dir
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize("argv", WRONG)
+def test_whatever_refuses_a_setting_the_user_reads_one_sentence(tmp_path, monkeypatch, argv):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError) as caught:
+        parse_config([*BASE, *argv.split()])
+    sentence = one_sentence(caught.value)
+    assert (
+        sentence is not None
+        and sentence.startswith("expected ")
+        and "\n" not in sentence
+        and ", got" in sentence
+        and "; " in sentence
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ("--epsilon", "label_smoothing_factor"), ("--lr", "learning_rate"), ("--epochs", "num_train_epochs"),
+        ("--batch_size", "per_device_train_batch_size"), ("--batch-size=4", "per_device_train_batch_size"), ("--use_peft", "peft"),
+        ("--model", "model_name_or_path"), ("--dataset", "dataset_name"), ("--random_seed", "seed"), ("--sed", "seed"),
+        ("--max_source_length", "max_length"), ("--metric_name", "metric_for_best_model"), ("--dtype", "bf16"),
+        ("--text_column_names", "text_column"), ("--validation_split_percentage", "validation_fraction"),
+        ("--label_list", None), ("--calibration_bins", None), ("--zzz", None),
+    ],
+)  # fmt: skip
+def test_an_unknown_setting_is_answered_with_the_one_which_is_meant(tmp_path, asked, meant):
+    with pytest.raises(ValueError, match="expected known settings") as caught:
+        parse(tmp_path, "", asked, "0.1")
+    assert ("did you mean" in str(caught.value)) == (meant is not None)
+    assert meant is None or f"did you mean {meant!r}?" in str(caught.value)
+
+
+def test_only_what_exists_is_suggested():
+    assert did_you_mean("epsilon", ["seed", "adam_epsilon_of_mine"], "choose one") == "choose one"
+    assert did_you_mean("smECE", ["ece", "smooth_ece"]) == "did you mean 'smooth_ece'?"
+
+
+@pytest.mark.parametrize(("task", "known", "unknown"), [
+    ("text-classification", "accuracy", "f1"), ("text-classification", "eval_nll", "perplexity"),
+
+    ("causal-lm --source_column a --target_column b", "perplexity", "exact_match"),
+    ("seq2seq --source_column a --target_column b", "eos_ece", "chrf"),
+    ("seq2seq --source_column a --target_column b --predict_with_generate", "exact_match", "bleu"),
+    ("token-classification", "perplexity", "eos_ece"),
+])  # fmt: skip
+def test_the_best_model_is_chosen_by_a_metric_which_evaluations_give(tmp_path, task, known, unknown):
+    argv = ["--dataset_name", "some/set", "--task", *task.split(), "--metric_for_best_model"]
+    assert parse(tmp_path, "", *argv, known).training.metric_for_best_model == known
+    with pytest.raises(ValueError, match=f"expected metric_for_best_model among .* got '{unknown}'"):
+        parse(tmp_path, "", *argv, unknown)

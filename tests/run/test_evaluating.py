@@ -21,7 +21,7 @@ from helpers import tiny_bert
 from huggingface_hub import ModelCard
 from places import ROOT
 from reports import make_report
-from small_tokenizer import WORDS, save_tokenizer
+from small_tokenizer import WORDS, save_tokenizer, texts
 
 import hf_ls
 from hf_ls.data.labels import match_labels, permutation_warning
@@ -44,11 +44,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bert.classifier.weight.mul_(400)
     bert.save_pretrained(folder)
     return folder
-
-
-def texts(n: int, seed: int) -> list[str]:
-    rng = np.random.default_rng(seed)
-    return [" ".join(WORDS[i] for i in rng.integers(4, len(WORDS), rng.integers(3, 9))) for _ in range(n)]
 
 
 def logits_of(folder: Path, lines: list[str]) -> np.ndarray:
@@ -92,7 +87,7 @@ def test_report_holds_the_numbers_of_the_model_on_the_data(
     assert (plain.name, tempered.name) == (ROW, f"{ROW} + temperature") and tempered.temperature > 1.5
     assert plain.value("nll") == pytest.approx(nll(logits, ids), rel=1e-5)
     assert plain.value("accuracy") == pytest.approx((logits.argmax(1) == ids).mean())
-    assert tempered.value("nll") < plain.value("nll") and report.dataset["class_counts"] == np.bincount(ids).tolist()
+    assert tempered.value("nll") < plain.value("nll") and report.dataset.class_counts == np.bincount(ids).tolist()
 
     found = json.loads((tmp_path / POSTHOC).read_text())
     assert found["temperature"]["nll"] == pytest.approx(tempered.value("nll"))
@@ -104,10 +99,10 @@ def test_report_holds_the_numbers_of_the_model_on_the_data(
 
 def test_nothing_is_claimed_about_a_training_which_nobody_saw(model: Path, files: dict[str, Any], tmp_path: Path) -> None:
     report = evaluate(settings(model, files, tmp_path, write_card=True))
-    assert [row.epsilon for row in report.rows] == [None, None] and report.training == {} and report.baseline is None
+    assert [row.epsilon for row in report.rows] == [None, None] and report.training is None and report.baseline is None
     text = ModelCard.load(tmp_path / "README.md").text
-    assert "Not known: this model was evaluated here, not trained." in text and "- base model: not known" in text
-    assert "evaluated here without training (whether label smoothing was used is not known)" in text
+    assert "not known: this model was not trained here" in text and "- base model: not known" in text
+    assert "not trained here (whether label smoothing was used is not known)" in text
     assert "trained from scratch" not in text and "effective epsilon" not in text
     assert "?" in next(line for line in text.splitlines() if line.startswith(f"| {ROW} |"))
     said = evaluate(settings(model, files, tmp_path / "said", epsilon=0.1, write_card=True))
@@ -186,7 +181,7 @@ def test_token_classification(tmp_path: Path) -> None:
             )
             for row in rows[30:]
         ]  # fmt: skip
-    assert report.is_token_task and report.dataset["n_sequences"] == 30 and report.rows[0].name == ROW
+    assert report.is_token_task and report.dataset.n_sequences == 30 and report.rows[0].name == ROW
     assert report.rows[0].value("nll") == pytest.approx(float(torch.cat(losses).mean()), rel=1e-4)
 
 
@@ -240,7 +235,7 @@ def test_a_bad_model_is_not_called_permuted() -> None:
 
 
 def test_update_card_adds_results_and_keeps_everything_else(tmp_path: Path) -> None:
-    dataset = make_report(rows=1).dataset | {"hub_id": "owner/snippets"}
+    dataset = replace(make_report(rows=1).dataset, hub_id="owner/snippets")
     report = make_report(rows=1, dataset=dataset)
     path = tmp_path / "README.md"
     path.write_text("---\nlicense: mit\ntags:\n- mine\n---\n\n# By hand\n\nWords & <b>markup</b>.\n")
@@ -251,7 +246,7 @@ def test_update_card_adds_results_and_keeps_everything_else(tmp_path: Path) -> N
     metrics = report.rows[0].metrics
     better = replace(report, rows=[replace(report.rows[0], metrics={**metrics, "nll": {"value": 0.25}})])
     update_card(better, str(path))
-    update_card(replace(report, dataset=dataset | {"split": "validation"}), str(path))
+    update_card(replace(report, dataset=replace(dataset, split="validation")), str(path))
     found = ModelCard.load(path).data.eval_results
     assert len(found) == 8 and [r.metric_value for r in found if r.metric_type == "nll" and r.dataset_split == "test"] == [0.25]
     with pytest.raises(ValueError, match="id on the Hub"):
@@ -295,7 +290,7 @@ def test_script_on_the_embedded_data(model: Path, tmp_path: Path) -> None:
 
     done = run("--dataset_name", "snippets", "--max_samples", "64", "--epsilon", "0")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert CalibrationReport.load(tmp_path / "out" / REPORT).dataset["n"] == 64 and "Labels were matched by name" in done.stdout
+    assert CalibrationReport.load(tmp_path / "out" / REPORT).dataset.n == 64 and "Labels were matched by name" in done.stdout
     wrong = run("--dataset", "snippets")
     assert wrong.returncode == 1 and wrong.stderr.startswith("error: ") and "Traceback" not in wrong.stderr
     with pytest.raises(ValueError, match="output_dir"):

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,8 +29,8 @@ from hf_ls.report.calibration_report import CalibrationReport
 from hf_ls.run.checkpoint import MARK, last_complete_checkpoint
 from hf_ls.run.config import parse_config
 from hf_ls.run.finetune import finetune
+from hf_ls.run.manifest import Manifest
 from hf_ls.run.outcome import OUTCOME
-from hf_ls.run.torchrun import failure
 
 # Everything which changes files at once: two runs, evaluation between steps, the best checkpoint, deletion, a baked temperature.
 RUN = [
@@ -152,14 +153,13 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(tiny, tmp_path, wh
 def test_a_run_killed_while_it_was_deleted_is_not_resumed(tiny, tmp_path, whole):
     """Marks of complete checkpoints may outlive their files, and settings of another run would go unnoticed."""
     folder = tmp_path / "old"
-    (folder / "checkpoint-9").mkdir(parents=True)
-    (folder / "checkpoint-9" / MARK).write_bytes((whole / "checkpoint-9" / MARK).read_bytes())
-    (folder / "settings.json").write_bytes((whole / "settings.json").read_bytes())
+    shutil.copytree(whole, folder)
     argv = arguments(tiny, folder, *RUN, *SHORT)
     code, output = with_fault([*argv, "--overwrite_output_dir"], folder, Fault("remove", "checkpoint-9/*"))
     assert code == -signal.SIGKILL, output
     with pytest.raises(ValueError, match=r"expected settings.json beside .*checkpoint-9.*--overwrite_output_dir"):
         finetune(parse_config([*argv, *RESUME]))
+    assert not Manifest(folder).foreign()  # what is left is still known as the run's: the next start deletes it
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +274,7 @@ def test_a_rank_which_dies_ends_the_run_and_is_named(tiny, tmp_path):
     next(member for member in family(process) if member.environ().get("RANK") == "1").kill()
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert re.search(r"^error: rank 1 was killed \(SIGKILL.*--resume_from_checkpoint last$", output, re.M), output
+    assert re.search(r"rank +: 1 .*\n.*exitcode +: -9", output), output  # torchrun's own words, last
     assert last_complete_checkpoint(tmp_path / "out")
 
 
@@ -300,25 +300,3 @@ def test_a_rank_without_a_launcher_does_not_wait_for_a_dead_one(tiny, tmp_path, 
     assert ranks[1 - dead].returncode == 1
     last = output.strip().splitlines()[-1]
     assert last.startswith(f"error: rank {1 - dead} of 2 stopped") and last.endswith("--resume_from_checkpoint last"), output
-
-
-@pytest.mark.parametrize(("how", "said"), [("sys.exit(3)", "rank 1 ended with exit code 3"),
-                                           ("os.kill(os.getpid(), 11)", r"rank 1 was killed \(SIGSEGV\)")])  # fmt: skip
-def test_torchrun_names_the_first_failure_in_its_last_line(tmp_path, how, said):
-    """The other rank would sleep for ten minutes."""
-    (tmp_path / "job.py").write_text(f"import os, sys, time\n{how} if os.environ['RANK'] == '1' else time.sleep(600)\n")
-    command = [sys.executable, "-m", "hf_ls.run.torchrun", "--standalone", "--nproc_per_node", "2", str(tmp_path / "job.py")]
-    process = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120)
-    assert process.returncode == 1
-    assert re.match(f"error: {said}.*--resume_from_checkpoint last$", process.stderr.strip().splitlines()[-1]), process.stderr
-
-
-def test_the_killed_rank_is_named_before_those_which_lost_it():
-    def named(*codes):
-        return failure({rank: SimpleNamespace(exitcode=code) for rank, code in enumerate(codes)})
-
-    assert named(1, -signal.SIGKILL, -signal.SIGTERM).startswith(
-        "error: rank 1 was killed (SIGKILL, by hand or for want of memory)"
-    )
-    assert named(-signal.SIGTERM, 2).startswith("error: rank 1 ended with exit code 2")
-    assert named(-signal.SIGTERM, -signal.SIGTERM).startswith("error: rank 0 was killed (SIGTERM)")

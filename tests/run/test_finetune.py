@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -12,16 +13,19 @@ import pytest
 import torch
 import transformers as tf
 from huggingface_hub import HfApi, RepoUrl
-from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from tiny_run import ALL, arguments, save_tiny_model, script
 
 from hf_ls.calibration.temperature import fit_temperature
+from hf_ls.common.errors import one_sentence
+from hf_ls.losses.smoothing import Smoothing
 from hf_ls.report.calibration_report import CalibrationReport
 from hf_ls.report.card import model_card
 from hf_ls.run.checkpoint import last_complete_checkpoint
 from hf_ls.run.config import parse_config
-from hf_ls.run.finetune import finetune
+from hf_ls.run.finetune import _planned, finetune
+from hf_ls.run.outcome import run_name
+from hf_ls.trainer.arguments import smoothing_of, techniques_of
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +64,7 @@ def test_the_rows_are_both_runs_with_and_without_temperature(done):
     assert [row.name for row in report.rows] == ["baseline", "baseline + temperature", "smoothed", "smoothed + temperature"]
     assert [row.epsilon for row in report.rows] == [0.0, 0.0, 0.1, 0.1]
     assert CalibrationReport.load(folder / "calibration.json") == report
-    assert report.dataset["split"] == "test"
+    assert report.dataset.split == "test"
     assert report.published == "smoothed"
     for row, name in ((0, "baseline"), (2, ".")):
         with np.load(folder / name / "predictions.npz") as saved:
@@ -119,6 +123,45 @@ def test_dry_run_checks_and_writes_nothing(tiny, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("words", "name"), [
+    ("", "baseline"), ("--label_smoothing_factor 0.1", "smoothed"), ("--label_smoothing_objective focal", "focal"),
+    ("--label_smoothing_schedule linear --label_smoothing_final_factor 0.4", "smoothed"),  # from 0
+    ("--label_smoothing_schedule linear --label_smoothing_factor 0.4", "smoothed"),  # to 0
+    ("--label_smoothing_schedule cosine --label_smoothing_warmup_steps 5", "baseline"),  # from 0 to 0
+    ("--mixup_alpha 0.2", "mixup"), ("--teacher some/model", "distilled"),
+])  # fmt: skip
+def test_a_run_is_named_by_what_it_does_and_its_baseline_does_nothing(tmp_path, words, name):
+    config = parse_config([*arguments("x/y", tmp_path), *words.split()])
+    config = replace(config, run=replace(config.run, with_baseline=True))
+    baseline, run = _planned(config)
+    assert [run_name(one.training) for one in (baseline, run)] == ["baseline", name]
+    assert smoothing_of(baseline.training) == Smoothing(0.0) and not techniques_of(baseline.training)
+    assert baseline.training.output_dir == str(tmp_path / "baseline") and run.training.output_dir == str(tmp_path)
+
+
+@pytest.mark.parametrize("words", [
+    ["--lr_scheduler_kwargs", '{"none_such": 1}'], ["--optim", "adafactor", "--optim_args", "x"], ["--report_to", "wandbb"],
+    ["--lr_scheduler_type", "cosine_with_min_lr"],
+], ids=lambda words: words[0])  # fmt: skip
+def test_a_dry_run_finds_what_would_end_the_run_before_its_first_step(tiny, tmp_path, words):
+    with pytest.raises(ValueError, match=r"^expected settings") as found:
+        finetune(parse_config(arguments(tiny, tmp_path / "out", *ALL, "--dry_run", *words)))
+    assert one_sentence(found.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["settings.json", "outcome.json", "baseline/outcome.json"])
+@pytest.mark.parametrize("damage", [lambda text: text[: len(text) // 2], lambda text: "[]", lambda text: "{}"])
+def test_a_damaged_file_of_an_earlier_run_is_one_sentence(done, tiny, tmp_path, name, damage):
+    folder = shutil.copytree(done[0], tmp_path / "out")
+    (folder / name).write_text(damage((folder / name).read_text()))
+    argv = arguments(tiny, folder, *ALL, "--label_smoothing_factor", "0.1", "--with_baseline", "--num_train_epochs", "2",
+                     "--save_strategy", "no", "--resume_from_checkpoint", "last")  # fmt: skip
+    with pytest.raises(ValueError) as found:
+        finetune(parse_config(argv))
+    assert (one_sentence(found.value) or "").startswith("expected "), repr(found.value)
+
+
 def test_baked_temperature_is_in_the_saved_weights(tiny, tmp_path):
     argv = arguments(tiny, tmp_path, *ALL, "--max_steps", "4", "--save_strategy", "no", "--bake_temperature")
     report = finetune(parse_config(argv))
@@ -150,27 +193,25 @@ def test_lora_trains_adapters_and_the_head(tiny, tmp_path):
         parse_config(arguments(tiny, tmp_path, *ALL, "--max_steps", "3", "--save_strategy", "no", "--peft", "lora"))
     )
     assert (tmp_path / "adapter_model.safetensors").is_file()
-    assert report.training["peft"] == "lora"
+    assert report.training.peft == "lora"
 
 
-def test_the_last_push_carries_our_card_and_no_baseline(tiny, tmp_path, monkeypatch):
+def test_the_push_carries_our_card_and_no_baseline(tiny, tmp_path, monkeypatch):
     pushes = []
 
-    def upload(self, *, repo_id, folder_path, ignore_patterns, **kwargs):
-        kept = filter_repo_objects(
-            [str(p.relative_to(folder_path)) for p in Path(folder_path).rglob("*")], ignore_patterns=ignore_patterns
-        )
-        pushes.append((repo_id, Path(folder_path, "README.md").read_text(), set(kept)))
+    def commit(self, repo_id, operations, **kwargs):
+        pushes.append((repo_id, {found.path_in_repo: found for found in operations}))
 
     monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **kwargs: RepoUrl(f"https://huggingface.co/{name}"))
-    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    monkeypatch.setattr(HfApi, "create_commit", commit)
     push = ["--push_to_hub", "--hub_model_id", "me/tiny", "--label_smoothing_factor", "0.1", "--with_baseline"]
     report = finetune(parse_config(arguments(tiny, tmp_path, *ALL, "--max_steps", "2", "--save_strategy", "no", *push)))
-    repo_id, card, files = pushes[-1]
+    ((repo_id, files),) = pushes
     assert repo_id == report.model_name == "me/tiny"
-    assert card == model_card(report)
-    assert {"README.md", "calibration.json", "model.safetensors", "plots/reliability.png"} <= files
-    assert not {name for name in files if name.startswith(("baseline/", "checkpoint", "predictions", "training_args"))}
+    assert files["README.md"].path_or_fileobj.decode() == model_card(report)
+    assert {"README.md", "calibration.json", "model.safetensors", "tokenizer.json", "plots/reliability.png"} <= set(files)
+    private = ("baseline/", "checkpoint", "predictions", "training_args", "settings", "outcome", "penultimate", "hf_ls_")
+    assert not {name for name in files if name.startswith(private)}
 
 
 def test_early_stopping_ends_the_run_and_keeps_the_best_weights(tiny, tmp_path):
@@ -187,7 +228,7 @@ def test_early_stopping_ends_the_run_and_keeps_the_best_weights(tiny, tmp_path):
 
 def test_evaluation_only_and_nothing_asked(tiny, tmp_path):
     report = finetune(parse_config(arguments(tiny, tmp_path / "eval", "--do_eval")))
-    assert (report.dataset["split"], len(report.rows)) == ("validation", 1)
+    assert (report.dataset.split, len(report.rows)) == ("validation", 1)
     with pytest.raises(ValueError, match="do_train"):
         finetune(parse_config(arguments(tiny, tmp_path / "none")))
 

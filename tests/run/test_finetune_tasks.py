@@ -9,6 +9,7 @@ import pytest
 from faults import Fault, with_fault
 from safetensors.torch import load_file
 
+from hf_ls.data.classification import EMBEDDED_MODEL, model_path
 from hf_ls.report.calibration_report import CalibrationReport
 from hf_ls.run.checkpoint import MARK, last_complete_checkpoint
 from hf_ls.run.config import parse_config
@@ -94,7 +95,7 @@ def test_the_reported_nll_is_the_models_own_loss(done):
             n = int((labels if task == "seq2seq" else labels[:, 1:]).ne(-100).sum())
             total, count = total + float(model(**batch).loss) * n, count + n
     assert report.rows[2].value("nll") == pytest.approx(total / count, rel=1e-5)
-    assert report.dataset["n"] == count
+    assert report.dataset.n == count
 
 
 def test_generations_are_what_was_scored(done):
@@ -158,6 +159,30 @@ def test_tags_of_words_from_a_local_file(tmp_path):
     ]))  # fmt: skip
     assert len(report.rows) == 4
     tags = sum(len(words) - i % 3 + 1 for i in range(20))
-    assert report.dataset["n"] == tags
-    assert sum(report.dataset["class_counts"]) == tags
+    assert report.dataset.n == tags
+    assert sum(report.dataset.class_counts) == tags
     assert load_file(tmp_path / "out" / "model.safetensors")["classifier.weight"].shape == (2, 16)
+
+
+def test_a_tokenizer_with_which_no_decoder_can_start_is_refused_in_a_dry_run(tmp_path):
+    """BERT's has neither bos nor eos; the collator would fail at the first batch."""
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(
+            "\n".join(json.dumps({"en": f"{split} {i}", "de": f"ein {i}"}) for i in range(9))
+        )
+    files = [word for split in ("train", "validation", "test") for word in (f"--{split}_file", str(tmp_path / f"{split}.jsonl"))]
+    argv = [word for word in arguments(tmp_path / "out", "seq2seq") if word not in ("--dataset_name", "cmudict")]
+    argv += [
+        "--dry_run",
+        *files,
+        "--source_column",
+        "en",
+        "--target_column",
+        "de",
+        "--tokenizer_name",
+        str(model_path(EMBEDDED_MODEL)),
+    ]
+    with pytest.raises(
+        ValueError, match=r"expected a tokenizer with a bos_token, .* got Bert.* without one; name another tokenizer"
+    ):
+        finetune(parse_config(argv))

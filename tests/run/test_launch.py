@@ -3,52 +3,47 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import weakref
+from contextlib import nullcontext
 
 import pytest
+from places import ROOT
 
 from hf_ls.run import launch
-from hf_ls.run.launch import end_processes, requested_processes, start_missing_processes
+from hf_ls.run.launch import check_started, end_processes
+
+SINGLE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "ACCELERATE_USE_CPU": "True"}  # what accelerate leaves
 
 
 @pytest.mark.parametrize(
-    "launcher",
-    [["python", "/env/bin/accelerate", "launch"], ["accelerate-launch"], ["python", "-m", "accelerate.commands.launch"]],
+    ("variables", "accepted"),
+    [
+        (SINGLE, False),
+        *[(SINGLE | {rank: "0"}, True) for rank in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")],
+        (SINGLE | {"ACCELERATE_USE_CPU": "False"}, True),
+        ({"ACCELERATE_USE_CPU": "True"}, True),
+        ({"MASTER_ADDR": "10.0.0.1"}, True),  # of a cluster, and no accelerate launch
+    ],
 )
-@pytest.mark.parametrize("flag", [["--num_processes", "3"], ["--num_processes=3"], ["--num-processes", "3"]])
-def test_number_of_processes_is_read_from_the_launch_command(launcher, flag):
-    assert requested_processes([*launcher, "--cpu", *flag, "train.py", "--num_processes", "7"]) == 3
-
-
-def test_number_of_processes_is_read_from_the_config_file(tmp_path):
-    (tmp_path / "a.yaml").write_text("num_processes: 4\n")
-    assert requested_processes(["accelerate", "launch", "--config_file", str(tmp_path / "a.yaml"), "train.py"]) == 4
-
-
-def test_other_commands_ask_for_nothing():
-    assert requested_processes(["bash", "-c", "python train.py"]) is None
-    assert requested_processes(["accelerate", "launch", "--cpu", "train.py"]) is None
-
-
-def test_several_machines_are_refused():
-    with pytest.raises(ValueError, match="torchrun"):
-        requested_processes(["accelerate", "launch", "--num_machines", "2", "--num_processes", "4", "train.py"])
-
-
-def test_a_process_with_a_rank_is_left_alone(monkeypatch):
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
-    monkeypatch.setenv("RANK", "0")
-    start_missing_processes()
-
-
-def test_an_unknown_parent_is_an_error(monkeypatch):
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
-    for name in ("RANK", "WORLD_SIZE"):
+def test_one_process_of_several_stops_and_names_torchrun(monkeypatch, variables, accepted):
+    for name in (*SINGLE, *launch._RANKS):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ValueError, match="torchrun"):
-        start_missing_processes()
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with nullcontext() if accepted else pytest.raises(ValueError, match=r"torchrun --nproc_per_node N .* --use_cpu true"):
+        check_started()
+
+
+def test_accelerate_launch_on_several_cpu_processes_ends_with_one_sentence():
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "scripts/finetune.py"]
+    done = subprocess.run([*command, "--dataset_name", "snippets"], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                          text=True, capture_output=True, timeout=120, check=False)  # fmt: skip
+    assert done.returncode != 0
+    assert "error: expected all processes which accelerate launch was asked for, got one" in done.stderr
+    assert "torchrun --nproc_per_node N scripts/finetune.py" in done.stderr
 
 
 def test_no_model_outlives_the_process_group(monkeypatch):

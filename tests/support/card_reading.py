@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from huggingface_hub import ModelCard
@@ -11,7 +12,7 @@ from reports import make_report
 from hf_ls.report.calibration_report import CalibrationReport
 from hf_ls.report.card import MARKER, model_card
 
-ORDER = ["Calibration", "How to use", "Label smoothing", "Training", "Limitations", "Versions"]
+ORDER = ["Evaluation", "How to use", "Label smoothing", "Training", "Limitations", "Versions"]
 HOSTILE = {
     "newline": "a\nb",
     "yaml document": "x\n---\nlicense: mit\n---\n# Owned",
@@ -43,11 +44,7 @@ HOSTILE = {
 
 
 def on_the_hub(**changes: Any) -> CalibrationReport:
-    dataset = make_report(rows=1).dataset | {
-        "hub_id": "owner/snippets",
-        "config": "default",
-        "revision": "1e5",
-    }
+    dataset = replace(make_report(rows=1).dataset, hub_id="owner/snippets", config="default", revision="1e5")
     return make_report(dataset=dataset, **changes)
 
 

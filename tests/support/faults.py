@@ -33,7 +33,8 @@ class Fault:
 
     event: "open" for writing, "rename" to the path, "remove", "saved" after torch.save, "step" and "predict" of a run's folder;
         "*" is any of them.
-    torn: a file which was "saved" is cut to half its size before the kill, one to "open" is emptied; other events are whole.
+    torn: a file which was "saved" is cut to half its size before the kill, one to "open" is emptied unless it is appended to;
+        other events are whole.
     """
 
     event: str
@@ -87,7 +88,8 @@ class _Hook:
             return
         self.left -= 1
         if self.left == 0:
-            if self.fault.torn and event in ("open", "saved"):
+            appended = event == "open" and args[2] & os.O_APPEND
+            if self.fault.torn and event in ("open", "saved") and not appended:
                 os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644))
                 os.truncate(path, os.path.getsize(path) // 2 if event == "saved" else 0)
             os.write(1, f"killed at {self.seen[-1]}\n".encode())

@@ -37,8 +37,7 @@ def arguments(model, folder, *extra):
 
 def script(argv, processes=1, check=True, wait=True):
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1",
-               "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = command if processes > 1 else [sys.executable]
     process = subprocess.Popen(
         [*command, str(ROOT / "scripts" / "finetune.py"), *argv], env=env, cwd=ROOT, text=True,

@@ -7,7 +7,7 @@ from hf_ls.metrics import (
     PredictionStatistics,
     TokenCalibration,
 )
-from hf_ls.trainer.statistics import item_statistics
+from hf_ls.trainer.evaluation import item_statistics
 
 V, EOS = 40, 2
 COUNTS = np.concatenate([[0, 5, 10**6], np.random.default_rng(0).integers(0, 3000, V - 3)])

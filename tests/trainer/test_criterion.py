@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from hf_ls import LabelSmoothingArguments, LabelSmoothingTrainer, Smoothing
 from hf_ls.losses.adaptive import OnlineLabelSmoothing, adaptive_smoothed_terms
-from hf_ls.losses.objectives import COMBINES_WITH_EPSILON, OBJECTIVES, Objective, masked_objective
+from hf_ls.losses.objectives import COMBINES_WITH_EPSILON, NAMES, OBJECTIVES, Objective, masked_objective
 from hf_ls.run.checkpoint import CheckpointMark
-from hf_ls.trainer.criterion import NAMES, Criterion, parse_params
+from hf_ls.trainer.criterion import Criterion, parse_params
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -249,15 +249,12 @@ def test_a_teacher_named_in_the_arguments_must_be_given(tmp_path):
 
 REPORT = {"published": "smoothed", "smoothing": {"epsilon": 0.1}}
 EVIDENCE = [
-    ("calibration.json", json.dumps(REPORT | {"rows": [{"name": "smoothed", "epsilon": 0.1}]}), "epsilon = 0.1"),
-    ("calibration.json", json.dumps(REPORT | {"rows": [{"name": "smoothed", "epsilon": 0.0}]}), None),
+    ("calibration.json", json.dumps(REPORT | {"rows": [{"run": "smoothed", "epsilon": 0.1}]}), "epsilon = 0.1"),
+    ("calibration.json", json.dumps(REPORT | {"rows": [{"run": "smoothed", "epsilon": 0.0}]}), None),
     ("calibration.json", json.dumps(REPORT | {"published": None, "rows": [{"epsilon": 0.0}, {"epsilon": 0.1}]}), "epsilon = 0.1"),
     ("settings.json", '{"label_smoothing_factor": 0.2}', "epsilon = 0.2"),
     ("settings.json", '{"label_smoothing_factor": 0.0}', None),
-    ("README.md", "## Training hyperparameters\n- seed: 42\n- label_smoothing_factor: 0.1\n", "epsilon = 0.1"),
-    ("README.md", "## Label smoothing\n\n- effective epsilon: 0.05\n", "epsilon = 0.05"),
-    ("README.md", "No label smoothing was used (epsilon = 0): the targets are the plain hard labels.", None),
-    ("README.md", "A model.", None),
+    ("config.json", '{"label_smoothing": 0.1}', "epsilon = 0.1"),
     ("calibration.json", "no json", None),
 ]
 
@@ -271,7 +268,7 @@ def test_smoothed_teachers_are_recognised_by_their_files(tmp_path, file, text, e
 
 def test_the_first_file_which_states_an_epsilon_decides(tmp_path):
     (tmp_path / "settings.json").write_text('{"label_smoothing_factor": 0.0}')
-    (tmp_path / "README.md").write_text("- effective epsilon: 0.1")
+    (tmp_path / "config.json").write_text('{"label_smoothing": 0.1}')
     assert smoothing_evidence(tmp_path) is None
     assert smoothing_evidence("nobody/no-such-model") is None
     assert smoothing_evidence("not a name", local_files_only=True) is None

@@ -130,7 +130,7 @@ def test_sft_with_lora_trains_the_adapter_alone_without_logits(tmp_path):
     """The columns of a dataset which is tokenised already: no tokenizer, nothing from TRL's templates."""
     pytest.importorskip("trl")
     from datasets import Dataset
-    from test_sft import tokenizer
+    from sft_rows import tokenizer
 
     from hf_ls import LabelSmoothingSFTConfig, LabelSmoothingSFTTrainer
 
@@ -205,6 +205,7 @@ def test_the_best_trial_of_a_search_can_be_trained(tmp_path):
     assert record["loss"] == pytest.approx(F.cross_entropy(logits, labels, label_smoothing=epsilon).item(), rel=1e-5)
 
 
+@pytest.mark.stock
 def test_stock_search_trains_every_trial_with_the_first_epsilon(tmp_path):
     _, _, seen = searched(tmp_path, tf.Trainer, tf.TrainingArguments, [0.1, 0.3], compute_objective=lambda m: m["eval_loss"])
     if seen[0][1] != seen[1][1]:

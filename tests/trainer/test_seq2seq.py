@@ -70,6 +70,7 @@ def test_trap_05_one_evaluation_gives_the_unsmoothed_token_nll_and_generated_tok
         assert 0 <= metrics[f"eval_{metric}"] < float("inf")
 
 
+@pytest.mark.stock
 def test_trap_05_stock_ignores_the_loss_function_where_it_generates(tmp_path):
     def loss_function(outputs, labels, num_items_in_batch=None):
         return torch.tensor(123.0)

@@ -295,3 +295,18 @@ def test_without_trl_the_error_says_what_to_install():
 
 def test_every_model_here_is_known():
     assert {"llama", "gemma2", "granite", "cohere", "mixtral"} <= MODELS.keys()
+
+
+def test_examples_which_max_length_drops_are_counted_and_not_all_of_them(tmp_path, caplog):
+    """TRL cuts prompts and completions to `max_length` and drops what has no label left, without a word."""
+
+    def rows(*prompts):
+        return Dataset.from_dict({"prompt": [words(n, n) for n in prompts], "completion": [f" {words(2, 1)}"] * len(prompts)})
+
+    given = rows(10, 2, 11, 2, 12, 2, 13, 2)
+    trainer = trainer_of(tmp_path, LabelSmoothingSFTTrainer, rows=given, eval_rows=given, max_length=8)
+    said = [record.getMessage() for record in caplog.records if "are dropped" in record.getMessage()]
+    assert len(trainer.train_dataset) == 4
+    assert [text.split(" are dropped")[0] for text in said] == ["train: 4 of 8 examples", "eval: 4 of 8 examples"]
+    with pytest.raises(ValueError, match="a token to learn within max_length=8, got none of 3"):
+        trainer_of(tmp_path, LabelSmoothingSFTTrainer, rows=rows(10, 11, 12), max_length=8)

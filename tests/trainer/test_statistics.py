@@ -9,8 +9,8 @@ from helpers import arguments, collate, tiny_llama, token_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_ls import LabelSmoothingTrainer
-from hf_ls.trainer import statistics as module
-from hf_ls.trainer.statistics import item_statistics
+from hf_ls.trainer import evaluation as module
+from hf_ls.trainer.evaluation import item_statistics
 
 
 class Largest(TorchDispatchMode):

@@ -63,6 +63,7 @@ def test_full_batch_is_the_models_own_loss_and_accumulation_changes_nothing(tmp_
 
 
 @pytest.mark.parametrize("make", [tiny_bert, tiny_t5], ids=lambda f: f.__name__)
+@pytest.mark.stock
 def test_trap_01_stock_loss_and_gradient_grow_with_accumulation(tmp_path, make):
     rows = classification_rows() if make is tiny_bert else seq2seq_rows()
     once, g1 = one_step(tf.Trainer, make(), rows, tmp_path, per_device_train_batch_size=8)
@@ -131,7 +132,7 @@ def test_trap_09_an_all_ignored_batch_trains_on_nothing(tmp_path):
     before = trainer.model.lm_head.weight.clone()
     trainer.train()
     losses = [r["loss"] for r in trainer.state.log_history if "loss" in r]
-    assert losses[0] == 0.0
+    assert math.isnan(losses[0])  # nothing was measured
     assert losses[1] > 4
     assert torch.isfinite(trainer.model.lm_head.weight).all()
     assert not torch.equal(before, trainer.model.lm_head.weight)

@@ -39,6 +39,7 @@ def test_trap_04_evaluation_is_unsmoothed_and_does_not_depend_on_the_batch_size(
     assert metrics["eval_signed_gap"] == pytest.approx((confidence - (prediction == y).double()).mean().item(), abs=1e-9)
 
 
+@pytest.mark.stock
 def test_trap_04_stock_eval_loss_is_smoothed_and_a_mean_of_means(tmp_path):
     model, rows = tiny_llama(sharpness=30).eval(), token_rows(seed=3)
     batch = collate(rows.rows)

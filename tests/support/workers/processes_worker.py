@@ -83,17 +83,24 @@ def whole(model: Any) -> dict[str, Tensor]:
     return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in model.named_parameters()}
 
 
+def shared_folder(world: int) -> str:
+    """A new folder, the same on all processes."""
+    folder = [tempfile.mkdtemp()]
+    if world > 1:
+        dist.broadcast_object_list(folder)
+    return folder[0]
+
+
 def build(name: str, layout: str, world: int) -> Any:
     """The model, sharded at load time by transformers in the layouts "fsdp", "tp" and "tp x fsdp"."""
     model = MODELS[name][0]().double()
     if layout not in ("fsdp", "tp", "tp x fsdp"):
         return model
-    folder = [tempfile.mkdtemp()]
-    dist.broadcast_object_list(folder)  # save_pretrained writes on rank 0 only
-    model.save_pretrained(folder[0])
+    folder = shared_folder(world)  # save_pretrained writes on rank 0 only
+    model.save_pretrained(folder)
     dist.barrier()
     sizes = {"fsdp": dict(fsdp_size=world), "tp": dict(tp_size=world), "tp x fsdp": dict(tp_size=2, fsdp_size=world // 2)}
-    return type(model).from_pretrained(folder[0], dtype=torch.float64, distributed_config=DistributedConfig(**sizes[layout]))
+    return type(model).from_pretrained(folder, dtype=torch.float64, distributed_config=DistributedConfig(**sizes[layout]))
 
 
 def trained(
@@ -106,25 +113,39 @@ def trained(
     logits_free: str = "auto",
     evaluate_first: bool = False,
     eval_batch: int = 4,
+    resumed: bool = False,
 ) -> dict[str, Any]:
-    """Four steps over 21 rows, the third with 5 of them, however they are shared out, and the evaluations around them."""
+    """Four steps over 21 rows, the third with 5 of them, however they are shared out, and the evaluations around them.
+
+    resumed: in the middle of the first epoch, after two steps, by another Trainer with a fresh model.
+    """
     parallel = {"tp": 1, "tp x fsdp": world // 2}.get(layout, world)
     ours = issubclass(trainer_class, LabelSmoothingTrainer)
+    folder = shared_folder(world)
     args = arguments(
-        tempfile.mkdtemp(), LabelSmoothingArguments if ours else tf.TrainingArguments, label_smoothing_factor=0.1, max_steps=STEPS,
+        folder, LabelSmoothingArguments if ours else tf.TrainingArguments, label_smoothing_factor=0.1, max_steps=STEPS,
         per_device_train_batch_size=GLOBAL_BATCH // parallel // accumulation, gradient_accumulation_steps=accumulation,
         num_train_epochs=2, learning_rate=LEARNING_RATE, per_device_eval_batch_size=eval_batch,
+        **(dict(save_strategy="steps", save_steps=2) if resumed else {}),
         **(dict(label_smoothing_logits_free=logits_free) if ours else {}),
     )  # fmt: skip
     model = build(name, layout, world)
     recorder = Recorder(whole(model))
-    trainer = (ShardedByAccelerate if layout == "accelerate fsdp" else trainer_class)(
-        model=model, args=args, train_dataset=MODELS[name][1], eval_dataset=MODELS[name][2], data_collator=collate,
-        callbacks=[recorder],
-    )  # fmt: skip
-    trainer.remove_callback(PrinterCallback)
+
+    def new_trainer(model: Any) -> Any:
+        trainer = (ShardedByAccelerate if layout == "accelerate fsdp" else trainer_class)(
+            model=model, args=args, train_dataset=MODELS[name][1], eval_dataset=MODELS[name][2], data_collator=collate,
+            callbacks=[recorder],
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    trainer = new_trainer(model)
     before = evaluated(trainer) if evaluate_first else None
     trainer.train()
+    if resumed:
+        trainer = new_trainer(build(name, layout, world))
+        trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
     records = [{k: r.get(k, 0.0) for k in ("loss", "nll", "smoothing_term")} for r in trainer.state.log_history if "loss" in r]
     after = evaluated(trainer)
     weights = whole(trainer.model)
@@ -162,6 +183,9 @@ RUNS: list[tuple[str, str, dict[str, Any]]] = [
     ("ddp", "bert", dict(evaluate_first=True, eval_batch=1)),
     ("ddp", "bert", dict(accumulation=2, eval_batch=32)),
     ("ddp", "t5", dict(evaluate_first=True, eval_batch=7)),
+    ("ddp", "bert", dict(resumed=True)),
+    ("ddp", "llama", dict(resumed=True, accumulation=2)),
+    ("accelerate fsdp", "llama", dict(resumed=True)),
     ("ddp", "llama", dict(accumulation=2, logits_free="off", eval_batch=1)),
     ("ddp", "llama", dict(evaluate_first=True, logits_free="on", eval_batch=32)),
     ("accelerate fsdp", "bert", dict(eval_batch=7)),

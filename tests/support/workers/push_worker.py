@@ -1,6 +1,7 @@
 """Run by test_push_to_hub.py in a process of its own, whose Hub is the one of HF_ENDPOINT. Usage: push_worker.py FOLDER"""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from reports import make_report
 
 from hf_ls import LabelSmoothingTrainer
 from hf_ls.report.calibration_report import REPORT
+from hf_ls.report.facts import TrainingFacts
 from hf_ls.run.evaluate import update_card
 
 
@@ -20,8 +22,8 @@ def pushed(trainer_class: type, folder: Path, report: bool = False) -> None:
     trainer.train()
     trainer.log(trainer.evaluate() | {"eval_accuracy": np.float64(0.625), "eval_nll": np.float32(1.25), "eval_ece": 0.125})
     if report:
-        dataset = make_report(rows=1).dataset | {"hub_id": "owner/snippets"}
-        make_report(dataset=dataset, training={"seeds": [1], "steps": 1}).save(folder / REPORT)
+        dataset = replace(make_report(rows=1).dataset, hub_id="owner/snippets")
+        make_report(dataset=dataset, training=TrainingFacts(seeds=[1], steps=1)).save(folder / REPORT)
     trainer.push_to_hub(dataset_tags="owner/data", dataset="Data", tasks="text-classification")
 
 
@@ -32,7 +34,7 @@ def main(folder: Path) -> None:
         (folder / "stock.txt").write_text(str(error))
     pushed(LabelSmoothingTrainer, folder / "ours")
     pushed(LabelSmoothingTrainer, folder / "reported", report=True)
-    dataset = make_report(rows=1).dataset | {"hub_id": "owner/other"}
+    dataset = replace(make_report(rows=1).dataset, hub_id="owner/other")
     report = make_report(rows=1, dataset=dataset, published="baseline")
     update_card(report, "me/ours", token="hf_fake")
     update_card(report, "me/ours", token="hf_fake")  # the same results again are no new ones

@@ -24,14 +24,13 @@ from helpers import (
 from transformers.trainer_callback import PrinterCallback
 
 from hf_ls import LabelSmoothingArguments, LabelSmoothingTrainer
+from hf_ls.trainer.batch import Batch
 from hf_ls.trainer.shift import (
     LossGap,
     counts_first_label,
     decoder_inputs,
-    has_label,
     model_loss_gap,
     resolve_shift,
-    with_some_label,
 )
 
 LENGTHS = (12, 9, 10, 12)
@@ -175,6 +174,7 @@ def test_trap_06_epsilon_to_zero_is_the_models_own_loss(tmp_path, name, logits_f
 
 
 @pytest.mark.parametrize("name", WRONG)
+@pytest.mark.stock
 def test_trap_06_stock_shift_goes_by_the_class_name(tmp_path, name):
     model, rows = CAUSAL[name][0](), rows_for(name)
     expected = own_loss(model, rows)
@@ -228,9 +228,9 @@ def test_a_head_of_zeros_does_not_hide_the_shift(tmp_path, name):
     with torch.no_grad():
         model.get_output_embeddings().weight.zero_()
     rows = token_rows(LENGTHS)
-    batch = collate(rows.rows)
-    assert model_loss_gap(model, batch, "labels").ambiguous
-    assert counts_first_label(model, batch, "labels") is not shifts
+    batch = Batch.read(collate(rows.rows), ["labels"])
+    assert model_loss_gap(model, batch).ambiguous
+    assert counts_first_label(model, batch) is not shifts
     trainer = trainer_of(tmp_path, model, rows)
     trainer.evaluate()
     assert trainer._shift is shifts
@@ -290,8 +290,8 @@ def test_without_an_own_loss_sequences_need_the_users_word_and_classes_do_not():
 
 def test_a_batch_without_labels_gets_made_up_ones_only_for_the_forward():
     batch = {"input_ids": torch.ones(2, 3, dtype=torch.long), "labels": torch.full((2, 3), -100)}
-    assert not has_label(batch, "labels")
-    assert has_label(with_some_label(batch, "labels"), "labels")
+    read = Batch.read(batch, ["labels"])
+    assert not read.tells and read.with_some_label().tells
     assert bool((batch["labels"] == -100).all())
 
 
@@ -306,6 +306,6 @@ def test_the_check_draws_no_random_numbers_and_keeps_the_mode(tmp_path):
     model = tiny_bert(hidden_dropout_prob=0.5).train()
     rows = Rows([{"input_ids": torch.arange(5, 9), "labels": torch.tensor(1)}])
     state = torch.get_rng_state()
-    first, second = (model_loss_gap(model, collate(rows.rows), "labels") for _ in range(2))
+    first, second = (model_loss_gap(model, Batch.read(collate(rows.rows), ["labels"])) for _ in range(2))
     assert model.training and first == second
     assert torch.equal(state, torch.get_rng_state())

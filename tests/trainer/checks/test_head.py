@@ -33,7 +33,8 @@ from head_models import (
 from helpers import arguments, classification_rows, collate, tiny_bert
 
 from hf_ls import LabelSmoothingArguments, LabelSmoothingMixin, LabelSmoothingTrainer, Smoothing
-from hf_ls.trainer.logits_free import LogitsFreeHead, probe_inputs
+from hf_ls.trainer.batch import Batch
+from hf_ls.trainer.logits_free import LogitsFreeHead
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -320,14 +321,17 @@ def test_the_probe_batch_is_small_and_holds_labels():
         labels=labels,
         flag=True,
     )
-    small = probe_inputs(inputs, "labels")
-    assert {k: tuple(v.shape) for k, v in small.items() if k != "flag"} == {
-        "input_ids": (1, 128), "token_type_ids": (1, 128), "source": (1, 1), "labels": (1, 128)
+    small = Batch.read(inputs, ["labels"]).small()
+    assert {k: tuple(v.shape) for k, v in small.others.items() if k != "flag"} == {
+        "input_ids": (1, 128), "token_type_ids": (1, 128), "source": (1, 1)
     }  # fmt: skip
-    assert int((small["labels"] != -100).sum()) >= 64
-    assert small["source"].item() == 1
-    assert small["flag"] is True
-    few = probe_inputs(dict(labels=labels[:1]), "labels")
-    assert few["labels"].shape == (1, 200)
+    assert small.labels.shape == small.given.shape == small.weight.shape == (1, 128)
+    assert int(small.kept.sum()) >= 64
+    assert small.others["source"].item() == 1
+    assert small.others["flag"] is True
+    few = Batch.read(dict(labels=labels[:1]), ["labels"]).small()
+    assert few.labels.shape == (1, 200)
     images = dict(labels=labels, pixel_values=torch.zeros(3, 3, 8, 8))
-    assert probe_inputs(images, "labels")["labels"].shape == (3, 200)
+    assert Batch.read(images, ["labels"]).small().labels.shape == (3, 200)
+    prompted = Batch.read(inputs, ["labels"], shift=True, prompt=3).small()
+    assert prompted.labels.shape == (1, 131) and prompted.given.shape == (1, 128)

@@ -18,7 +18,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from hf_ls import LabelSmoothingArguments, LabelSmoothingTrainer, Smoothing
 from hf_ls.common.models import IGNORE_INDEX
-from hf_ls.trainer.spans import check_spans, span_loss_gap, span_terms
+from hf_ls.trainer.batch import Batch
+from hf_ls.trainer.spans import POSITIONS, span_loss_gap, span_terms
 
 BERT = dict(
     vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, hidden_dropout_prob=0.0,
@@ -265,26 +266,27 @@ def test_a_model_with_another_loss_is_refused_on_the_first_batch(tmp_path):
         trainer.train()
 
 
-def test_a_process_without_answers_takes_part_in_the_check_and_is_not_listened_to(monkeypatch):
+def test_a_process_without_answers_takes_part_in_the_check_and_is_not_listened_to(tmp_path, monkeypatch):
     """A forward of a sharded model waits for all processes; the gap of the other decides."""
     model, forwards, said = make(), [], []
-    theirs = span_loss_gap(model, collate(rows().rows))
+    theirs = span_loss_gap(model, Batch.read(collate(rows().rows), POSITIONS))
+    trainer = ours(tmp_path, model, rows())
     model.register_forward_hook(lambda *_: forwards.append(1))
 
     def gather(items):
         said.extend(items)
         return [*items, True if items == [False] else theirs]
 
-    monkeypatch.setattr("hf_ls.trainer.spans.gather_object", gather)
-    batch = collate(rows(starts=(99,) * 8, ends=(99,) * 8).rows)
-    assert check_spans(model, [batch], lambda given: given)
+    monkeypatch.setattr("hf_ls.trainer.mixin.gather_object", gather)
+    trainer._check_against_model([collate(rows(starts=(99,) * 8, ends=(99,) * 8).rows)])
+    assert trainer._shift is False
     assert said == [False, None] and len(forwards) == 2
 
 
 def test_the_check_draws_no_random_numbers_and_keeps_batch_and_mode():
     model, batch = make("splinter").train(), collate(rows().rows)  # Splinter clamps what it is given in place
     before, state = {key: value.clone() for key, value in batch.items()}, torch.get_rng_state()
-    gap = span_loss_gap(model, batch)
+    gap = span_loss_gap(model, Batch.read(batch, POSITIONS))
     assert gap.agrees(gap.unshifted) and gap.own > 0
     assert model.training and torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(before[key], batch[key]) for key in before)

@@ -67,6 +67,7 @@ def test_processes_make_the_training_of_one(results, case):
 
 
 @pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.stock
 def test_stock_trainer_trains_on_the_rows_which_fill_the_last_batch(results, world):
     """The first two steps are the same as ours, the third, with 5 rows of 8, is not."""
     stock, one = results(world)["stock"]["ddp"]["records"], trained("bert", trainer_class=tf.Trainer)["records"]
@@ -77,6 +78,7 @@ def test_stock_trainer_trains_on_the_rows_which_fill_the_last_batch(results, wor
 
 
 @pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.stock
 def test_trap_03_stock_fsdp_leaves_weights_untrained_after_an_evaluation(results, world):
     """Evaluating gathers the head, the last norm and the root; the optimizer made then holds weights nothing reads."""
     stock = results(world)["stock"]

@@ -40,6 +40,7 @@ def test_exact_whatever_average_tokens_across_devices_says(two):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.stock
 def test_trap_02_stock_loss_and_gradient_grow_with_processes(two, accumulation):
     one, stock = first_step("bert", tf.Trainer, 0.0, 1, 1), two["stock"]["bert", accumulation]
     if relative(stock["gradient"], one["gradient"]) < 0.1:
@@ -61,6 +62,7 @@ def test_trap_03_evaluating_before_training_keeps_the_processes_together(two):
     assert two["drift"]["LabelSmoothingTrainer", True] == 0.0
 
 
+@pytest.mark.stock
 def test_trap_03_stock_processes_drift_apart(two):
     assert two["drift"]["Trainer", False] == 0.0
     if two["drift"]["Trainer", True] == 0.0:

@@ -1,0 +1,155 @@
+"""One model of a run: its Trainer, a rehearsal of the first step, the training or its resumption, and the files of the model."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+
+from hf_ls.common.errors import settling
+from hf_ls.common.files import TEMPORARY_FOLDER, move, tell, temporary_name, write_atomically
+from hf_ls.data.sequences import token_counts
+from hf_ls.report.pictures import PENULTIMATE, penultimate
+from hf_ls.run.checkpoint import CheckpointMark, check_resumable, last_complete_checkpoint
+from hf_ls.run.config import Config
+from hf_ls.run.launch import announce
+from hf_ls.run.loading import Loaded, check_tokens, load_distillation_teacher, load_model
+from hf_ls.run.manifest import Manifest
+from hf_ls.run.outcome import write_metrics
+from hf_ls.run.publish import folder_of
+from hf_ls.run.stopping import EarlyStopping, StopOnSignal, check_trained
+from hf_ls.run.tasks import TASKS
+from hf_ls.trainer.arguments import smoothing_of
+
+
+def with_training(config: Config, **changes: Any) -> Config:
+    """The settings with other ones of the Trainer; the given ones are not changed."""
+    training = copy.copy(config.training)
+    for name, value in changes.items():
+        setattr(training, name, value)
+    return replace(config, training=training)
+
+
+def make_trainer(config: Config, loaded: Loaded, callbacks: Sequence[Any] = ()) -> Any:
+    """The Trainer of the task with a fresh model, always the same for the same seed.
+
+    It does not delete checkpoints, which `CheckpointMark` does once the new one is complete; not take SIGTERM, which
+    `StopOnSignal` does; and not push all that is in the folder, whosever it is: `push` sends what may leave.
+    """
+    task, tokens, tokenizer = TASKS[config.run.task], loaded.tokens, loaded.tokenizer
+    set_seed(config.training.seed)
+    model = load_model(config, loaded.data, tokenizer)
+    trainer = task.trainer(
+        model=model,
+        args=with_training(config, save_total_limit=None, enable_jit_checkpoint=False, push_to_hub=False).training,
+        train_dataset=tokens["train"],
+        eval_dataset=tokens["validation"],
+        data_collator=task.collator(tokenizer, model),
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+        teacher=load_distillation_teacher(config, tokenizer),
+    )
+    if task.per_token and not task.has_classes:
+        trainer.token_counts = token_counts(tokens["train"], model.config.get_text_config().vocab_size)
+    return trainer
+
+
+def rehearse(config: Config, loaded: Loaded) -> Any:
+    """Do all that comes before the first step, and write nothing; the model.
+
+    Raises: ValueError for models which cannot be had or made, tokens which are not the model's, rows of which no batch can be
+    made, and settings which the optimizer, the scheduler or a reporter refuses.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        elsewhere = with_training(config, output_dir=folder)
+        with settling("see what it says, and change the model, the tokenizer or the setting"):
+            trainer = make_trainer(elsewhere, loaded)
+            check_tokens(loaded.tokens, loaded.tokenizer, trainer.model)
+            rows = trainer._remove_unused_columns(trainer.train_dataset, description="training")
+            trainer.data_collator([rows[i] for i in range(min(2, len(rows)))])
+            if config.training.do_train and not trainer.is_deepspeed_enabled and not trainer.is_fsdp_enabled:
+                trainer.create_optimizer_and_scheduler(num_training_steps=1)
+    return trainer.model
+
+
+def train(config: Config, loaded: Loaded, manifest: Manifest, more: Sequence[Any] = ()) -> Any:
+    """The Trainer with the trained model: from the first step, from a checkpoint, or as it was loaded without do_train.
+
+    Raises: Stopped after SIGTERM or SIGINT; ValueError for a checkpoint which cannot be resumed, and for an end which is neither
+    that of the planned steps nor of early stopping.
+    """
+    training, folder, patience = config.training, folder_of(config), config.run.early_stopping_patience
+    stop = StopOnSignal()
+    callbacks = [stop, CheckpointMark(smoothing_of(training), training.save_total_limit, manifest), *more]
+    callbacks += [] if patience is None else [EarlyStopping(patience)]
+    trainer = make_trainer(config, loaded, callbacks)
+    if training.do_train:
+        result = trainer.train(resume_from_checkpoint=_checkpoint(config, trainer.model))
+        check_trained(trainer, stop)
+        write_metrics(trainer, "train", result.metrics)
+        if trainer.is_world_process_zero():
+            write_atomically(folder / TRAINER_STATE_NAME, json.dumps(_state(trainer), indent=2, sort_keys=True) + "\n")
+    return trainer
+
+
+def _checkpoint(config: Config, model: Any) -> str | None:
+    """What to resume from; a checkpoint given by name was checked before anything was written."""
+    checkpoint, folder = config.training.resume_from_checkpoint, folder_of(config)
+    if checkpoint == "last":
+        checkpoint = last_complete_checkpoint(folder)
+        if checkpoint is None:
+            announce(f"no complete checkpoint in {folder}: training starts from the first step")
+            return None
+        check_resumable(checkpoint, smoothing_of(config.training), model)
+    if checkpoint is not None:
+        announce(f"resuming from {checkpoint}")
+    return checkpoint
+
+
+def _state(trainer: Any) -> dict[str, Any]:
+    """The Trainer's state, the best checkpoint by its name."""
+    best = trainer.state.best_model_checkpoint
+    return asdict(trainer.state) | {"best_model_checkpoint": Path(best).name if best else None}
+
+
+def save_model(trainer: Any, folder: Path) -> None:
+    """As `Trainer.save_model`, but each file whole: the Trainer and peft write configs, tokenizers and a README.md in place."""
+    names = [temporary_name(folder)]
+    broadcast_object_list(names)
+    made = names[0]
+    if trainer.args.should_save:
+        tell(made, TEMPORARY_FOLDER)
+        made.mkdir()
+    PartialState().wait_for_everyone()
+    trainer.save_model(str(made), _internal_call=True)
+    PartialState().wait_for_everyone()
+    if trainer.args.should_save:
+        if (folder / "README.md").exists():  # perhaps written by hand
+            (made / "README.md").unlink(missing_ok=True)
+        for file in sorted(path for path in made.rglob("*") if path.is_file()):
+            move(file, folder / file.relative_to(made))
+        shutil.rmtree(made)
+
+
+def save_penultimate(trainer: Any, tokens: Dataset, folder: Path) -> None:
+    """What the pictures of the classifier need, from the first 2,000 examples; sharded models and adapted heads have none."""
+    wanted = ("input_ids", "attention_mask", "token_type_ids", "labels", "label")
+    columns = [name for name in wanted if name in tokens.column_names]
+    rows = tokens.select(range(min(len(tokens), 2000))).select_columns(columns)
+    try:
+        found = penultimate(trainer.model, DataLoader(rows, trainer.args.eval_batch_size, collate_fn=trainer.data_collator))
+        found.save(folder / PENULTIMATE)
+    except ValueError as error:
+        announce(f"no picture of the classes: {error}")
