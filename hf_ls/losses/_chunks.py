@@ -37,7 +37,10 @@ Needs = tuple[bool, bool, bool]  # gradients of (hidden, weight, bias)
 
 
 class RowsAndGradients(NamedTuple):
-    """What an engine makes of n rows: unweighted parts in nats, and the gradients of factor·Σ w_i·loss_i."""
+    """What an engine makes of n rows: unweighted parts in nats, and the gradients of factor·Σ w_i·loss_i.
+
+    Where only the device knows the factor, the gradient of the weight is still without it (`scaled_sum`).
+    """
 
     losses: Tensor  # [n], with the z-loss
     nll: Tensor  # [n]
@@ -186,9 +189,12 @@ def chunk_loop(
 
 
 def in_parameter_dtype(grad_weight: Tensor, factor: float | Tensor, dtype: torch.dtype) -> Tensor:
-    """A sum [K, d] in the dtype of its parameter, multiplied by a factor which only the device knows, in one pass."""
-    if isinstance(factor, float):
-        return grad_weight.to(dtype)
+    """A sum [K, d] in the dtype of its parameter; one whose factor only the device knows stays a sum, for `scaled_sum`."""
+    return grad_weight.to(dtype) if isinstance(factor, float) else grad_weight
+
+
+def scaled_sum(grad_weight: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """factor · sum [K, d] in the dtype of its parameter, in one pass: the backward's factor costs no pass of its own."""
     return torch.mul(
         grad_weight, factor, out=grad_weight if grad_weight.dtype == dtype else grad_weight.new_empty((0,), dtype=dtype)
     )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_ls.losses import _checks
 from hf_ls.losses._checks import Reduction, check_finite, check_options, check_range, check_weights, class_ids
-from hf_ls.losses._chunks import Needs, RowsAndGradients, chunk_loop
+from hf_ls.losses._chunks import Needs, RowsAndGradients, chunk_loop, scaled_sum
 from hf_ls.losses._kept import KeptRows
 from hf_ls.losses._rows import RowLoss, RowObjective, exact_dtype
 from hf_ls.losses.smoothing import Smoothing
@@ -254,11 +254,18 @@ class LinearLoss(torch.autograd.Function):
                 found = again(replace(call, row_weight=row_weight), ctx)
             elif found.grad_hidden is not None:
                 found.grad_hidden.mul_(row_scale.unsqueeze(1))
+            grad_weight = found.grad_weight
         else:
             if found is None:
                 found = again(call, ctx)
+            grad_weight = found.grad_weight
+            scaled = [found.grad_hidden, found.grad_bias]
+            if grad_weight is not None and isinstance(call.factor, Tensor):
+                grad_weight = scaled_sum(grad_weight, call.factor * grad_loss, ctx.saved_tensors[1].dtype)
+            else:
+                scaled.append(grad_weight)
             if not (grad_loss.is_cpu and grad_loss.item() == 1):
-                for gradient in (found.grad_hidden, found.grad_weight, found.grad_bias):
+                for gradient in scaled:
                     if gradient is not None:
                         gradient.mul_(grad_loss)
         grad_hidden, grad_bias = found.grad_hidden, found.grad_bias
@@ -266,7 +273,7 @@ class LinearLoss(torch.autograd.Function):
             grad_hidden = call.scatter(grad_hidden.to(ctx.dtypes[0])).reshape(*call.shape, grad_hidden.shape[1])
         if grad_bias is not None:
             grad_bias = grad_bias.to(ctx.dtypes[1])
-        return grad_hidden, found.grad_weight, grad_bias, None
+        return grad_hidden, grad_weight, grad_bias, None
 
 
 def again(call: LinearCall, ctx: Any) -> RowsAndGradients:
