@@ -27,7 +27,7 @@ from hf_ls.losses.cross_entropy import logits_of, smoothed_terms
 from hf_ls.losses.linear import LinearTerms, linear_smoothed_terms
 from hf_ls.losses.smoothing import Smoothing
 from hf_ls.trainer.batch import Batch, copied
-from hf_ls.trainer.own_loss import added_loss, without_cross_entropy
+from hf_ls.trainer.shift import added_loss, without_cross_entropy
 
 
 class HeadLoss(NamedTuple):
@@ -98,7 +98,7 @@ class LogitsFreeHead:
             model: this head's model as wrapped by DDP or FSDP, or itself.
             objective: another loss per row, as in `linear.linear_smoothed_cross_entropy`.
             observer: sees the logits and labels of the kept items, a chunk at a time.
-            added: which calls of cross entropy to silence in the model's own loss (`own_loss.OwnLoss.calls`), whose labels are
+            added: which calls of cross entropy to silence in the model's own loss (`shift.OwnLoss.calls`), whose labels are
                 then among the inputs; () for inputs without labels.
 
         Raises: ValueError when the head is not called exactly once with one hidden state per label; as

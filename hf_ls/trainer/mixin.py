@@ -37,9 +37,16 @@ from hf_ls.trainer.distillation import teacher_for
 from hf_ls.trainer.evaluation import Evaluation, beside_loss, end_of_sequence, for_prediction
 from hf_ls.trainer.logits_free import LogitsFreeHead, head_for, is_compiled
 from hf_ls.trainer.mixup import check_mixable
-from hf_ls.trainer.own_loss import added_loss, without_cross_entropy
 from hf_ls.trainer.processes import check_parallelism, forget_preparation, gather_once, reshard, without_repeats
-from hf_ls.trainer.shift import check_supported, counts_first_label, label_inputs, model_loss_gap, resolve_shift
+from hf_ls.trainer.shift import (
+    added_loss,
+    check_supported,
+    counts_first_label,
+    label_inputs,
+    model_loss_gap,
+    resolve_shift,
+    without_cross_entropy,
+)
 from hf_ls.trainer.spans import check_both_positions, check_span_settings, is_span_task, span_loss_gap
 
 logger = logging.getLogger(__name__)

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from hf_ls.common.models import IGNORE_INDEX, base_model, in_eval_mode
 from hf_ls.losses.cross_entropy import SmoothedTerms, logits_of, smoothed_terms
 from hf_ls.losses.smoothing import Smoothing
-from hf_ls.trainer.own_loss import own_loss
-from hf_ls.trainer.shift import LossGap, loss_gap, loss_tolerance
+from hf_ls.trainer.shift import LossGap, loss_gap, loss_tolerance, own_loss
 
 if TYPE_CHECKING:
     from hf_ls.trainer.batch import Batch

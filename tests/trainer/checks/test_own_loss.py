@@ -17,7 +17,7 @@ from tiny_models import tiny_model
 from torch import Tensor, nn
 
 from hf_ls import LabelSmoothingArguments, LabelSmoothingTrainer
-from hf_ls.trainer.own_loss import own_loss, without_cross_entropy
+from hf_ls.trainer.shift import own_loss, without_cross_entropy
 
 
 def llama(dtype: torch.dtype = torch.float32) -> Any:
