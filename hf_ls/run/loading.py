@@ -32,11 +32,13 @@ from hf_ls.data.sequences import (
     tokenise_seq2seq,
     tokenise_words,
 )
-from hf_ls.run.config import Config, nearest
+from hf_ls.run.config import Config, DataArguments, nearest
 from hf_ls.run.tasks import TASKS
 from hf_ls.trainer.distillation import load_teacher
 
 logger = logging.getLogger(__name__)
+
+_CAPS = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
 
 Data = ClassificationData | SequenceData
 
@@ -96,9 +98,8 @@ def load_data(config: Config) -> Data:
         source |= {name: getattr(settings, name) for name in ("source_column", "target_column", "tokens_column", "tags_column")}
         data = load_sequences(task, settings.dataset_name, **source)
     (check_overlap if task == "text-classification" else check_sequence_overlap)(data.splits)
-    limits = {"train": settings.max_train_samples, "validation": settings.max_eval_samples, "test": settings.max_predict_samples}
-    shuffled = settings.dataset_name in (EMBEDDED_DATASET, EMBEDDED_G2P)
-    cut = {split: _sample(part, limits.get(split), None if shuffled else seed) for split, part in data.splits.items()}
+    fixed = settings.dataset_name in (EMBEDDED_DATASET, EMBEDDED_G2P)
+    cut = {split: _sample(part, split, settings, None if fixed else seed) for split, part in data.splits.items()}
     data = replace(data, splits=DatasetDict(cut))
     _warn_of_absent_classes(data)
     return data
@@ -120,12 +121,16 @@ def _warn_of_absent_classes(data: Data) -> None:
             )
 
 
-def _sample(part: Dataset, limit: int | None, seed: int | None) -> Dataset:
-    """At most `limit` rows in the order of the file: a random sample by `seed`, or the first rows without one."""
+def _sample(part: Dataset, split: str, settings: DataArguments, seed: int | None) -> Dataset:
+    """At most as many rows as the split's cap, in the order of the file: a random sample by `seed`, or the first without one."""
+    cap = _CAPS[split]
+    limit = getattr(settings, cap)
     if limit is None or limit >= len(part):
         return part
-    rows = range(limit) if seed is None else np.sort(np.random.default_rng(seed).permutation(len(part))[:limit])
-    return part.select(rows)
+    if seed is None:
+        return part.select(range(limit))
+    logger.warning("%s: %d of %d rows are used, a random sample, because of %s", split, limit, len(part), cap)
+    return part.select(np.sort(np.random.default_rng(seed).permutation(len(part))[:limit]))
 
 
 def load_tokenizer(config: Config) -> Any:

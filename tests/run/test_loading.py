@@ -38,11 +38,17 @@ def rows(data) -> dict[str, list]:
 
 
 @pytest.mark.parametrize("task", COLUMNS)
-def test_a_cap_is_a_sample_of_the_whole_file_by_the_seed(tmp_path, task):
+def test_a_cap_is_a_sample_of_the_whole_file_by_the_seed(tmp_path, task, caplog):
     argv = sorted_files(tmp_path, task)
     whole, capped = rows(load_data(parse_config(argv))), rows(load_data(parse_config([*argv, *CAPPED])))
     again = rows(load_data(parse_config([*argv, *CAPPED, "--seed", "7", "--data_seed", "42"])))
     other = rows(load_data(parse_config([*argv, *CAPPED, "--data_seed", "0"])))
+    said = [record.getMessage() for record in caplog.records if "random sample" in record.getMessage()][:3]
+    assert sorted(said) == [
+        "test: 12 of 300 rows are used, a random sample, because of max_predict_samples",
+        "train: 60 of 300 rows are used, a random sample, because of max_train_samples",
+        "validation: 12 of 300 rows are used, a random sample, because of max_eval_samples",
+    ]
     assert capped == again, "data_seed wins over seed, and 42 is the default of seed"
     for split, size in CAPS.items():
         places = [whole[split].index(row) for row in capped[split]]
