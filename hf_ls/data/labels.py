@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 from scipy.optimize import linear_sum_assignment
 
 from hf_ls.common.text import one_line
@@ -79,6 +80,15 @@ def check_distinct(labels: Collection[Any], where: str) -> None:
             f"expected classes with distinct names in {where}, got {shown}, which differ in nothing but blanks, case or how a "
             "number is written; write each class in one way"
         )
+
+
+def absent_classes(part: Dataset, names: Sequence[str]) -> list[str]:
+    """The classes, in order, of which a split has no row: ids in its column `label`, or lists of ids in `tags`."""
+    if "tags" in part.column_names:
+        seen = {tag for tags in part["tags"] for tag in tags}
+    else:
+        seen = set(part["label"]) if "label" in part.column_names else set(range(len(names)))
+    return [name for i, name in enumerate(names) if i not in seen]
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,10 @@ class DataArguments:
     validation_fraction: float = field(default=0.1, metadata=about("Share of train to cut when there is no validation split."))
     max_length: int = field(default=128, metadata=about("Tokens kept of each example."))
     max_target_length: int | None = field(default=None, metadata=about("Tokens kept of each target; as max_length if not given."))
-    max_train_samples: int | None = field(default=None, metadata=about("Use only the first so many training examples."))
+    max_train_samples: int | None = field(
+        default=None,
+        metadata=about("Use only so many training examples: a random sample by the seed (embedded data: the first)."),
+    )
     max_eval_samples: int | None = field(default=None, metadata=about("The same for validation."))
     max_predict_samples: int | None = field(default=None, metadata=about("The same for test."))
 

@@ -1,19 +1,18 @@
-"""From settings to data, tokenizer, tokens and model, for every task.
-
-Owns: which loader, tokeniser and model class a configuration means, and the cut to `max_*_samples`.
-Does not own: the loaders (`data`, `sequence_data`, `g2p`), the table of tasks (`tasks`), training (`finetune`).
-"""
+"""From settings to data, tokenizer, tokens and model, for every task: which loader, tokeniser and model class they mean."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
-from datasets import DatasetDict
+import numpy as np
+from datasets import Dataset, DatasetDict
 from transformers import AutoConfig, AutoTokenizer
 
 from hf_ls.common.errors import loading
 from hf_ls.common.models import load_weights
+from hf_ls.common.text import one_line
 from hf_ls.data.classification import (
     EMBEDDED_DATASET,
     ClassificationData,
@@ -24,6 +23,7 @@ from hf_ls.data.classification import (
     tokenise,
 )
 from hf_ls.data.g2p import EMBEDDED_G2P, g2p_tokenizer, load_g2p
+from hf_ls.data.labels import absent_classes
 from hf_ls.data.sequences import (
     SequenceData,
     check_sequence_overlap,
@@ -32,9 +32,13 @@ from hf_ls.data.sequences import (
     tokenise_seq2seq,
     tokenise_words,
 )
-from hf_ls.run.config import Config, nearest
+from hf_ls.run.config import Config, DataArguments, nearest
 from hf_ls.run.tasks import TASKS
 from hf_ls.trainer.distillation import load_teacher
+
+logger = logging.getLogger(__name__)
+
+_CAPS = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
 
 Data = ClassificationData | SequenceData
 
@@ -66,17 +70,21 @@ def load(config: Config) -> Loaded:
 
 
 def load_data(config: Config) -> Data:
-    """The splits which the settings name, cut to `max_*_samples`, and a warning for test examples seen in training.
+    """The splits which the settings name, cut to `max_*_samples`, and warnings: test examples seen in training, absent classes.
+
+    A cut is a random sample by the seed, since a user's file may be sorted by label or by date. The embedded data is in a fixed
+    shuffled order: its first rows are a sample already, the same for every seed.
 
     Raises: ValueError as `load_classification` and `load_sequences`, and when most of the test split is the validation split.
     """
     settings, task = config.data, config.run.task
+    seed = config.training.seed if config.training.data_seed is None else config.training.data_seed
     source: dict[str, Any] = {
         "dataset_config": settings.dataset_config_name,
         "files": settings.files,
         "text_column": settings.text_column,
         "validation_fraction": settings.validation_fraction,
-        "seed": config.training.data_seed or config.training.seed,
+        "seed": seed,
     }
     data: Data
     if settings.dataset_name == EMBEDDED_DATASET:
@@ -90,9 +98,39 @@ def load_data(config: Config) -> Data:
         source |= {name: getattr(settings, name) for name in ("source_column", "target_column", "tokens_column", "tags_column")}
         data = load_sequences(task, settings.dataset_name, **source)
     (check_overlap if task == "text-classification" else check_sequence_overlap)(data.splits)
-    limits = {"train": settings.max_train_samples, "validation": settings.max_eval_samples, "test": settings.max_predict_samples}
-    cut = {split: part.select(range(min(len(part), limits.get(split) or len(part)))) for split, part in data.splits.items()}
-    return replace(data, splits=DatasetDict(cut))
+    fixed = settings.dataset_name in (EMBEDDED_DATASET, EMBEDDED_G2P)
+    cut = {split: _sample(part, split, settings, None if fixed else seed) for split, part in data.splits.items()}
+    data = replace(data, splits=DatasetDict(cut))
+    _warn_of_absent_classes(data)
+    return data
+
+
+def _warn_of_absent_classes(data: Data) -> None:
+    """A warning for each of train and test which has no row of a class, in the file or after the cut."""
+    for split, consequence in (("train", "the model cannot learn them"), ("test", "nothing is measured on them")):
+        absent = absent_classes(data.splits[split], data.label_names) if split in data.splits else []
+        if absent:
+            shown = ", ".join(map(one_line, absent[:5])) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
+            logger.warning(
+                "%s is without a row of %d of the %d classes: %s; %s",
+                split,
+                len(absent),
+                len(data.label_names),
+                shown,
+                consequence,
+            )
+
+
+def _sample(part: Dataset, split: str, settings: DataArguments, seed: int | None) -> Dataset:
+    """At most as many rows as the split's cap, in the order of the file: a random sample by `seed`, or the first without one."""
+    cap = _CAPS[split]
+    limit = getattr(settings, cap)
+    if limit is None or limit >= len(part):
+        return part
+    if seed is None:
+        return part.select(range(limit))
+    logger.warning("%s: %d of %d rows are used, a random sample, because of %s", split, limit, len(part), cap)
+    return part.select(np.sort(np.random.default_rng(seed).permutation(len(part))[:limit]))
 
 
 def load_tokenizer(config: Config) -> Any:

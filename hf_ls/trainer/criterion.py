@@ -162,13 +162,15 @@ class LoggedTerms:
     """Sums of the terms of one training, nats; every process adds the same steps."""
 
     def __init__(self) -> None:
-        self._since: Tensor | None = None  # the terms, and the items which they are of
-        self._first_step = 0
+        self._since: Tensor | None = None  # the terms, the items which they are of, and the steps with any
+        self._first_step, self._last_step = 0, -1
         self._nll, self._steps, self._items = 0.0, 0, 0.0
 
     def add(self, terms: Tensor, items: Tensor, step: int) -> None:
         """Count a micro-batch, whose terms have their share of the step `step`; items: how many the whole step has."""
-        found = torch.cat([terms.detach(), items.sum().to(terms).reshape(1)])
+        count = items.sum().to(terms).reshape(1)
+        some = (count > 0).to(count) if step != self._last_step else torch.zeros_like(count)
+        found, self._last_step = torch.cat([terms.detach(), count, some]), step
         if self._since is None:  # the first since the last log
             self._since, self._first_step = torch.zeros_like(found), step
         self._since += found
@@ -177,11 +179,13 @@ class LoggedTerms:
         """Put the means over the steps since the last call into a training log, and `train_nll`, that over all steps, into its
         summary, with `train_nll_steps` where those are not all steps of a resumed training. All processes together.
 
-        Where no label counted they are NaN, the losses beside them too, instead of 0.
+        Where no label counted they are NaN, the losses beside them too, instead of 0; steps without one among others, which a
+        mean holds as 0, are told.
         """
         if self._since is not None:
             steps = max(1, step - self._first_step)
-            *means, items = (gather(self._since[None]).mean(0) / steps).tolist()
+            *means, items, share = (gather(self._since[None]).mean(0) / steps).tolist()
+            empty = steps - math.ceil(share * steps - 1e-3)
             self._nll, self._steps, self._since = self._nll + means[0] * steps, self._steps + steps, None
             self._items += items
             if "loss" in logs:
@@ -189,6 +193,10 @@ class LoggedTerms:
                 if not items:
                     logs["loss"] = math.nan
                     logger.warning("No label counted in the steps up to %d: all are ignored, nothing is learnt", step)
+                elif empty:
+                    logger.warning(
+                        "No label counted in %d of the %d steps up to %d: they are 0 in the mean loss and nll", empty, steps, step
+                    )
         if "train_loss" in logs and self._steps:
             logs["train_nll"] = self._nll / self._steps if self._items else math.nan
             logs |= {} if self._items else {"train_loss": math.nan}

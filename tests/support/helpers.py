@@ -80,6 +80,16 @@ def tiny_t5() -> tf.PreTrainedModel:
     return tf.T5ForConditionalGeneration(tf.T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0))
 
 
+def tiny_fsmt() -> tf.PreTrainedModel:
+    """Turns ignored labels into padding, in place, when it makes decoder inputs of them; not causal with use_cache."""
+    torch.manual_seed(0)
+    layers = dict(encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2)
+    sizes = dict(d_model=32, encoder_ffn_dim=48, decoder_ffn_dim=48, src_vocab_size=VOCAB, tgt_vocab_size=VOCAB)
+    ids = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, langs=["en", "de"])
+    off = dict(dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, max_position_embeddings=64)
+    return tf.FSMTForConditionalGeneration(tf.FSMTConfig(**layers, **sizes, **ids, **off))
+
+
 def tiny_bart() -> tf.PreTrainedModel:
     torch.manual_seed(0)
     layers = dict(encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2)

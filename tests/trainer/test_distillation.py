@@ -18,6 +18,7 @@ from helpers import (
     tiny_bart,
     tiny_bert,
     tiny_distilbert,
+    tiny_fsmt,
     tiny_llama,
     tiny_t5,
     token_rows,
@@ -212,6 +213,19 @@ def test_a_teacher_may_take_fewer_inputs_than_the_student(tmp_path):
     batch = {"token_type_ids": torch.zeros_like(batch["input_ids"]), **{k: v for k, v in batch.items() if k != "labels"}}
     found = Teacher(teacher, tiny_bert()).logits(batch)
     assert torch.equal(found, teacher(batch["input_ids"], batch["attention_mask"]).logits)
+
+
+@pytest.mark.parametrize("make", [tiny_fsmt, tiny_t5, tiny_bart, tiny_llama])
+def test_a_teacher_does_not_see_the_words_to_come(make):
+    teacher, student = make(), make()
+    ids = collate(seq2seq_rows((6, 6)).rows)["labels"]
+    other = torch.cat([ids[:, :-1], 5 + (ids[:, -1:] - 4) % 20], 1)
+    source = {} if make is tiny_llama else {"input_ids": ids}
+    name = "input_ids" if make is tiny_llama else "decoder_input_ids"
+    one, two = (Teacher(teacher, student).logits({**source, name: words}) for words in (ids, other))
+    assert one.shape[:2] == (2, 6), "all positions, not the last one alone"
+    torch.testing.assert_close(one[:, :-1], two[:, :-1], rtol=0, atol=1e-6)
+    assert not torch.allclose(one[:, -1], two[:, -1])
 
 
 def test_another_label_space_is_refused(caplog):

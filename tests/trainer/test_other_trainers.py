@@ -120,6 +120,24 @@ def test_a_mean_over_no_label_is_nan_and_never_the_best(tmp_path, caplog, make, 
     assert "No label counted" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("ignored", "said"), [((0, 4), "1 of the 2 steps up to 2"), ((4, 8), "1 of the 2 steps up to 2"), ((2, 6), None)]
+)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_without_a_label_among_others_is_told(tmp_path, caplog, ignored, said, accumulation):
+    rows = token_rows((6,) * 8)
+    for i in range(*ignored):
+        rows.rows[i] = rows.rows[i] | {"labels": torch.full_like(rows.rows[i]["labels"], -100)}
+    batch = dict(per_device_train_batch_size=4 // accumulation, gradient_accumulation_steps=accumulation)
+    trainer = ours(
+        tmp_path, tiny_llama(), rows, max_steps=2, **batch | dict(logging_steps=2, train_sampling_strategy="sequential")
+    )
+    with caplog.at_level(logging.WARNING, logger="hf_ls"):
+        trainer.train()
+    told = [record.getMessage() for record in caplog.records if "No label counted" in record.getMessage()]
+    assert told == ([f"No label counted in {said}: they are 0 in the mean loss and nll"] if said else [])
+
+
 def test_data_without_labels_say_nothing_and_are_predicted(tmp_path, caplog):
     rows = Rows([{key: value for key, value in row.items() if key != "labels"} for row in classification_rows().rows])
     trainer = ours(tmp_path, tiny_bert(), rows)
