@@ -10,6 +10,8 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from operator import itemgetter
 from typing import Any
@@ -19,10 +21,11 @@ import torch
 from accelerate.utils import find_batch_size, gather_object
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
+from transformers.modeling_utils import unwrap_model
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
 from hf_ls.calibration.token_temperature import TokenTemperature
-from hf_ls.common.models import output_embedding
+from hf_ls.common.models import in_eval_mode, output_embedding
 from hf_ls.losses._rows import Observer, observe
 from hf_ls.losses.adaptive import OnlineLabelSmoothing
 from hf_ls.losses.cross_entropy import check_no_probabilities, logits_of
@@ -37,7 +40,14 @@ from hf_ls.trainer.distillation import teacher_for
 from hf_ls.trainer.evaluation import Evaluation, beside_loss, end_of_sequence, for_prediction
 from hf_ls.trainer.logits_free import LogitsFreeHead, head_for
 from hf_ls.trainer.mixup import check_mixable
-from hf_ls.trainer.processes import check_parallelism, forget_preparation, gather_once, reshard, without_repeats
+from hf_ls.trainer.processes import (
+    check_parallelism,
+    engine_for_evaluation_only,
+    forget_preparation,
+    gather_once,
+    reshard,
+    without_repeats,
+)
 from hf_ls.trainer.shift import check_supported, counts_first_label, model_loss_gap, resolve_shift, router_loss
 from hf_ls.trainer.spans import check_both_positions, check_span_settings, is_span_task, span_loss_gap
 
@@ -81,6 +91,7 @@ class LabelSmoothingMixin(Trainer):
     temperature: float = 1.0
     token_counts: np.ndarray | None = None
     token_calibration: TokenCalibration | None = None
+    _evaluates: bool | None = None  # the step under way: of an evaluation, of a training, or none of the Trainer's
     _evaluation: Evaluation | None = None  # of the evaluation under way
     _measured: Evaluation | None = None  # of the last one
     _fit: TokenTemperature | None = None
@@ -152,17 +163,17 @@ class LabelSmoothingMixin(Trainer):
     ) -> Any:
         """The smoothed loss in training, the plain NLL in evaluation; nats per item. No tensor of `inputs` is changed.
 
-        In training: world size × Σ w·loss / num_items_in_batch (DDP then averages over processes); without a count, and in
-        evaluation, the mean over this batch. With `return_outputs` also the outputs; a tuple or a tensor as the model returns
-        it beside its own loss, (loss, logits, ...).
+        The Trainer's own steps say which it is, in a call from elsewhere the mode of the model inside its wrappers. In training:
+        world size × Σ w·loss / num_items_in_batch (DDP then averages over processes); without a count, and in evaluation, the
+        mean over this batch. With `return_outputs` also the outputs; a tuple or a tensor as the model returns it beside its own
+        loss, (loss, logits, ...).
 
         Raises: ValueError for a batch without labels and as `smoothed_terms`. One batch with NaN logits ends training, and the
         error names it: a stock Trainer hides the number (`logging_nan_inf_filter`) and goes on with weights which are all NaN.
         """
         self._check_against_model([inputs])
         batch = self._read(inputs)
-        # DeepSpeed's engine stays in training mode where it is evaluated first.
-        evaluates = not model.training or self._evaluation is not None
+        evaluates = self._is_evaluation(model)
         needs_logits = return_outputs or (not evaluates and self._teacher is not None)
         head = None if needs_logits else self._find_head(model, batch)
         if evaluates:
@@ -173,6 +184,23 @@ class LabelSmoothingMixin(Trainer):
             except ValueError as error:
                 raise batch.named(error, self.state.global_step + 1, self.args.process_index) from error
         return (loss, beside_loss(loss, outputs)) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As `Trainer.training_step`."""
+        with self._step(evaluates=False):
+            return super().training_step(*args, **kwargs)
+
+    @contextmanager
+    def _step(self, *, evaluates: bool) -> Iterator[None]:
+        before, self._evaluates = self._evaluates, evaluates
+        try:
+            yield
+        finally:
+            self._evaluates = before
+
+    def _is_evaluation(self, model: nn.Module) -> bool:
+        # The mode of a wrapper says nothing: DeepSpeed's engine hands eval() on to the model and stays in training mode itself.
+        return not unwrap_model(model).training if self._evaluates is None else self._evaluates
 
     def _read(self, inputs: dict[str, Any]) -> Batch:
         shift, prompt = bool(self._shift), virtual_tokens(self.model)
@@ -302,7 +330,7 @@ class LabelSmoothingMixin(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """Σ w over the accumulated batches of all processes, by our own shift rule."""
-        if self._evaluation is not None or not batch_samples:
+        if self._evaluates or not batch_samples:
             return None
         last, copies = batch_samples[-1], self._copies()  # the Trainer trains on the batches of this very list
         for name in (*self.label_names, SHIFTED):
@@ -380,8 +408,10 @@ class LabelSmoothingMixin(Trainer):
         # Seq2SeqTrainer gathers the examples repeated to fill the last batch too, so that its metrics count them twice; the
         # Trainer counts the copies of tensor parallelism.
         self.gather_function = self._gather_once
+        passing = standalone and self.is_deepspeed_enabled
         try:
-            output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+            with self._step(evaluates=True), engine_for_evaluation_only(self.accelerator, self) if passing else nullcontext():
+                output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         finally:
             self._measured, self._evaluation = self._evaluation, None
             if standalone and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # those prepare by sharding
@@ -413,14 +443,16 @@ class LabelSmoothingMixin(Trainer):
             evaluation.pending, evaluation.rows = None, find_batch_size(inputs) or 0
             evaluation.reached, evaluation.labelled = True, evaluation.labelled or labelled
         theirs = dict(inputs) if labelled else copied(inputs)
-        result = super().prediction_step(
-            model if labelled else for_prediction(model), theirs, prediction_loss_only, ignore_keys, **kwargs
-        )
-        if evaluation is None or self._fit is not None:
-            return result
-        if evaluation.pending is None and labelled:
-            with torch.no_grad(), self.compute_loss_context_manager():
-                result = self.compute_loss(model, self._prepare_inputs(inputs)).detach(), *result[1:]
+        # A wrapper may keep eval() to itself: then dropout would be on.
+        with self._step(evaluates=True), in_eval_mode(self.model) if self.model.training else nullcontext():
+            result = super().prediction_step(
+                model if labelled else for_prediction(model), theirs, prediction_loss_only, ignore_keys, **kwargs
+            )
+            if evaluation is None or self._fit is not None:
+                return result
+            if evaluation.pending is None and labelled:
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    result = self.compute_loss(model, self._prepare_inputs(inputs)).detach(), *result[1:]
         if evaluation.pending is None:
             return result
         rows, labels = evaluation.pending

@@ -1,7 +1,7 @@
 """What several processes do to the batches and the model of a Trainer, and how it is undone.
 
 Owns: which rows accelerate repeats to fill the last batch of every process, gathering each item once, and the weights which
-FSDP2 leaves gathered after an evaluation.
+FSDP2 leaves gathered after an evaluation, DeepSpeed's engine for an evaluation.
 Does not own: the loss and its counting (`trainer`), starting and ending processes (`launch`).
 
 `copies` is how many processes in a row see the same batch: the tensor-parallel size.
@@ -9,6 +9,9 @@ Does not own: the loss and its counting (`trainer`), starting and ending process
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from accelerate import Accelerator
@@ -77,6 +80,26 @@ def forget_preparation(accelerator: Any, model: Any) -> None:
     accelerator._models = [prepared for prepared in accelerator._models if prepared is not model]
     if getattr(model, "_is_accelerate_prepared", False):
         model._is_accelerate_prepared = False
+
+
+@contextmanager
+def engine_for_evaluation_only(accelerator: Accelerator, trainer: Any) -> Iterator[None]:
+    """Let a later training make its own DeepSpeed engine after an evaluation which came first.
+
+    A Trainer (transformers 5.24) keeps the engine which it made for the evaluation, without an optimizer, and has deleted optimizer
+    and schedule from the configuration: the first backward of a training is an AttributeError. The weights stay divided.
+    """
+    settings = accelerator.state.deepspeed_plugin.hf_ds_config.config
+    before = copy.deepcopy(settings)
+    try:
+        yield
+    finally:
+        engine, trainer.deepspeed, trainer.model_wrapped = trainer.deepspeed, None, trainer.model
+        if engine is not None:
+            engine.destroy()
+        accelerator._models = [prepared for prepared in accelerator._models if prepared is not engine]
+        settings.clear()
+        settings.update(before)
 
 
 def reshard(model: nn.Module) -> None:
