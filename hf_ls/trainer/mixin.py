@@ -42,7 +42,7 @@ from hf_ls.trainer.logits_free import LogitsFreeHead, head_for
 from hf_ls.trainer.mixup import check_mixable
 from hf_ls.trainer.processes import (
     check_parallelism,
-    engine_for_evaluation_only,
+    evaluation_before_deepspeed,
     forget_preparation,
     gather_once,
     reshard,
@@ -408,9 +408,9 @@ class LabelSmoothingMixin(Trainer):
         # Seq2SeqTrainer gathers the examples repeated to fill the last batch too, so that its metrics count them twice; the
         # Trainer counts the copies of tensor parallelism.
         self.gather_function = self._gather_once
-        passing = standalone and self.is_deepspeed_enabled
+        before_deepspeed = standalone and self.is_deepspeed_enabled
         try:
-            with self._step(evaluates=True), engine_for_evaluation_only(self.accelerator, self) if passing else nullcontext():
+            with self._step(evaluates=True), evaluation_before_deepspeed(self) if before_deepspeed else nullcontext():
                 output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         finally:
             self._measured, self._evaluation = self._evaluation, None

@@ -83,23 +83,26 @@ def forget_preparation(accelerator: Any, model: Any) -> None:
 
 
 @contextmanager
-def engine_for_evaluation_only(accelerator: Accelerator, trainer: Any) -> Iterator[None]:
-    """Let a later training make its own DeepSpeed engine after an evaluation which came first.
+def evaluation_before_deepspeed(trainer: Any) -> Iterator[None]:
+    """Evaluate a model which DeepSpeed has not seen yet, and let a later training make its own engine.
 
-    A Trainer (transformers 5.24) keeps the engine which it made for the evaluation, without an optimizer, and has deleted optimizer
-    and schedule from the configuration: the first backward of a training is an AttributeError. The weights stay divided.
+    Below stage 3 each process has all weights, so that no engine is needed (a Trainer refuses). In stage 3 a Trainer
+    (transformers 5.24) keeps its engine for the evaluation, which has no optimizer, and deletes optimizer and schedule from the
+    configuration: the first backward of a training is an AttributeError. The weights stay divided.
     """
-    settings = accelerator.state.deepspeed_plugin.hf_ds_config.config
-    before = copy.deepcopy(settings)
+    accelerator, config = trainer.accelerator, trainer.accelerator.state.deepspeed_plugin.hf_ds_config
+    before = copy.deepcopy(config.config)
+    trainer.is_deepspeed_enabled = config.is_zero3()
     try:
         yield
     finally:
+        trainer.is_deepspeed_enabled = True
         engine, trainer.deepspeed, trainer.model_wrapped = trainer.deepspeed, None, trainer.model
         if engine is not None:
             engine.destroy()
-        accelerator._models = [prepared for prepared in accelerator._models if prepared is not engine]
-        settings.clear()
-        settings.update(before)
+        forget_preparation(accelerator, trainer.model if engine is None else engine)
+        config.config.clear()
+        config.config.update(before)
 
 
 def reshard(model: nn.Module) -> None:
