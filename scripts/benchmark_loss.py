@@ -1,6 +1,7 @@
 """Time and peak memory of the loss at a language-model head, forward and backward, over three bare matmuls.
 
     OMP_NUM_THREADS=2 python scripts/benchmark_loss.py
+    OMP_NUM_THREADS=2 python scripts/benchmark_loss.py --quick
     OMP_NUM_THREADS=2 python scripts/benchmark_loss.py --shapes 2048,512,32128 --dtypes float32 --json out.json
 
 The floor is h·Wᵀ, G·W and Gᵀ·h over all N rows, results allocated. Methods run in turn within each round of one
@@ -224,18 +225,16 @@ def measure(
     return found
 
 
-def markdown(rows: list[Measurement]) -> str:
-    """A table with one line per measurement."""
-    lines = [
-        "| N, d, V | dtype | valid | method | seconds | × floor (medians) | MiB beyond dW |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row.shape.replace(',', ', ')} | {row.dtype} | {row.valid:g} | {row.method} | "
-            f"{row.seconds:.3f} | {row.ratio:.2f} ({row.ratio_of_medians:.2f}) | {row.allocation_mib:.0f} |"
-        )
-    return "\n".join(lines)
+HEADER = """| N, d, V | dtype | valid | method | seconds | × floor (medians) | MiB beyond dW |
+|---|---|---|---|---|---|---|"""
+
+
+def line(row: Measurement) -> str:
+    """A measurement as a line of the table."""
+    return (
+        f"| {row.shape.replace(',', ', ')} | {row.dtype} | {row.valid:g} | {row.method} | "
+        f"{row.seconds:.3f} | {row.ratio:.2f} ({row.ratio_of_medians:.2f}) | {row.allocation_mib:.0f} |"
+    )
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -248,6 +247,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--valid", nargs="+", type=float, default=[1.0, 0.6, 0.3], help="fractions of labels not ignored")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="one shape in float32, three rounds: under five minutes")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: CPU seconds, steady beside other work")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -258,6 +258,8 @@ def command_line() -> argparse.ArgumentParser:
 def main() -> None:
     """Measure what the command line asks for and print the table."""
     args = command_line().parse_args()
+    if args.quick:
+        args.shapes, args.dtypes, args.valid, args.rounds = SHAPES[:1], ["float32"], [1.0, 0.6], 3
     os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler prints two lines per use otherwise
     torch.set_num_threads(args.threads)
     clock = time.perf_counter if args.clock == "wall" else time.process_time
@@ -267,13 +269,15 @@ def main() -> None:
     )
     methods = available(args.methods, args.device)
     rows: list[Measurement] = []
+    print(HEADER, flush=True)
     for shape in args.shapes:
         for dtype in args.dtypes:
-            rows += measure(shape, dtype, args.valid, methods, args.rounds, args.device, clock)
-            print(f"measured {shape} {dtype}", flush=True)
-    print("\n" + markdown(rows))
-    if args.json:
-        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+            # Now and not at the end, so that a run which is stopped keeps what it has measured.
+            measured = measure(shape, dtype, args.valid, methods, args.rounds, args.device, clock)
+            rows += measured
+            print("\n".join(line(row) for row in measured), flush=True)
+            if args.json:
+                args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """What every loss checks at its entrance, and how a check speaks on a GPU.
 
-On a CPU a wrong value is refused with a ValueError which names it. On CUDA reading a value would make the host wait for the
-device in every call, so the same sentence is the message of an assertion on the device, as in torch's own losses.
+A wrong value is refused with a ValueError which names it. On CUDA in training, reading a value would make the host wait for the
+device in every step, so there the same sentence is the message of an assertion on the device, as in torch's own losses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,15 +17,29 @@ from torch import Tensor
 Reduction = Literal["mean", "sum", "none"]
 
 
+_training: ContextVar[bool | None] = ContextVar("training", default=None)
+
+
+@contextmanager
+def training(on: bool) -> Iterator[None]:
+    """Say whether a call is part of a training step, where autograd itself has switched gradients off inside of it."""
+    token = _training.set(on)
+    try:
+        yield
+    finally:
+        _training.reset(token)
+
+
 def reading_waits(values: Tensor) -> bool:
-    """Whether reading a value makes the host wait for all that the device still has to do."""
-    return values.is_cuda
+    """Whether reading a value would make a training step wait for all that its device still has to do."""
+    on = _training.get()
+    return values.is_cuda and (torch.is_grad_enabled() if on is None else on)
 
 
 def refuse(wrong: Tensor, expected: str, got: Callable[[], object], remedy: str) -> None:
     """Refuse a call in which any entry of `wrong` (a bool tensor) is True.
 
-    Raises: ValueError "expected …, got …; do this"; on CUDA an assertion on the device, without the value.
+    Raises: ValueError "expected …, got …; do this"; in training on CUDA an assertion on the device, without the value.
     """
     if reading_waits(wrong):
         torch._assert_async(~wrong.any(), f"expected {expected}; {remedy}"[:250])

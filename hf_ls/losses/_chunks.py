@@ -172,8 +172,6 @@ def chunk_loop(
     for small in (grad_hidden, grad_bias):
         if small is not None:
             small.mul_(factor * scale)
-    if grad_weight is not None and not isinstance(factor, float):
-        grad_weight.mul_(factor)
     losses = nll + smoothing_term
     if loss.z_loss:
         losses += loss.z_loss * (nll + label_logit).square()
@@ -183,8 +181,17 @@ def chunk_loop(
         if grad_hidden is not None:
             grad_hidden.masked_fill_(ignored.unsqueeze(1), 0)
     if grad_weight is not None:
-        grad_weight = grad_weight.to(weight_dtype)
+        grad_weight = in_parameter_dtype(grad_weight, factor, weight_dtype)
     return RowsAndGradients(losses, nll, smoothing_term, grad_hidden, grad_weight, grad_bias)
+
+
+def in_parameter_dtype(grad_weight: Tensor, factor: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """A sum [K, d] in the dtype of its parameter, multiplied by a factor which only the device knows, in one pass."""
+    if isinstance(factor, float):
+        return grad_weight.to(dtype)
+    return torch.mul(
+        grad_weight, factor, out=grad_weight if grad_weight.dtype == dtype else grad_weight.new_empty((0,), dtype=dtype)
+    )
 
 
 def chunks(rows: KeptRows, size: int) -> Iterator[tuple[int, int]]:
@@ -197,6 +204,8 @@ def chunks(rows: KeptRows, size: int) -> Iterator[tuple[int, int]]:
     if rows.mask is not None:
         first = min(size, max(_FIRST_ROWS, -(-rows.n // 128) * 32), rows.n)
         yield 0, first
+        if first == rows.n:
+            return
         start, stop = first, rows.count()
         left = max(0, stop - start)
         size = min(size, max(32, -(-left // max(1, -(-left // size)) // 32) * 32))

@@ -1,7 +1,7 @@
 """Which rows of a batch a loss keeps, without waiting for a GPU to count them.
 
-On a CPU ignored rows are left out. On CUDA their number is known to the device alone: all rows are put in order, the kept ones
-first, and the number travels to the host while the first chunk runs, so that no later chunk has ignored rows.
+Ignored rows are left out. In training on CUDA their number is known to the device alone: there all rows are put in order, the
+kept ones first, and the number travels to the host while the first chunk runs, so that no later chunk has ignored rows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class KeptRows:
         total = is_kept.numel()
         if total and not wait and _checks.reading_waits(is_kept):
             # Stable, so that the kept rows stay in the order of the batch.
-            order = torch.argsort(is_kept, descending=True, stable=True)
+            order = torch.argsort(is_kept.to(torch.uint8), descending=True, stable=True)
             return cls(total, order, is_kept[order], later(is_kept.sum()))
         if bool(is_kept.all()):
             return cls(total, None, None, lambda: total)

@@ -7,9 +7,11 @@ and any objective by autograd.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -99,6 +101,11 @@ class RowLoss:
         plain = self.softcap is None and (self.rides_along or not self.smoothing.epsilon)
         if not plain:
             return _capped_chunk_(self, logits, labels, row_weight, grad_bias)
+        if logits.is_cuda and grad_bias is None and logits.dtype != torch.float64 and has_triton():
+            from hf_ls.losses import _cuda
+
+            nll, label_logit = _cuda.plain_chunk_(logits, labels, label_share, row_weight, self.z_loss, needs_gradient)
+            return ChunkTerms(nll, label_logit, torch.zeros_like(nll))
         return _plain_chunk_(self, logits, labels, label_share, row_weight, grad_bias, logits_of_rows)
 
 
@@ -113,6 +120,12 @@ def observe(observer: Observer, logits: Tensor, labels: Tensor, softcap: float |
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of losses and softmaxes for logits of `dtype`: float32 for half precision, else the same."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton can be imported, as torch for CUDA on Linux brings it."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def prior_dot(prior: Tensor, values: Tensor) -> Tensor:

@@ -15,7 +15,15 @@ from torch.distributed import tensor as distributed
 from torch.distributed.tensor import DTensor
 
 from hf_ls.losses import _checks
-from hf_ls.losses._chunks import CLASS_BLOCK, Needs, RowsAndGradients, accumulate, default_chunk_rows, rows_times_weight
+from hf_ls.losses._chunks import (
+    CLASS_BLOCK,
+    Needs,
+    RowsAndGradients,
+    accumulate,
+    default_chunk_rows,
+    in_parameter_dtype,
+    rows_times_weight,
+)
 from hf_ls.losses._rows import RowLoss, exact_dtype
 
 
@@ -122,22 +130,20 @@ def shard_chunk_loop(
             accumulate(grad_weight, gradient, chunk, alpha, fresh=False)
     if grad_hidden is not None:
         shard.add_up(grad_hidden)
-    if grad_weight is not None and not isinstance(factor, float):
-        grad_weight.mul_(factor)
     if rider is not None:
         mixing = rider.mixing if row_weight is None else rider.mixing * row_weight
         if grad_hidden is not None:
             grad_hidden.addr_(mixing, rider.mean, alpha=-1)
         if grad_weight is not None:
             total = torch.mv(hidden.t().to(exact), mixing)
-            grad_weight.addr_(rider.prior.to(sum_dtype), total.mul_(-scale).to(sum_dtype))
+            grad_weight.addr_(rider.prior.to(sum_dtype), total.mul_(-alpha).to(sum_dtype))
         if grad_bias is not None:
             grad_bias -= mixing.sum() * rider.prior
     for small in (grad_hidden, grad_bias):
         if small is not None:
             small.mul_(scale)
     if grad_weight is not None:
-        grad_weight = grad_weight.to(weight_dtype)
+        grad_weight = in_parameter_dtype(grad_weight, factor, weight_dtype)
     return RowsAndGradients(losses, nll, smoothing_term, grad_hidden, grad_weight, grad_bias)
 
 

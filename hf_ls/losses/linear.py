@@ -74,7 +74,7 @@ def linear_smoothed_cross_entropy(
     Gradients are made in the forward, in the parameters' dtype, none for a frozen weight. Half precision does
     its softmax in float32. Under autocast the matmuls run in its dtype, as those of `nn.Linear`. A second
     backward through a retained graph computes again. All labels ignored give a differentiable 0.
-    On CUDA nothing waits for the device; labels out of range and losses which are not finite then end in a device assertion.
+    In training on CUDA nothing waits for the device: wrong labels and losses which are not finite end in an assertion there.
 
     With a group every process gets the same loss, the whole gradient of `hidden` (do not reduce it again) and that of its own
     rows, if the upstream gradient is the same everywhere. All processes must call it, and its backward, in the same order.
@@ -125,38 +125,39 @@ def linear_smoothed_terms(
 
     `loss` says what a row costs. Arguments and errors as there; only the field `loss` is reduced and weighted.
     """
-    shard = None
-    if group is not None or any(type(t) not in (Tensor, nn.Parameter) for t in (hidden, weight, bias) if t is not None):
-        from hf_ls.losses._vocab_parallel import divided
+    with _checks.training(torch.is_grad_enabled()):
+        shard = None
+        if group is not None or any(type(t) not in (Tensor, nn.Parameter) for t in (hidden, weight, bias) if t is not None):
+            from hf_ls.losses._vocab_parallel import divided
 
-        weight, bias, shard = divided(hidden, weight, bias, group, loss)
-    labels = class_ids(labels)
-    classes = weight.shape[0] if shard is None else shard.classes
-    check_tensors(hidden, weight, bias, labels, token_weight, classes)
-    check_options(reduction, None, num_items_in_batch, classes)
-    if chunk_rows is not None and not chunk_rows > 0:
-        raise ValueError(f"expected chunk_rows > 0, got {chunk_rows}; leave it out to have it chosen")
-    is_kept = labels != ignore_index
-    check_range(labels, is_kept, classes, ignore_index)
-    dtype = matmul_dtype(hidden, weight)
-    # An observer and an objective see the kept rows and no others, so their number must be known beforehand.
-    rows = KeptRows.of(is_kept.flatten(), wait=loss.observer is not None or loss.objective is not None or shard is not None)
-    row_weight = None if token_weight is None else rows.gather(token_weight.reshape(-1)).to(exact_dtype(dtype))
-    call = LinearCall(
-        loss=loss,
-        labels=rows.gather(labels.reshape(-1)),
-        rows=rows,
-        shape=labels.shape,
-        row_weight=row_weight,
-        reduction=reduction,
-        factor=mean_factor(rows, row_weight, num_items_in_batch, exact_dtype(dtype)) if reduction == "mean" else 1.0,
-        chunk_rows=chunk_rows,
-        dtype=dtype,
-        shard=shard,
-    )
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
-        return LinearTerms(*LinearLoss.apply(hidden, weight, bias, call))
-    return call.terms(call.solve(hidden, weight, bias, (False, False, False)))
+            weight, bias, shard = divided(hidden, weight, bias, group, loss)
+        labels = class_ids(labels)
+        classes = weight.shape[0] if shard is None else shard.classes
+        check_tensors(hidden, weight, bias, labels, token_weight, classes)
+        check_options(reduction, None, num_items_in_batch, classes)
+        if chunk_rows is not None and not chunk_rows > 0:
+            raise ValueError(f"expected chunk_rows > 0, got {chunk_rows}; leave it out to have it chosen")
+        is_kept = labels != ignore_index
+        check_range(labels, is_kept, classes, ignore_index)
+        dtype = matmul_dtype(hidden, weight)
+        # An observer and an objective see the kept rows and no others, so their number must be known beforehand.
+        rows = KeptRows.of(is_kept.flatten(), wait=loss.observer is not None or loss.objective is not None or shard is not None)
+        row_weight = None if token_weight is None else rows.gather(token_weight.reshape(-1)).to(exact_dtype(dtype))
+        call = LinearCall(
+            loss=loss,
+            labels=rows.gather(labels.reshape(-1)),
+            rows=rows,
+            shape=labels.shape,
+            row_weight=row_weight,
+            reduction=reduction,
+            factor=mean_factor(rows, row_weight, num_items_in_batch, exact_dtype(dtype)) if reduction == "mean" else 1.0,
+            chunk_rows=chunk_rows,
+            dtype=dtype,
+            shard=shard,
+        )
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
+            return LinearTerms(*LinearLoss.apply(hidden, weight, bias, call))
+        return call.terms(call.solve(hidden, weight, bias, (False, False, False)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,12 +251,12 @@ class LinearLoss(torch.autograd.Function):
             row_scale = call.rows.gather(grad_loss.reshape(-1))
             if found is None:
                 row_weight = row_scale if call.row_weight is None else row_scale * call.row_weight
-                found = replace(call, row_weight=row_weight).solve(*ctx.saved_tensors, ctx.needs)
+                found = again(replace(call, row_weight=row_weight), ctx)
             elif found.grad_hidden is not None:
                 found.grad_hidden.mul_(row_scale.unsqueeze(1))
         else:
             if found is None:
-                found = call.solve(*ctx.saved_tensors, ctx.needs)
+                found = again(call, ctx)
             if not (grad_loss.is_cpu and grad_loss.item() == 1):
                 for gradient in (found.grad_hidden, found.grad_weight, found.grad_bias):
                     if gradient is not None:
@@ -266,6 +267,13 @@ class LinearLoss(torch.autograd.Function):
         if grad_bias is not None:
             grad_bias = grad_bias.to(ctx.dtypes[1])
         return grad_hidden, found.grad_weight, grad_bias, None
+
+
+def again(call: LinearCall, ctx: Any) -> RowsAndGradients:
+    """The gradients which a backward needs and the forward has not kept."""
+    hidden, weight, bias = ctx.saved_tensors
+    with _checks.training(True):
+        return call.solve(hidden, weight, bias, ctx.needs)
 
 
 def mean_factor(
@@ -326,7 +334,9 @@ def check_tensors(
         )
     if token_weight is not None:
         if token_weight.requires_grad:
-            raise ValueError("expected token_weight without a gradient, got one; multiply a reduction='none' loss by it")
+            raise ValueError(
+                "expected token_weight without a gradient, got requires_grad=True; multiply a reduction='none' loss by it"
+            )
         if token_weight.shape != labels.shape:
             raise ValueError(
                 f"expected token_weight {tuple(labels.shape)} >= 0, got {tuple(token_weight.shape)}; one weight per label"

@@ -75,7 +75,9 @@ def unigram_prior(counts: Tensor | Sequence[float], *, power: float = 1.0, addit
     """
     values = _non_negative(counts, "counts", 1) + _amount(additive, "additive")
     if not bool(values.any()):
-        raise ValueError(f"expected at least one counted label, got {len(values)} zeros; check the label column and ignore_index")
+        raise ValueError(
+            f"expected at least one counted label, got all zeros over {len(values)} classes; check the labels and ignore_index"
+        )
     # Relative to the largest count no power overflows; 0^0 would be 1 and give mass to an unseen class.
     weight = (values / values.max()).pow(_amount(power, "power")).masked_fill(values == 0, 0)
     return (weight / weight.sum()).float()
@@ -209,8 +211,8 @@ def soft_targets(counts: Tensor | Sequence[Any], *, additive: float = 0.0) -> Te
     empty = (total == 0).squeeze(-1)
     if bool(empty.any()):
         raise ValueError(
-            f"expected at least one annotation per row, got {int(empty.sum())} of {empty.numel()} rows of zeros; drop them or "
-            "pass additive > 0"
+            f"expected at least one annotation per row, got a row of zeros ({int(empty.sum())} of {empty.numel()} rows); "
+            "drop it or pass additive > 0"
         )
     return (values / total).float()
 
@@ -266,4 +268,4 @@ def _flat_ids(value: Any) -> Tensor:
     ids = tensor.reshape(-1).cpu()
     if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
         raise TypeError(f"expected integer label ids, got {ids.dtype}; soft targets and scores cannot be counted")
-    return class_ids(ids)
+    return class_ids(ids) if ids.numel() else ids.long()  # torch makes an empty list a float tensor

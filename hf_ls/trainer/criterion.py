@@ -38,6 +38,9 @@ _ONLINE_STATE = "online_label_smoothing.safetensors"
 _SMOOTHED = ("smoothed_ce", "generalised_smoothing")  # objectives which are label smoothing, no second technique
 _TERMS = ("nll", "smoothing_term", "distillation_term")  # the last only with a teacher
 
+# Modules of Trainers whose own loss is the cross entropy.
+_CROSS_ENTROPY = ("hf_ls.", "transformers.", "trl.trainer.sft_trainer")
+
 
 class Criterion:
     """The terms of each training item: loss = nll + smoothing_term, the second being whatever is not the plain NLL.
@@ -231,10 +234,11 @@ def check_combined(found: list[str], allowed: bool) -> None:
         )
 
 
-def check_one_loss(kind: type, mixin: type, replaced: tuple[type, ...]) -> None:
+def check_one_loss(kind: type, mixin: type) -> None:
     """Refuse a Trainer class with a second `compute_loss`, which would be left out or take the place of ours in silence.
 
-    One in front of the mixin (a subclass of ours too) may add to the loss: it has to call `super().compute_loss`.
+    One in front of the mixin (a subclass of ours too) may add to the loss: it has to call `super().compute_loss`. The Trainers of
+    transformers and TRL's SFTTrainer take the cross entropy: ours is there to take its place.
 
     Raises: ValueError naming the class and the way out.
     """
@@ -242,7 +246,7 @@ def check_one_loss(kind: type, mixin: type, replaced: tuple[type, ...]) -> None:
     ours = order.index(mixin)
     for place, parent in enumerate(order):
         function = vars(parent).get("compute_loss")
-        if function is None or parent in replaced or parent.__module__.startswith("hf_ls."):
+        if function is None or parent.__module__.startswith(_CROSS_ENTROPY):
             continue
         code = getattr(inspect.unwrap(function), "__code__", None)
         if place < ours and (code is None or "compute_loss" in code.co_names):

@@ -85,7 +85,7 @@ class Evaluation:
         items = batch.weight.new_full((*batch.labels.shape, 4), math.nan)
         if found:  # without any label too: the other processes gather theirs
             items[batch.kept] = torch.cat(found)
-        return self._keep(items, batch, head.head.weight.shape[0]), outputs
+        return self._keep(items, batch, head.classes), outputs
 
     def _keep(self, items: Tensor, batch: Batch, classes: int) -> Tensor:
         # Rows [..., 5]: four numbers and the label; ids below 2**53 are exact. Of single labels and of positions 1/K of their

@@ -79,6 +79,11 @@ class LogitsFreeHead:
         self.head = _plain_linear(head)
         self.post_processing = _post_processing(self.model)
 
+    @property
+    def classes(self) -> int:
+        """The number of logits K, also where ZeRO-3 has divided the weight and left an empty one between two forwards."""
+        return getattr(self.head.weight, "ds_shape", self.head.weight.shape)[0]
+
     def __call__(
         self,
         model: nn.Module,
@@ -161,8 +166,8 @@ class LogitsFreeHead:
                 raise ValueError(
                     f"expected a forward which can do with empty logits, got {type(error).__name__}: {error}"
                 ) from error
-        if own.shape[-1] != self.head.weight.shape[0]:
-            raise ValueError(f"expected {self.head.weight.shape[0]} logits as the head has rows, got {own.shape[-1]}")
+        if own.shape[-1] != self.classes:
+            raise ValueError(f"expected {self.classes} logits as the head has rows, got {own.shape[-1]}")
         tolerance = 2e-2 if known.dtype in (torch.float16, torch.bfloat16) else 1e-4
         exact = torch.promote_types(processed.dtype, torch.float32)
         _check_close("logits after the head", self.post_processing.apply(known.to(exact)), processed.to(exact), tolerance)

@@ -84,7 +84,6 @@ class LabelSmoothingMixin(Trainer):
     """
 
     _arguments_class: type[TrainingArguments] = LabelSmoothingArguments
-    _replaced: tuple[type, ...] = (Trainer,)  # classes whose `compute_loss` ours takes the place of
     # The loss is divided by the item count of the whole accumulated batch, so the Trainer must not divide it again.
     loss_is_scaled_for_ga: bool | None = True
     model: Any
@@ -112,7 +111,7 @@ class LabelSmoothingMixin(Trainer):
         training_args = next((a for a in (*args, *kwargs.values()) if isinstance(a, TrainingArguments)), None)
         if training_args is None:
             training_args = kwargs["args"] = self._arguments_class(output_dir="trainer_output")
-        check_one_loss(type(self), LabelSmoothingMixin, self._replaced)
+        check_one_loss(type(self), LabelSmoothingMixin)
         check_given(training_args, smoothing, kwargs.get("compute_loss_func"))
         self.class_weight = class_weight
         self._given_smoothing, self._given_objective, self._given_shift = smoothing, objective, shift_labels
@@ -237,7 +236,7 @@ class LabelSmoothingMixin(Trainer):
 
     def _logits_free_loss(self, head: LogitsFreeHead, model: nn.Module, batch: Batch, num_items_in_batch: Any) -> Any:
         smoothing = self.smoothing.at(self.state.global_step, self.state.max_steps)
-        check_class_weight(self.class_weight, head.head.weight.shape[0])
+        check_class_weight(self.class_weight, head.classes)
         weight, per_count = batch.factors(num_items_in_batch, self._loss_scale(), batch.weight.dtype)
         found = head(
             model, batch.for_model(self.model), batch.labels, smoothing, objective=self.criterion.for_rows(smoothing),

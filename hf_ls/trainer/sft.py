@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from hf_ls.common.errors import extra
 from hf_ls.trainer.arguments import LabelSmoothingArguments
@@ -58,7 +58,6 @@ class LabelSmoothingSFTTrainer(LabelSmoothingMixin, SFTTrainer):  # type: ignore
     """
 
     _arguments_class: type[TrainingArguments] = LabelSmoothingSFTConfig
-    _replaced = (Trainer, SFTTrainer)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = next((a for a in (*args, *kwargs.values()) if isinstance(a, TrainingArguments)), None)

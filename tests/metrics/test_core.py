@@ -272,7 +272,7 @@ def test_smooth_ece_of_one_confidence_is_its_gap():
 
 def test_smooth_ece_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "relplot", None)
-    with pytest.raises(ImportError, match="pip install relplot"):
+    with pytest.raises(ImportError, match=r"pip install 'hf_ls\[scripts\]'"):
         smooth_ece([0.5], [True])
 
 

@@ -250,7 +250,7 @@ def test_only_what_exists_is_suggested():
 
 @pytest.mark.parametrize(("task", "known", "unknown"), [
     ("text-classification", "accuracy", "f1"), ("text-classification", "eval_nll", "perplexity"),
-    ("text-classification", "brier", "signed_gap"),
+
     ("causal-lm --source_column a --target_column b", "perplexity", "exact_match"),
     ("seq2seq --source_column a --target_column b", "eos_ece", "chrf"),
     ("seq2seq --source_column a --target_column b --predict_with_generate", "exact_match", "bleu"),

@@ -28,6 +28,8 @@ RUNS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
         *((f"zero {stage}", name, dict(evaluate_first=True)) for stage in (1, 2, 3) for name in ("bert", "llama")),
         *((f"zero {stage}", "llama late", dict(accumulation=2)) for stage in (2, 3)),
         *((f"zero {stage}", "llama", dict(resumed=True)) for stage in (1, 2, 3)),
+        ("zero 3", "llama", dict(evaluate_first=True, logits_free="on")),
+        ("zero 3", "llama late", dict(accumulation=2, logits_free="on")),
     ],
 }
 

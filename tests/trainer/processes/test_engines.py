@@ -65,3 +65,5 @@ def test_an_engine_makes_the_training_and_the_evaluations_of_one_process(results
     assert found["after"].keys() == set(METRICS)
     if options.get("evaluate_first"):
         assert found["before"] == pytest.approx(one["before"], abs=tolerance)
+    if options.get("logits_free") == "on":
+        assert found["logits_free"]
