@@ -10,8 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from operator import itemgetter
 from typing import Any
@@ -21,7 +20,6 @@ import torch
 from accelerate.utils import find_batch_size, gather_object
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
-from transformers.modeling_utils import unwrap_model
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
 from hf_ls.calibration.token_temperature import TokenTemperature
@@ -37,7 +35,7 @@ from hf_ls.trainer.batch import SHIFTED, Batch, check_class_weight, copied, virt
 from hf_ls.trainer.card import write_trainer_card
 from hf_ls.trainer.criterion import LoggedTerms, OnlineState, check_one_loss
 from hf_ls.trainer.distillation import teacher_for
-from hf_ls.trainer.evaluation import Evaluation, beside_loss, end_of_sequence, for_prediction
+from hf_ls.trainer.evaluation import Evaluation, Steps, beside_loss, end_of_sequence, for_prediction
 from hf_ls.trainer.logits_free import LogitsFreeHead, head_for
 from hf_ls.trainer.mixup import check_mixable
 from hf_ls.trainer.processes import (
@@ -54,7 +52,7 @@ from hf_ls.trainer.spans import check_both_positions, check_span_settings, is_sp
 logger = logging.getLogger(__name__)
 
 
-class LabelSmoothingMixin(Trainer):
+class LabelSmoothingMixin(Steps):
     """Put before a Trainer class: `class MyTrainer(LabelSmoothingMixin, Trainer)`.
 
     Training minimises Σ w_i·loss_i / Σ w_i over the whole global batch, whatever the micro-batches and processes; ε = 0 and
@@ -90,7 +88,6 @@ class LabelSmoothingMixin(Trainer):
     temperature: float = 1.0
     token_counts: np.ndarray | None = None
     token_calibration: TokenCalibration | None = None
-    _evaluates: bool | None = None  # the step under way: of an evaluation, of a training, or none of the Trainer's
     _evaluation: Evaluation | None = None  # of the evaluation under way
     _measured: Evaluation | None = None  # of the last one
     _fit: TokenTemperature | None = None
@@ -183,23 +180,6 @@ class LabelSmoothingMixin(Trainer):
             except ValueError as error:
                 raise batch.named(error, self.state.global_step + 1, self.args.process_index) from error
         return (loss, beside_loss(loss, outputs)) if return_outputs else loss
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As `Trainer.training_step`."""
-        with self._step(evaluates=False):
-            return super().training_step(*args, **kwargs)
-
-    @contextmanager
-    def _step(self, *, evaluates: bool) -> Iterator[None]:
-        before, self._evaluates = self._evaluates, evaluates
-        try:
-            yield
-        finally:
-            self._evaluates = before
-
-    def _is_evaluation(self, model: nn.Module) -> bool:
-        # The mode of a wrapper says nothing: DeepSpeed's engine hands eval() on to the model and stays in training mode itself.
-        return not unwrap_model(model).training if self._evaluates is None else self._evaluates
 
     def _read(self, inputs: dict[str, Any]) -> Batch:
         shift, prompt = bool(self._shift), virtual_tokens(self.model)
@@ -354,14 +334,6 @@ class LabelSmoothingMixin(Trainer):
                 logs["epsilon"] = self.smoothing.at(self.state.global_step - 1, self.state.max_steps).epsilon
         super().log(logs, *args, **kwargs)
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # A stock Trainer resumed from the checkpoint of its last step, in mid-epoch, takes one step more than max_steps.
-        # A run which early stopping had ended takes none either.
-        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
-
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Once per try of `auto_find_batch_size`: nothing of a failed one may stay.
         self._terms, self._head, self._head_sought = LoggedTerms(), None, False
@@ -464,14 +436,6 @@ class LabelSmoothingMixin(Trainer):
         if isinstance(items, Tensor) and items.dim() == 1 and self._evaluation is not None and self._evaluation.rows:
             items = items[: self._evaluation.rows]  # the loss of a batch, which the Trainer repeats to the size of a full one
         return gather_once(self.accelerator, items, self._copies())
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        # A stock Trainer groups evaluation by length too: predictions come in another order than the dataset, in silence.
-        strategy, self.args.train_sampling_strategy = self.args.train_sampling_strategy, "random"
-        try:
-            return super()._get_eval_sampler(eval_dataset)
-        finally:
-            self.args.train_sampling_strategy = strategy
 
     def fit_temperature(self, dataset: Any) -> float:
         """The T > 0 which minimises the NLL of softmax(logits / T) on the labels of a dataset: one teacher-forced pass.
