@@ -1,17 +1,20 @@
 """What an evaluation measures: unsmoothed, over all items at once, the same on any number of processes.
 
-`item_statistics` reduces logits to four numbers per item before anything is gathered; `Evaluation` adds them up. Which batches
-are evaluated, and what is gathered, is the Trainer's part (`mixin`).
+`item_statistics` reduces logits to four numbers per item before anything is gathered; `Evaluation` adds them up. `Steps`
+tells evaluation from training; what is gathered is the Trainer's part (`mixin`).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 from transformers.modeling_utils import unwrap_model
 
 from hf_ls.calibration.token_temperature import TokenTemperature
@@ -85,7 +88,7 @@ class Evaluation:
         items = batch.weight.new_full((*batch.labels.shape, 4), math.nan)
         if found:  # without any label too: the other processes gather theirs
             items[batch.kept] = torch.cat(found)
-        return self._keep(items, batch, head.head.weight.shape[0]), outputs
+        return self._keep(items, batch, head.classes), outputs
 
     def _keep(self, items: Tensor, batch: Batch, classes: int) -> Tensor:
         # Rows [..., 5]: four numbers and the label; ids below 2**53 are exact. Of single labels and of positions 1/K of their
@@ -222,3 +225,42 @@ def end_of_sequence(model: nn.Module, tokenizer: Any = None) -> int | None:
         if isinstance(found, int):
             return found
     return None
+
+
+class Steps(Trainer):
+    """A `Trainer` which knows whether a step is of a training or an evaluation, takes none too many, and evaluates in order."""
+
+    _evaluates: bool | None = None  # the step under way: of an evaluation, of a training, or none of the Trainer's
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As `Trainer.training_step`."""
+        with self._step(evaluates=False):
+            return super().training_step(*args, **kwargs)
+
+    @contextmanager
+    def _step(self, *, evaluates: bool) -> Iterator[None]:
+        before, self._evaluates = self._evaluates, evaluates
+        try:
+            yield
+        finally:
+            self._evaluates = before
+
+    def _is_evaluation(self, model: nn.Module) -> bool:
+        # The mode of a wrapper says nothing: DeepSpeed's engine hands eval() on to the model and stays in training mode itself.
+        return not unwrap_model(model).training if self._evaluates is None else self._evaluates
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A stock Trainer resumed from the checkpoint of its last step, in mid-epoch, takes one step more than max_steps.
+        # A run which early stopping had ended takes none either.
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        # A stock Trainer groups evaluation by length too: predictions come in another order than the dataset, in silence.
+        strategy, self.args.train_sampling_strategy = self.args.train_sampling_strategy, "random"
+        try:
+            return super()._get_eval_sampler(eval_dataset)
+        finally:
+            self.args.train_sampling_strategy = strategy

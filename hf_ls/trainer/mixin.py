@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from operator import itemgetter
 from typing import Any
@@ -22,7 +23,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
 from hf_ls.calibration.token_temperature import TokenTemperature
-from hf_ls.common.models import output_embedding
+from hf_ls.common.models import in_eval_mode, output_embedding
 from hf_ls.losses._rows import Observer, observe
 from hf_ls.losses.adaptive import OnlineLabelSmoothing
 from hf_ls.losses.cross_entropy import check_no_probabilities, logits_of
@@ -34,10 +35,17 @@ from hf_ls.trainer.batch import SHIFTED, Batch, check_class_weight, copied, virt
 from hf_ls.trainer.card import write_trainer_card
 from hf_ls.trainer.criterion import LoggedTerms, OnlineState, check_one_loss
 from hf_ls.trainer.distillation import teacher_for
-from hf_ls.trainer.evaluation import Evaluation, beside_loss, end_of_sequence, for_prediction
+from hf_ls.trainer.evaluation import Evaluation, Steps, beside_loss, end_of_sequence, for_prediction
 from hf_ls.trainer.logits_free import LogitsFreeHead, head_for, is_compiled
 from hf_ls.trainer.mixup import check_mixable
-from hf_ls.trainer.processes import check_parallelism, forget_preparation, gather_once, reshard, without_repeats
+from hf_ls.trainer.processes import (
+    check_parallelism,
+    evaluation_before_deepspeed,
+    forget_preparation,
+    gather_once,
+    reshard,
+    without_repeats,
+)
 from hf_ls.trainer.shift import (
     added_loss,
     check_supported,
@@ -52,7 +60,7 @@ from hf_ls.trainer.spans import check_both_positions, check_span_settings, is_sp
 logger = logging.getLogger(__name__)
 
 
-class LabelSmoothingMixin(Trainer):
+class LabelSmoothingMixin(Steps):
     """Put before a Trainer class: `class MyTrainer(LabelSmoothingMixin, Trainer)`.
 
     Training minimises Σ w_i·loss_i / Σ w_i over the whole global batch, whatever the micro-batches and processes; ε = 0 and
@@ -162,17 +170,17 @@ class LabelSmoothingMixin(Trainer):
     ) -> Any:
         """The smoothed loss in training, the plain NLL in evaluation; nats per item. No tensor of `inputs` is changed.
 
-        In training: world size × Σ w·loss / num_items_in_batch (DDP then averages over processes); without a count, and in
-        evaluation, the mean over this batch. With `return_outputs` also the outputs; a tuple or a tensor as the model returns
-        it beside its own loss, (loss, logits, ...).
+        The Trainer's own steps say which it is, in a call from elsewhere the mode of the model inside its wrappers. In training:
+        world size × Σ w·loss / num_items_in_batch (DDP then averages over processes); without a count, and in evaluation, the
+        mean over this batch. With `return_outputs` also the outputs; a tuple or a tensor as the model returns it beside its own
+        loss, (loss, logits, ...).
 
         Raises: ValueError for a batch without labels and as `smoothed_terms`. One batch with NaN logits ends training, and the
         error names it: a stock Trainer hides the number (`logging_nan_inf_filter`) and goes on with weights which are all NaN.
         """
         self._check_against_model([inputs])
         batch = self._read(inputs)
-        # DeepSpeed's engine stays in training mode where it is evaluated first.
-        evaluates = not model.training or self._evaluation is not None
+        evaluates = self._is_evaluation(model)
         needs_logits = return_outputs or (not evaluates and self._teacher is not None)
         head = None if needs_logits else self._find_head(model, batch)
         if evaluates:
@@ -222,7 +230,7 @@ class LabelSmoothingMixin(Trainer):
 
     def _logits_free_loss(self, head: LogitsFreeHead, model: nn.Module, batch: Batch, num_items_in_batch: Any) -> Any:
         smoothing = self.smoothing.at(self.state.global_step, self.state.max_steps)
-        check_class_weight(self.class_weight, head.head.weight.shape[0])
+        check_class_weight(self.class_weight, head.classes)
         weight, per_count = batch.factors(num_items_in_batch, self._loss_scale(), batch.weight.dtype)
         found = head(
             model, batch.with_labels(self.model) if self._added else batch.for_model(self.model), batch.labels, smoothing,
@@ -317,7 +325,7 @@ class LabelSmoothingMixin(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """Σ w over the accumulated batches of all processes, by our own shift rule."""
-        if self._evaluation is not None or not batch_samples:
+        if self._evaluates or not batch_samples:
             return None
         last, copies = batch_samples[-1], self._copies()  # the Trainer trains on the batches of this very list
         for name in (*self.label_names, SHIFTED):
@@ -341,14 +349,6 @@ class LabelSmoothingMixin(Trainer):
             if "nll" in logs and self.smoothing.schedule is not None:
                 logs["epsilon"] = self.smoothing.at(self.state.global_step - 1, self.state.max_steps).epsilon
         super().log(logs, *args, **kwargs)
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # A stock Trainer resumed from the checkpoint of its last step, in mid-epoch, takes one step more than max_steps.
-        # A run which early stopping had ended takes none either.
-        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Once per try of `auto_find_batch_size`: nothing of a failed one may stay.
@@ -395,8 +395,10 @@ class LabelSmoothingMixin(Trainer):
         # Seq2SeqTrainer gathers the examples repeated to fill the last batch too, so that its metrics count them twice; the
         # Trainer counts the copies of tensor parallelism.
         self.gather_function = self._gather_once
+        before_deepspeed = standalone and self.is_deepspeed_enabled
         try:
-            output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+            with self._step(evaluates=True), evaluation_before_deepspeed(self) if before_deepspeed else nullcontext():
+                output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         finally:
             self._measured, self._evaluation = self._evaluation, None
             if standalone and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # those prepare by sharding
@@ -428,14 +430,16 @@ class LabelSmoothingMixin(Trainer):
             evaluation.pending, evaluation.rows = None, find_batch_size(inputs) or 0
             evaluation.reached, evaluation.labelled = True, evaluation.labelled or labelled
         theirs = dict(inputs) if labelled else copied(inputs)
-        result = super().prediction_step(
-            model if labelled else for_prediction(model), theirs, prediction_loss_only, ignore_keys, **kwargs
-        )
-        if evaluation is None or self._fit is not None:
-            return result
-        if evaluation.pending is None and labelled:
-            with torch.no_grad(), self.compute_loss_context_manager():
-                result = self.compute_loss(model, self._prepare_inputs(inputs)).detach(), *result[1:]
+        # A wrapper may keep eval() to itself: then dropout would be on.
+        with self._step(evaluates=True), in_eval_mode(self.model) if self.model.training else nullcontext():
+            result = super().prediction_step(
+                model if labelled else for_prediction(model), theirs, prediction_loss_only, ignore_keys, **kwargs
+            )
+            if evaluation is None or self._fit is not None:
+                return result
+            if evaluation.pending is None and labelled:
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    result = self.compute_loss(model, self._prepare_inputs(inputs)).detach(), *result[1:]
         if evaluation.pending is None:
             return result
         rows, labels = evaluation.pending
@@ -448,14 +452,6 @@ class LabelSmoothingMixin(Trainer):
         if isinstance(items, Tensor) and items.dim() == 1 and self._evaluation is not None and self._evaluation.rows:
             items = items[: self._evaluation.rows]  # the loss of a batch, which the Trainer repeats to the size of a full one
         return gather_once(self.accelerator, items, self._copies())
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        # A stock Trainer groups evaluation by length too: predictions come in another order than the dataset, in silence.
-        strategy, self.args.train_sampling_strategy = self.args.train_sampling_strategy, "random"
-        try:
-            return super()._get_eval_sampler(eval_dataset)
-        finally:
-            self.args.train_sampling_strategy = strategy
 
     def fit_temperature(self, dataset: Any) -> float:
         """The T > 0 which minimises the NLL of softmax(logits / T) on the labels of a dataset: one teacher-forced pass.

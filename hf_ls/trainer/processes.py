@@ -1,7 +1,7 @@
 """What several processes do to the batches and the model of a Trainer, and how it is undone.
 
 Owns: which rows accelerate repeats to fill the last batch of every process, gathering each item once, and the weights which
-FSDP2 leaves gathered after an evaluation.
+FSDP2 leaves gathered after an evaluation, DeepSpeed's engine for an evaluation.
 Does not own: the loss and its counting (`trainer`), starting and ending processes (`launch`).
 
 `copies` is how many processes in a row see the same batch: the tensor-parallel size.
@@ -9,6 +9,9 @@ Does not own: the loss and its counting (`trainer`), starting and ending process
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from accelerate import Accelerator
@@ -77,6 +80,29 @@ def forget_preparation(accelerator: Any, model: Any) -> None:
     accelerator._models = [prepared for prepared in accelerator._models if prepared is not model]
     if getattr(model, "_is_accelerate_prepared", False):
         model._is_accelerate_prepared = False
+
+
+@contextmanager
+def evaluation_before_deepspeed(trainer: Any) -> Iterator[None]:
+    """Evaluate a model which DeepSpeed has not seen yet, and let a later training make its own engine.
+
+    Below stage 3 each process has all weights, so that no engine is needed (a Trainer refuses). In stage 3 a Trainer
+    (transformers 5.24) keeps its engine for the evaluation, which has no optimizer, and deletes optimizer and schedule from the
+    configuration: the first backward of a training is an AttributeError. The weights stay divided.
+    """
+    accelerator, config = trainer.accelerator, trainer.accelerator.state.deepspeed_plugin.hf_ds_config
+    before = copy.deepcopy(config.config)
+    trainer.is_deepspeed_enabled = config.is_zero3()
+    try:
+        yield
+    finally:
+        trainer.is_deepspeed_enabled = True
+        engine, trainer.deepspeed, trainer.model_wrapped = trainer.deepspeed, None, trainer.model
+        if engine is not None:
+            engine.destroy()
+        forget_preparation(accelerator, trainer.model if engine is None else engine)
+        config.config.clear()
+        config.config.update(before)
 
 
 def reshard(model: nn.Module) -> None:

@@ -103,11 +103,10 @@ class LabelSmoothingSFTTrainer(LabelSmoothingMixin, SFTTrainer):  # type: ignore
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)
         finally:
             self._observer = None
-        self._log_metrics(inputs, seen)
+        self._log_metrics(inputs, seen, training=not self._is_evaluation(model))
         return result
 
-    def _log_metrics(self, inputs: dict[str, Any], seen: TokenMetrics) -> None:
-        training = self.model.training
+    def _log_metrics(self, inputs: dict[str, Any], seen: TokenMetrics, *, training: bool) -> None:
         metrics = self._metrics["train" if training else "eval"]
         tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else torch.tensor(inputs["position_ids"].shape[1])
         local = torch.cat([seen.sums, tokens.reshape(1).to(seen.sums)])

@@ -68,6 +68,45 @@ def test_evaluation_leaves_the_training_loss_smoothed(tmp_path):
     assert "labels" in batch
 
 
+class _Wrapper(torch.nn.Module):
+    """An engine as DeepSpeed's: `training` is what it likes, and eval() goes no further than it likes."""
+
+    def __init__(self, module, training, passes_on):
+        super().__init__()
+        self.module, self.training, self.passes_on = module, training, passes_on
+
+    def train(self, mode=True):
+        if self.passes_on or mode:
+            self.module.train(mode)
+        return self
+
+    def forward(self, **inputs):
+        return self.module(**inputs)
+
+
+@pytest.mark.parametrize(("training", "passes_on"), [(True, True), (True, False), (False, True)])
+def test_the_mode_of_a_wrapper_decides_nothing(tmp_path, training, passes_on):
+    """Evaluation is unsmoothed and without dropout, training smoothed, whatever the `training` of a wrapper says."""
+    rows, dropout = classification_rows(8), dict(hidden_dropout_prob=0.5)
+    fixed = dict(per_device_eval_batch_size=8, per_device_train_batch_size=8, label_smoothing_factor=0.1)
+    wanted = ours(tmp_path, tiny_bert(**dropout), rows, **fixed).evaluate()
+    trainer = ours(tmp_path, tiny_bert(**dropout), rows, **fixed)
+    wrapper = _Wrapper(trainer.model, training, passes_on)
+    trainer._wrap_model = lambda model, **kwargs: wrapper
+    trainer.model_wrapped = wrapper
+    found = trainer.evaluate()
+    measured = {name for name in wanted if not name.endswith(("runtime", "second", "time"))}
+    assert {name: found[name] for name in measured} == {name: wanted[name] for name in measured}
+    batch = collate(rows.rows)
+    loss, _, _ = trainer.prediction_step(wrapper, batch, prediction_loss_only=True)  # outside an evaluation too
+    assert loss.item() == pytest.approx(wanted["eval_loss"], abs=1e-6)
+    wrapper.train()
+    logs = {"loss": trainer.training_step(wrapper, batch).item()}
+    trainer._terms.add_to(logs, 1, trainer.accelerator.gather)
+    assert abs(logs["smoothing_term"]) > 1e-4
+    assert logs["loss"] == pytest.approx(logs["nll"] + logs["smoothing_term"], rel=1e-5)
+
+
 def test_own_compute_metrics_are_kept_beside_ours(tmp_path):
     trainer = ours(tmp_path, tiny_bert(), classification_rows(11), per_device_eval_batch_size=4)
     trainer.compute_metrics = lambda p: {"n": p.predictions.shape[0], "accuracy": 2.0}

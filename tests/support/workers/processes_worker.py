@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from contextlib import nullcontext
 from typing import Any
 
 import accelerate.parallelism_config
@@ -80,7 +81,27 @@ class Recorder(TrainerCallback):
 def whole(model: Any) -> dict[str, Tensor]:
     """The weights, put together from their shards."""
     model = model.module if hasattr(model, "module") else model
-    return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in model.named_parameters()}
+    with gathered(model):
+        return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in model.named_parameters()}
+
+
+def gathered(model: Any) -> Any:
+    """The weights which ZeRO-3 has divided, whole."""
+    divided = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+    if not divided:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(divided)
+
+
+def zero_settings(layout: str) -> dict[str, Any]:
+    """The arguments of "zero 1", "zero 2" and "zero 3", in which all weights are divided, however small."""
+    if not layout.startswith("zero"):
+        return {}
+    stage = dict(stage=int(layout[-1]), stage3_param_persistence_threshold=0)
+    batch = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    return dict(deepspeed=dict.fromkeys(batch, "auto") | dict(zero_optimization=stage, zero_allow_untested_optimizer=True))
 
 
 def shared_folder(world: int) -> str:
@@ -122,10 +143,10 @@ def trained(
     parallel = {"tp": 1, "tp x fsdp": world // 2}.get(layout, world)
     ours = issubclass(trainer_class, LabelSmoothingTrainer)
     folder = shared_folder(world)
-    args = arguments(
-        folder, LabelSmoothingArguments if ours else tf.TrainingArguments, label_smoothing_factor=0.1, max_steps=STEPS,
+    settings = dict(
+        label_smoothing_factor=0.1, max_steps=STEPS, num_train_epochs=2, learning_rate=LEARNING_RATE,
         per_device_train_batch_size=GLOBAL_BATCH // parallel // accumulation, gradient_accumulation_steps=accumulation,
-        num_train_epochs=2, learning_rate=LEARNING_RATE, per_device_eval_batch_size=eval_batch,
+        per_device_eval_batch_size=eval_batch,
         **(dict(save_strategy="steps", save_steps=2) if resumed else {}),
         **(dict(label_smoothing_logits_free=logits_free) if ours else {}),
     )  # fmt: skip
@@ -133,6 +154,8 @@ def trained(
     recorder = Recorder(whole(model))
 
     def new_trainer(model: Any) -> Any:
+        arguments_class = LabelSmoothingArguments if ours else tf.TrainingArguments
+        args = arguments(folder, arguments_class, **settings, **zero_settings(layout))  # anew: accelerate takes each plugin once
         trainer = (ShardedByAccelerate if layout == "accelerate fsdp" else trainer_class)(
             model=model, args=args, train_dataset=MODELS[name][1], eval_dataset=MODELS[name][2], data_collator=collate,
             callbacks=[recorder],
