@@ -245,10 +245,6 @@ class Steps(Trainer):
         finally:
             self._evaluates = before
 
-    def _is_evaluation(self, model: nn.Module) -> bool:
-        # The mode of a wrapper says nothing: DeepSpeed's engine hands eval() on to the model and stays in training mode itself.
-        return not unwrap_model(model).training if self._evaluates is None else self._evaluates
-
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # A stock Trainer resumed from the checkpoint of its last step, in mid-epoch, takes one step more than max_steps.
         # A run which early stopping had ended takes none either.

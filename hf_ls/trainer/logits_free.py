@@ -201,8 +201,13 @@ class LogitsFreeHead:
             # The model may change its logits in place.
             return put[0].clone()
 
+        # Rows of one or two labels (T5 as a classifier) are too few logits to measure by; three copies of them are enough.
+        sizes = {len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()}
+        copies = {
+            name: torch.cat([value] * 3) if isinstance(value, Tensor) and value.dim() else value for name, value in inputs.items()
+        }
         with torch.no_grad(), self._replaced(head_forward, lambda outputs: outputs), without_cross_entropy(added):
-            processed = logits_of(model(**copied(inputs)))
+            processed = logits_of(model(**copied(copies if sizes == {1} else inputs)))
         if len(put) != 1:
             raise ValueError(f"expected one call of the head in a forward, got {len(put)}; it is not used as a layer")
         if processed.shape != put[0].shape:

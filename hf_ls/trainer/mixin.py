@@ -20,6 +20,7 @@ import torch
 from accelerate.utils import find_batch_size, gather_object
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
+from transformers.modeling_utils import unwrap_model
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
 from hf_ls.calibration.token_temperature import TokenTemperature
@@ -192,6 +193,10 @@ class LabelSmoothingMixin(Steps):
                 raise batch.named(error, self.state.global_step + 1, self.args.process_index) from error
         return (loss, beside_loss(loss, outputs)) if return_outputs else loss
 
+    def _is_evaluation(self, model: nn.Module) -> bool:
+        # The mode of a wrapper says nothing: DeepSpeed's engine hands eval() on to the model and stays in training mode itself.
+        return not unwrap_model(model).training if self._evaluates is None else self._evaluates
+
     def _read(self, inputs: dict[str, Any]) -> Batch:
         shift, prompt = bool(self._shift), virtual_tokens(self.model)
         return Batch.read(inputs, self.label_names, shift=shift, class_weight=self.class_weight, prompt=prompt)
@@ -202,7 +207,8 @@ class LabelSmoothingMixin(Steps):
             return self._logits_free_loss(head, model, batch, num_items_in_batch)
         inputs, labels = batch.for_model(self.model), batch.label_inputs() if self._added else {}
         mixed = None if self.mixup is None else self.mixup.draw(batch.labels)
-        with without_cross_entropy(() if is_compiled(model) else self._added or ()):
+        silent = without_cross_entropy(self._added) if self._added and not is_compiled(model) else nullcontext()
+        with silent:
             outputs = model(**inputs, **labels) if mixed is None else mixed.forward(model, inputs, **labels)
         logits = self._logits_of(outputs, batch)
         teacher_logits = None if self._teacher is None else self._teacher.logits(batch.for_model(self.model))

@@ -44,7 +44,7 @@ IMPORTS = """
 import importlib, pkgutil
 import hf_ls
 for module in pkgutil.walk_packages(hf_ls.__path__, "hf_ls."):
-    if ".metrics.modules" not in module.name:
+    if ".metrics.modules" not in module.name and not module.name.endswith("._cuda"):  # which needs Triton
         importlib.import_module(module.name)
         print(module.name)
 """
@@ -70,7 +70,7 @@ def test_losses_and_trainers_need_the_core_only_and_what_is_missing_is_named(tmp
 
 
 def test_every_module_can_be_imported_where_there_are_no_modules_of_unix(tmp_path):
-    out = run_without(["fcntl", "resource", "termios", "pwd", "grp"], IMPORTS, tmp_path)
+    out = run_without(["fcntl", "pwd", "grp"], IMPORTS, tmp_path)  # psutil and huggingface_hub import resource and termios here
     assert len(out.split()) > 60
 
 
