@@ -6,14 +6,14 @@
 #   reads a model-index of several models into one list of results under one model's name.
 # Output seen: accuracy 0.91 on "shop A" and 0.42 on "shop B" (two local data sets, both of type "unknown") come back as two
 #   accuracies of "shop A"; the results of the models "small" and "large" come back as the results of one model.
-# Why it matters: every tool which updates a card (metadata_update, push_to_hub, Trainer.create_model_card) does this round
+# Why it matters: whatever updates a card through ModelCard.load and save, such as metadata_update, does this round
 #   trip, so numbers which it was not asked to touch end up under another data set or another model. No warning is shown.
 # Exit code: 0 the behaviour is as described, 1 it is not, 2 the packages could not be installed.
 set -euo pipefail
 folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
 cd "$folder"
-"${PYTHON:-python3}" -m venv venv && venv/bin/pip install --quiet --disable-pip-version-check \
+"${PYTHON:-python3}" -m venv venv && venv/bin/pip install --quiet --no-compile --disable-pip-version-check \
     huggingface_hub==2.4.0 PyYAML==6.0.4 || exit 2
 cat > demo.py <<'PY'
 import sys
