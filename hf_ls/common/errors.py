@@ -130,7 +130,8 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
     names = {found for found in known if "-" not in found}  # argparse knows each setting with both kinds of dashes
     asked = name.lstrip("-").split("=")[0].replace("-", "_").lower()
     meant = {alias: target for alias, target in _MEANT.items() if target in names} | {found.lower(): found for found in names}
-    close = difflib.get_close_matches(asked, sorted(meant), n=1, cutoff=0.75)
+    cutoff = 0.75 if len(asked) > 4 else 0.6  # two letters the wrong way round in a short name
+    close = difflib.get_close_matches(asked, sorted(meant), n=1, cutoff=cutoff)
     return f"did you mean {meant[close[0]]!r}?" if close else otherwise
 
 
