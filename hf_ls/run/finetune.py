@@ -12,7 +12,7 @@ from hf_ls.report.calibration_report import CalibrationReport
 from hf_ls.run.config import Config
 from hf_ls.run.launch import announce
 from hf_ls.run.loading import Loaded, load
-from hf_ls.run.manifest import Manifest
+from hf_ls.run.manifest import FOLDER, Manifest
 from hf_ls.run.outcome import OUTCOME, Outcome, evaluate_classes, evaluate_tokens, run_name
 from hf_ls.run.output import check_output, recorded
 from hf_ls.run.publish import folder_of, publish, push
@@ -75,6 +75,8 @@ def _train_and_calibrate(config: Config, loaded: Loaded, manifest: Manifest, cal
     if training.resume_from_checkpoint and (folder / OUTCOME).is_file():
         announce(f"{folder} is complete: its outcome is used as it is")
         return Outcome.load(folder)
+    if training.should_save and folder != manifest.folder and not folder.exists():
+        manifest.add(folder, FOLDER)  # the Trainer makes it in silence
     trainer = train(config, loaded, manifest, callbacks)
     if task.per_token:
         texts = loaded.data.splits
