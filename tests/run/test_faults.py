@@ -157,8 +157,12 @@ def test_a_run_killed_while_it_was_deleted_is_not_resumed(tiny, tmp_path, whole)
     argv = arguments(tiny, folder, *RUN, *SHORT)
     code, output = with_fault([*argv, "--overwrite_output_dir"], folder, Fault("remove", "checkpoint-9/*"))
     assert code == -signal.SIGKILL, output
-    with pytest.raises(ValueError, match=r"expected settings.json beside .*--overwrite_output_dir"):
+    with pytest.raises(
+        ValueError,
+        match=r"expected settings.json beside .*old/README.md, got none: that run was being deleted.*--overwrite_output_dir",
+    ):
         finetune(parse_config([*argv, *RESUME]))
+    assert (folder / "checkpoint-9").exists() and not (folder / "settings.json").exists()
     assert not Manifest(folder).foreign()  # what is left is still known as the run's: the next start deletes it
 
 
