@@ -122,9 +122,9 @@ def test_the_report_warns_by_the_error_of_the_baseline() -> None:
     assert (
         len(found) == 1 and "epsilon 0.3 lies above" in found[0] and "error 0.010 of row 'baseline', n = 200, K = 3" in found[0]
     )
-    schedule = {"kind": "linear", "final_epsilon": 0.2, "warmup_steps": 0}
-    assert "epsilon 0.2 lies above" in next(text for text in warnings(_smoothed(schedule=schedule)) if "ceiling" in text)
-    assert not [text for text in warnings(_smoothed(schedule=schedule | {"final_epsilon": 0.0})) if "ceiling" in text]
+    to_two, to_zero = (_smoothed(schedule="linear", final_epsilon=value) for value in (0.2, 0.0))
+    assert "epsilon 0.2 lies above" in next(text for text in warnings(to_two) if "ceiling" in text)
+    assert not [text for text in warnings(to_zero) if "ceiling" in text]
     assert not [text for text in warnings(_smoothed(prior="unigram")) if "ceiling" in text]  # it has no single ceiling
 
 
