@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,12 +28,9 @@ def epsilon_ceiling(error: float, num_classes: int, convention: str = "all") -> 
 def last_epsilon(epsilon: float, schedule: Any = None) -> float:
     """The ε of the last training step, which the finished model was asked to meet.
 
-    schedule: None for a constant ε, a `Schedule`, or its fields as a mapping; "constant" (a warm-up only) ends at ε.
+    schedule: None for a constant ε, or a `Schedule`; "constant" (a warm-up only) ends at ε.
     """
-    if schedule is None:
-        return epsilon
-    fields = schedule if isinstance(schedule, Mapping) else vars(schedule)
-    return epsilon if fields["kind"] == "constant" else float(fields["final_epsilon"])
+    return epsilon if schedule is None or schedule.kind == "constant" else float(schedule.final_epsilon)
 
 
 def ceiling_warning(
