@@ -1,210 +1,211 @@
-"""Compare variants fairly: the same examples and seeds, every metric, paired differences, and a verdict.
+"""What a comparison is made of: variants, their results, measurements, contrasts, the verdict, and all of it as JSON.
 
-Owns the checks that results belong together, and which metrics and contrasts are shown. Does not own the dataclasses
-(`contrasts`), resampling and intervals of differences (`paired`), the verdict (`verdict`), definitions of metrics
-(`metrics`), training, files or pictures. Pure functions of arrays: no torch, no files.
+Owns the dataclasses and their text form. Does not own a number in them (`comparison`, `paired`) or the rule of the
+verdict (`verdict`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
-from hf_ls.compare.contrasts import (
-    METRICS,
-    TEST,
-    Comparison,
-    Measurement,
-    Result,
-    Variant,
-    Verdict,
-)
-from hf_ls.compare.verdict import judge
-from hf_ls.metrics.core import rmsce_debiased, smooth_ece
-from hf_ls.metrics.paired import COMPARED, RESAMPLED, Contrast, Resamples, holm, seed_difference, seed_interval
-from hf_ls.metrics.validation import check_count
+from hf_ls.metrics.ceiling import has_learnt
+from hf_ls.metrics.core import PredictionStatistics
+from hf_ls.metrics.paired import Contrast
 from hf_ls.report.calibration_report import BASELINE
 
-__all__ = [
-    "BASELINE", "METRICS", "TEST", "Comparison", "Contrast", "Measurement", "Result", "Variant", "Verdict",
-    "compare",
-]  # fmt: skip
+Kind = Literal["smooth", "temperature", "no_difference", "not_learnt"]
+
+TEST = "test"
+# Of every variant and set, in this order; task metrics of `Result.extra` follow. "null_ece" and "null_ece_q95" are the
+# mean and 95 % quantile of the ECE which a calibrated model with the same confidences shows at this n.
+METRICS = (
+    "accuracy", "nll", "brier", "ece", "null_ece", "null_ece_q95", "smooth_ece", "rmsce_debiased", "aurc", "e_aurc", "signed_gap",
+)  # fmt: skip
 
 
-def compare(results: Sequence[Result], *, level: float = 0.95, repetitions: int = 1000, seed: int = 0) -> Comparison:
-    """Compare variants on shared examples within each seed, and judge.
+@dataclass(frozen=True, order=True)
+class Variant:
+    """One way to train and to post-process: a column of the comparison.
 
-    Validation picks the smoothed variant (lowest mean NLL, with or without temperature); "test" reports. The verdict is
-    "smooth" if the picked one is measurably better than the baseline and than the baseline + temperature in NLL, or in
-    accuracy with an NLL which is measurably worse than neither; else "temperature" if baseline + temperature is measurably
-    better than the baseline in NLL; else "no_difference". "Measurably" means that the two-sided p-value of the contrast,
-    over examples and seeds, is at most 1 − level, which is to say that its interval leaves 0 out. It is not corrected there:
-    one variant is tested, picked on other data, and two ways to be better with half of 1 − level each make a wrong "smooth" no
-    likelier than 1 − level. The table of all ε is corrected (`Contrast.p_holm`). "not_learnt" where neither the baseline nor the
-    picked variant has learnt (`metrics.ceiling.has_learnt`), which needs `Result.labels`.
-
-    level: of all intervals. repetitions: bootstrap replicates. seed: of their weights.
-
-    >>> from hf_ls.metrics import PredictionStatistics
-    >>> labels = np.arange(300) % 3
-    >>> right = np.eye(3)[(labels + (np.arange(300) % 10 == 0)) % 3]  # 9 of 10
-    >>> def measured(name, epsilon, logits):
-    ...     test = PredictionStatistics.from_logits(logits, labels)
-    ...     return Result(Variant(name, epsilon, tempered=False), 0, 1.0, float(test.nll.mean()), {"test": test})
-    >>> found = compare([measured("baseline", 0.0, 9 * right), measured("smoothed", 0.1, 3 * right)], repetitions=100)
-    >>> found.verdict.kind
-    'smooth'
+    name: "baseline" (hard labels), "smoothed", or the name of an objective, such as "online" or "max_sup".
+    epsilon: ε of its convention; 0 for the baseline and for objectives without one.
+    tempered: whether a temperature was fitted on validation and divides the logits.
 
     Raises:
-        TypeError: results which are not `Result`.
-        ValueError: no results, no baseline, a variant without one of the seeds or twice with one, no set "test", sets which
-            differ in n, labels or clusters, infinite nll, or a temperature ≤ 0 or other than 1 on an untempered variant.
+        ValueError: an empty name, an ε that is not finite, or a baseline with ε ≠ 0.
     """
-    cells, variants, seeds = _checked(results)
-    if not 0.0 < level < 1.0:
-        raise ValueError(f"expected level between 0 and 1, got {level}; 0.95 is usual")
-    check_count(repetitions, "repetitions")
-    first = cells[variants[0], seeds[0]]
-    measurements: list[Measurement] = []
-    contrasts: list[Contrast] = []
-    clusters: dict[str, int] = {}
-    for name in first.statistics:
-        ordered = [cells[variant, s] for variant in variants for s in seeds]
-        cluster = (first.cluster or {}).get(name)
-        resamples = Resamples([r.statistics[name] for r in ordered], cluster, repetitions=repetitions, seed=seed)
-        if cluster is not None:
-            clusters[name] = resamples.units
-        rows = {v: list(range(i * len(seeds), (i + 1) * len(seeds))) for i, v in enumerate(variants)}
-        for variant in variants:
-            own = [cells[variant, s] for s in seeds]
-            measurements += _measure(variant, own, name, rows[variant], resamples, level)
-        extra = [m.metric for m in measurements if m.set == name and m.metric not in METRICS and m.variant == variants[0]]
-        for reference in (Variant(BASELINE, 0.0, False), Variant(BASELINE, 0.0, True)):
-            if reference not in variants:
-                continue
-            for metric in (*COMPARED, *extra):
-                values = {m.variant: m.per_seed for m in measurements if (m.set, m.metric) == (name, metric)}
-                found = {}
-                for v in (v for v in variants if v != reference):
-                    names = {"row": v.label, "against": reference.label, "set": name}
-                    if metric in RESAMPLED:
-                        found[v] = resamples.difference(rows[v], rows[reference], metric, level, **names)
-                    else:
-                        found[v] = seed_difference(metric, values[v], values[reference], level, **names)
-                contrasts += _corrected(found)
-    by_label = {v.label: [cells[v, s] for s in seeds] for v in variants}
-    validation = {label: [float(r.validation_nll) for r in own] for label, own in by_label.items()}
-    smoothed = [v for v in variants if v.name != BASELINE]
-    labels = (first.labels or {}).get(TEST)
-    comparison = Comparison(
-        seeds=seeds,
-        variants=variants,
-        sets={name: len(stats) for name, stats in first.statistics.items()},
-        clusters=clusters,
-        level=float(level),
-        repetitions=int(repetitions),
-        temperatures={label: [float(r.temperature) for r in own] for label, own in by_label.items()},
-        validation_nll=validation,
-        picked=min(smoothed, key=lambda v: float(np.mean(validation[v.label])), default=None),
-        measurements=measurements,
-        contrasts=contrasts,
-        verdict=Verdict("no_difference", Variant(BASELINE, 0.0, False), None, "", [], []),
-        class_counts=None if labels is None else np.bincount(np.unique(labels, return_inverse=True)[1].ravel()).tolist(),
-    )
-    return dataclasses.replace(comparison, verdict=judge(comparison))
+
+    name: str
+    epsilon: float
+    tempered: bool
+
+    def __post_init__(self) -> None:
+        """Check the fields, and make the numbers what JSON gives back."""
+        if not self.name or not np.isfinite(self.epsilon) or (self.name == BASELINE and self.epsilon != 0):
+            raise ValueError(
+                f"expected a name and a finite epsilon, 0 for the baseline, got {self.name!r} and {self.epsilon}; "
+                "call a smoothed variant 'smoothed'"
+            )
+        object.__setattr__(self, "epsilon", float(self.epsilon))
+        object.__setattr__(self, "tempered", bool(self.tempered))
+
+    @property
+    def label(self) -> str:
+        """The variant in words: "baseline", "smoothed ε=0.1 + temperature"."""
+        epsilon = f" ε={self.epsilon:g}" if self.epsilon else ""
+        return f"{self.name}{epsilon}{' + temperature' if self.tempered else ''}"
 
 
-def _checked(results: Sequence[Result]) -> tuple[dict[tuple[Variant, int], Result], list[Variant], list[int]]:
-    """Return the results by (variant, seed), the variants in the order of the table, and the seeds, ascending."""
-    if not results or not all(isinstance(result, Result) for result in results):
-        raise TypeError(f"expected a list of Result, got {type(results[0]).__name__ if results else 'none'}; give one per run")
-    cells = {(result.variant, int(result.seed)): result for result in results}
-    if len(cells) != len(results):
-        raise ValueError(f"expected each variant once per seed, got {len(results) - len(cells)} repeated; drop the older ones")
-    variants = sorted({v for v, _ in cells}, key=lambda v: (v.name != BASELINE, v.name != "smoothed", v))
-    seeds = sorted({s for _, s in cells})
-    missing = [f"{v.label} with seed {s}" for v in variants for s in seeds if (v, s) not in cells]
-    if missing:
-        raise ValueError(f"expected every variant with every seed, got none of {', '.join(missing)}; run these, or drop the seed")
-    if len({v.label for v in variants}) < len(variants):
-        raise ValueError(f"expected variants with labels of their own, got {[v.label for v in variants]}; rename the alike")
-    if variants[0] != Variant(BASELINE, 0.0, False):
-        raise ValueError(f"expected Variant('baseline', 0, False), got only {[v.label for v in variants]}; run the baseline too")
-    first = cells[variants[0], seeds[0]]
-    if TEST not in first.statistics:
-        raise ValueError(f"expected a set named 'test', got {list(first.statistics)}; it is the one which is judged")
-    for (variant, s), result in cells.items():
-        _check_result(result, first, f"of {variant.label} with seed {s}")
-        if variant.tempered and (dataclasses.replace(variant, tempered=False), s) in cells:
-            plain = cells[dataclasses.replace(variant, tempered=False), s]
-            for name, stats in result.statistics.items():
-                # Dividing may round two classes to a tie; more than a few changes are another run or another order.
-                if np.mean(stats.correct != plain.statistics[name].correct) > 0.001:
-                    raise ValueError(
-                        f"expected the same predictions of {variant.label} with and without temperature on {name!r} "
-                        f"with seed {s}, got others; divide the logits of one run, in one order, by the temperature"
-                    )
-    return cells, variants, seeds
+@dataclass(frozen=True)
+class Result:
+    """One variant trained with one seed, measured on every set.
+
+    variant, seed: the cell. temperature: what divided the logits, 1.0 for a variant which is not tempered.
+    validation_nll: nats against hard labels, with that temperature; of a tempered variant from cross-fitting (the
+        temperature of one half measured on the other), so that fitting one is no advantage.
+    statistics: set name -> per-prediction statistics in the order of that set. "test" is judged, others are columns.
+    cluster: set name -> the sentence (integer) of each token [n], resampled together; None: each prediction its own.
+    extra: set name -> {task metric: value}, e.g. {"test": {"exact_match": 0.8}}.
+    labels: set name -> labels [n], so that a set in another order is refused, and a model which has not learnt is seen; None:
+        neither is checked.
+    """
+
+    variant: Variant
+    seed: int
+    temperature: float
+    validation_nll: float
+    statistics: Mapping[str, PredictionStatistics]
+    cluster: Mapping[str, NDArray[Any]] | None = None
+    extra: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    labels: Mapping[str, NDArray[Any]] | None = None
 
 
-def _check_result(result: Result, first: Result, who: str) -> None:
-    temperature = result.temperature
-    if not (np.isfinite(temperature) and temperature > 0) or (not result.variant.tempered and temperature != 1.0):
-        wanted = "above 0" if result.variant.tempered else "1.0 without tempering"
-        raise ValueError(f"expected a temperature {wanted} {who}, got {temperature}; check Variant.tempered")
-    if not np.isfinite(result.validation_nll):
-        raise ValueError(f"expected a finite validation_nll {who}, got {result.validation_nll}; leave out a diverged variant")
-    if list(result.statistics) != list(first.statistics):
-        wanted = f"{list(first.statistics)}, got {list(result.statistics)}"
-        raise ValueError(f"expected the sets {wanted} {who}; evaluate every run on the same sets, in one order")
-    for name, stats in result.statistics.items():
-        if len(stats) != len(first.statistics[name]):
-            wanted = f"{len(first.statistics[name])} predictions, got {len(stats)}"
-            raise ValueError(f"expected {wanted} on {name!r} {who}; evaluate every run on the same examples")
-        if not np.isfinite(stats.nll).all():
-            raise ValueError(f"expected finite nll on {name!r} {who}, got inf; build the statistics from logits")
-        for what, own, other in (("labels", result.labels, first.labels), ("cluster", result.cluster, first.cluster)):
-            mine, theirs = (own or {}).get(name), (other or {}).get(name)
-            if (mine is None) != (theirs is None) or (mine is not None and not np.array_equal(mine, theirs)):  # type: ignore[arg-type]
-                raise ValueError(
-                    f"expected the same {what} on {name!r} {who} as elsewhere, got others; keep one order of examples"
-                )
-            if mine is not None and np.shape(mine) != (len(stats),):
-                raise ValueError(
-                    f"expected {what} [{len(stats)}] on {name!r} {who}, got {np.shape(mine)}; give one per prediction"
-                )
-    if {n: sorted(e) for n, e in result.extra.items()} != {n: sorted(e) for n, e in first.extra.items()}:
-        raise ValueError(f"expected the task metrics of {dict(first.extra)} {who}, got {dict(result.extra)}; measure the same")
+@dataclass(frozen=True)
+class Measurement:
+    """One metric of one variant on one set.
+
+    per_seed: its value for each of `Comparison.seeds`. mean: over seeds.
+    low, high: t interval of the mean over seeds; None with one seed.
+    per_seed_low, per_seed_high: for each seed, the interval over examples; None for metrics without a sound one.
+    """
+
+    variant: Variant
+    set: str
+    metric: str
+    per_seed: list[float]
+    mean: float
+    low: float | None
+    high: float | None
+    per_seed_low: list[float] | None = None
+    per_seed_high: list[float] | None = None
 
 
-def _measure(
-    variant: Variant, results: list[Result], name: str, rows: list[int], resamples: Resamples, level: float
-) -> list[Measurement]:
-    """Return every metric of one variant on one set."""
-    per_seed: dict[str, list[float]] = {metric: [] for metric in METRICS}
-    for result, row in zip(results, rows, strict=True):
-        stats = result.statistics[name]
-        values = dict(zip(RESAMPLED, resamples.values[row].tolist(), strict=True))
-        values["null_ece"], values["null_ece_q95"] = resamples.null_ece(row)
-        values["rmsce_debiased"] = rmsce_debiased(stats.confidence, stats.correct)
-        values["smooth_ece"] = smooth_ece(stats.confidence, stats.correct)
-        values |= {metric: float(value) for metric, value in result.extra.get(name, {}).items()}
-        for metric, value in values.items():
-            per_seed.setdefault(metric, []).append(value)
-    measurements = []
-    for metric, numbers in per_seed.items():
-        low, high = seed_interval(numbers, level)
-        ends: list[list[float] | None] = [None, None]
-        if metric in RESAMPLED:
-            ends = [list(side) for side in zip(*(resamples.interval(row, metric, level) for row in rows), strict=True)]
-        measurements.append(Measurement(variant, name, metric, numbers, float(np.mean(numbers)), low, high, *ends))
-    return measurements
+@dataclass(frozen=True)
+class Verdict:
+    """What to do, and why.
+
+    kind: "smooth", "temperature" (use temperature scaling instead), "no_difference", or "not_learnt" (no advice).
+    variant: what to use: the picked smoothed variant, the baseline with temperature, or the baseline.
+    epsilon: of the picked variant if kind is "smooth", else None.
+    sentence: the verdict in one plain sentence. evidence: sentences with the numbers behind it.
+    caveats: sentences on what the numbers do not cover, possibly none.
+    """
+
+    kind: Kind
+    variant: Variant
+    epsilon: float | None
+    sentence: str
+    evidence: list[str]
+    caveats: list[str]
 
 
-def _corrected(contrasts: dict[Variant, Contrast]) -> list[Contrast]:
-    """Return the contrasts with one reference; the smoothed variants are one family for Holm's correction."""
-    family = [v for v in contrasts if v.name != BASELINE]
-    p_holm = dict(zip(family, holm([contrasts[v].p for v in family]), strict=True))
-    return [dataclasses.replace(contrast, p_holm=p_holm.get(v, contrast.p)) for v, contrast in contrasts.items()]
+@dataclass(frozen=True)
+class Comparison:
+    """Everything a comparison has to show; equal to itself after `from_json(to_json())`.
+
+    seeds: in the order of every per_seed list. variants: in the order of the table. sets: set name -> n.
+    clusters: set name -> number of clusters which were resampled, for sets with clusters.
+    level, repetitions: of all intervals. temperatures, validation_nll: variant label -> value per seed.
+    picked: the smoothed variant with the lowest mean validation NLL; None if none was compared.
+    class_counts: of the labels of "test"; None where they are not known.
+    """
+
+    seeds: list[int]
+    variants: list[Variant]
+    sets: dict[str, int]
+    clusters: dict[str, int]
+    level: float
+    repetitions: int
+    temperatures: dict[str, list[float]]
+    validation_nll: dict[str, list[float]]
+    picked: Variant | None
+    measurements: list[Measurement]
+    contrasts: list[Contrast]
+    verdict: Verdict
+    class_counts: list[int] | None = None
+
+    def measurement(self, variant: Variant, metric: str, set: str = TEST) -> Measurement:
+        """The measurement of a metric. Raises: ValueError if there is none."""
+        found = [m for m in self.measurements if (m.variant, m.metric, m.set) == (variant, metric, set)]
+        if not found:
+            raise ValueError(f"expected a measured metric, got {metric!r} of {variant.label!r} on {set!r}; see metrics()")
+        return found[0]
+
+    def contrast(self, variant: Variant, reference: Variant, metric: str, set: str = TEST) -> Contrast:
+        """The contrast of a metric. Raises: ValueError if there is none."""
+        wanted = (variant.label, reference.label, metric, set)
+        found = [c for c in self.contrasts if (c.row, c.against, c.metric, c.set) == wanted]
+        if not found:
+            pair = f"{variant.label!r} less {reference.label!r}"
+            raise ValueError(
+                f"expected a contrast that was measured, got {metric!r} of {pair} on {set!r}; "
+                "the references are baseline and baseline + temperature"
+            )
+        return found[0]
+
+    def metrics(self, set: str = TEST) -> list[str]:
+        """The names of the metrics measured on a set, in order."""
+        return list(dict.fromkeys(m.metric for m in self.measurements if m.set == set))
+
+    def consistent(self, variant: Variant, set: str = TEST) -> list[bool]:
+        """For each seed: is the ECE no larger than 95 % of those of a calibrated model (the consistency test)?"""
+        value, limit = (self.measurement(variant, metric, set).per_seed for metric in ("ece", "null_ece_q95"))
+        return [bool(v <= q) for v, q in zip(value, limit, strict=True)]
+
+    def learnt(self, variant: Variant) -> bool:
+        """Whether a variant is measurably better on "test" than knowing only how frequent each class is; True if not known."""
+        if self.class_counts is None:
+            return True
+        accuracy, nll = (self.measurement(variant, metric) for metric in ("accuracy", "nll"))
+        if accuracy.per_seed_low is None or nll.per_seed_high is None:
+            return True
+        return has_learnt(float(np.mean(accuracy.per_seed_low)), float(np.mean(nll.per_seed_high)), self.class_counts)
+
+    def to_json(self) -> str:
+        """The comparison as JSON text."""
+        return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: text which is not JSON, or unknown or missing keys.
+        """
+        try:
+            fields = json.loads(text)
+            fields["variants"] = [Variant(**v) for v in fields["variants"]]
+            fields["picked"] = Variant(**fields["picked"]) if fields["picked"] else None
+            fields["measurements"] = [Measurement(**m | {"variant": Variant(**m["variant"])}) for m in fields["measurements"]]
+            fields["contrasts"] = [Contrast(**c) for c in fields["contrasts"]]
+            fields["verdict"] = Verdict(**fields["verdict"] | {"variant": Variant(**fields["verdict"]["variant"])})
+            return cls(**fields)
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"expected a comparison written by to_json, got {error}; was it by another version?") from error

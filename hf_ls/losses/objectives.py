@@ -13,7 +13,6 @@ epsilon of their own and refuse it (`check_smoothing`). ε < 0 is for generalise
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_ls.common.errors import did_you_mean
 from hf_ls.losses._checks import class_ids, refuse
 from hf_ls.losses.adaptive import (
     OnlineLabelSmoothing,
@@ -417,7 +417,8 @@ def _check_name(name: str, known: Iterable[str]) -> None:
     if not isinstance(name, str):
         raise TypeError(f"expected the name of an objective, got {type(name).__name__} {name!r}; choose one of {sorted(known)}")
     if name not in known:
-        raise ValueError(f"expected an objective in {sorted(known)}, got {name!r}; {_nearest(name, known)}")
+        hint = did_you_mean(name, known, "choose one of them")
+        raise ValueError(f"expected an objective in {sorted(known)}, got {name!r}; {hint}")
 
 
 def _checked_params(name: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -425,7 +426,8 @@ def _checked_params(name: str, given: Mapping[str, Any], defaults: Mapping[str, 
     found: dict[str, Any] = {}
     for key, value in given.items():
         if key not in defaults:
-            raise ValueError(f"expected parameters of {name!r} in {list(defaults)}, got {key!r}; {_nearest(str(key), defaults)}")
+            hint = did_you_mean(str(key), defaults, "choose one of them")
+            raise ValueError(f"expected parameters of {name!r} in {list(defaults)}, got {key!r}; {hint}")
         if not isinstance(defaults[key], tuple):
             if not _is_number(value):
                 raise TypeError(f"expected {key} as a number, got {type(value).__name__} {value!r}; pass e.g. {defaults[key]}")
@@ -439,8 +441,3 @@ def _checked_params(name: str, given: Mapping[str, Any], defaults: Mapping[str, 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
-    return f"did you mean {close[0]!r}?" if close else "choose one of them"
