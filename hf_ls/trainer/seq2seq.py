@@ -80,25 +80,18 @@ class LabelSmoothingSeq2SeqTrainer(LabelSmoothingMixin, Seq2SeqTrainer):
             output.metrics.setdefault(f"{metric_key_prefix}_sequence_ece", found["ece"])
         return output
 
-    def prediction_step(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    def prediction_step(self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any) -> Any:
         """As `Seq2SeqTrainer.prediction_step`, whose loss is ours also where it generates."""
         if not self.args.predict_with_generate:  # type: ignore[attr-defined]
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **kwargs)
+            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         if prediction_loss_only or not self._generates(False):
-            return super().prediction_step(model, inputs, True, ignore_keys, **kwargs)
+            return super().prediction_step(model, inputs, True, *args, **kwargs)
 
         def teacher_forced(**batch: Any) -> dict[str, Tensor]:
             # The stock class calls the model only for its loss, smoothed or not as the model likes.
             return {"loss": self.compute_loss(model, batch)}
 
-        result = super().prediction_step(teacher_forced, copied(inputs), False, ignore_keys, **kwargs)
+        result = super().prediction_step(teacher_forced, copied(inputs), False, *args, **kwargs)
         pending = None if self._evaluation is None else self._evaluation.pending
         if self._sequences is not None and pending is not None:
             self._keep_sequences(model, self._prepare_inputs(inputs), torch.as_tensor(result[1]), *pending)
