@@ -1,4 +1,4 @@
-"""What every loss checks at its entrance, and how a check speaks on a GPU.
+"""What every loss does at its entrance: labels read as class ids, which of them count and how much, and what is refused.
 
 A wrong value is refused with a ValueError which names it. On CUDA in training, reading a value would make the host wait for the
 device in every step, so there the same sentence is the message of an assertion on the device, as in torch's own losses.
@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Reduction = Literal["mean", "sum", "none"]
@@ -60,6 +61,24 @@ def class_ids(labels: Tensor) -> Tensor:
     if labels.dtype == torch.uint64:
         refuse(ids < 0, "labels below 2^63", lambda: int(ids[ids < 0][0]) + 2**64, "map class names to ids 0..K-1")
     return ids
+
+
+def item_weights(labels: Tensor, class_weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
+    """How much each label counts in a mean: 0 where ignored, else 1 or its class weight. Same shape as the labels."""
+    labels = class_ids(labels)
+    kept = labels != ignore_index
+    if class_weight is None:
+        return kept.to(dtype)
+    weight = class_weight.to(labels.device, dtype)[labels.masked_fill(~kept, 0)]
+    return weight.masked_fill(~kept, 0)
+
+
+def next_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """Labels [..., T] moved to the logits which predict them: position t gets label t+1, the last one none.
+
+    Moving the small labels instead of the large logits keeps the logits in place (no copy).
+    """
+    return F.pad(class_ids(labels), (0, 1), value=ignore_index)[..., 1:]
 
 
 def check_range(labels: Tensor, kept: Tensor, num_classes: int, ignore_index: int) -> None:

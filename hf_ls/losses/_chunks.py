@@ -1,4 +1,7 @@
-"""The chunk loop of the linear-head loss: three matmuls per chunk of rows and one buffer of logits.
+"""The chunk loop of the linear-head loss: three matmuls per chunk of the rows which it keeps, and one buffer of logits.
+
+Ignored rows are left out. In training on CUDA their number is known to the device alone: there all rows are put in order, the
+kept ones first, and the number travels to the host while the first chunk runs, so that no later chunk has ignored rows.
 
 The rank-1 part: ⟨u, z_i⟩ = s·(h_i·(Wᵀu) + ⟨u, b⟩), so dH_i gets −w_i·e_i·Wᵀu and dW gets −u ⊗ Σ w_i·e_i·h_i.
 Both come from the prior as one more row under the first chunk: [G; u]·W ends in Wᵀu, and the product
@@ -8,7 +11,7 @@ Both come from the prior as one more row under the first chunk: [G; u]·W ends i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -18,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_ls.losses import _checks
-from hf_ls.losses._kept import KeptRows
 from hf_ls.losses._rows import RowLoss, exact_dtype, prior_dot
 
 # Rows per chunk by bytes per element: fewer starve the matmuls (each chunk reads W), more cost memory.
@@ -34,6 +36,50 @@ CLASS_BLOCK = 16384
 _FIRST_ROWS = 512
 
 Needs = tuple[bool, bool, bool]  # gradients of (hidden, weight, bias)
+
+
+@dataclass(frozen=True, eq=False)
+class KeptRows:
+    """n rows chosen from a flat batch of N: the kept ones, and where `mask` is given, ignored ones after them."""
+
+    n: int
+    order: Tensor | None  # [n] positions in the batch; None: all as they are
+    mask: Tensor | None  # [n] True where kept; None: everywhere
+    count: Callable[[], int]  # how many are kept; may wait for the device
+
+    @classmethod
+    def of(cls, is_kept: Tensor, *, wait: bool = False) -> KeptRows:
+        """The rows of a mask [N]; `wait` reads their number at once."""
+        total = is_kept.numel()
+        if total and not wait and _checks.reading_waits(is_kept):
+            # Stable, so that the kept rows stay in the order of the batch.
+            order = torch.argsort(is_kept.to(torch.uint8), descending=True, stable=True)
+            return cls(total, order, is_kept[order], later(is_kept.sum()))
+        if bool(is_kept.all()):
+            return cls(total, None, None, lambda: total)
+        order = is_kept.nonzero().squeeze(1)
+        return cls(len(order), order, None, lambda: len(order))
+
+    def gather(self, values: Tensor) -> Tensor:
+        """The chosen rows [n, ...] of values [N, ...]; an ignored label becomes class 0."""
+        chosen = values if self.order is None else values.index_select(0, self.order)
+        return chosen if self.mask is None or chosen.dim() > 1 else chosen.masked_fill(~self.mask, 0)
+
+    def without_ignored(self, chosen: Tensor) -> Tensor:
+        """Chosen rows [n, d] with 0 in the ignored ones, so that nothing in them reaches a sum."""
+        return chosen if self.mask is None else chosen.masked_fill(~self.mask.unsqueeze(1), 0)
+
+    def total(self, row_weight: Tensor | None) -> Tensor | int:
+        """What a mean divides by: the number of kept rows, or the sum of their weights."""
+        if row_weight is not None:
+            return row_weight.sum()
+        return self.n if self.mask is None else self.mask.sum()
+
+    def scatter(self, values: Tensor, total: int) -> Tensor:
+        """Values [n, ...] at their places in [N, ...], 0 at ignored ones."""
+        if self.order is None:
+            return values
+        return values.new_zeros((total, *values.shape[1:])).index_copy_(0, self.order, values)
 
 
 class RowsAndGradients(NamedTuple):
@@ -217,6 +263,21 @@ def chunks(rows: KeptRows, size: int) -> Iterator[tuple[int, int]]:
         size = min(size, max(32, -(-left // max(1, -(-left // size)) // 32) * 32))
     for begin in range(start, stop, size):
         yield begin, min(stop, begin + size)
+
+
+def later(number: Tensor) -> Callable[[], int]:
+    """A number on a device, sent to the host now and waited for when it is needed."""
+    if not number.is_cuda:
+        return lambda: int(number)
+    host = torch.empty((), dtype=number.dtype, pin_memory=True).copy_(number, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def value() -> int:
+        arrived.synchronize()
+        return int(host)
+
+    return value
 
 
 def default_chunk_rows(n: int, width: int, dtype: torch.dtype, rounds_each_chunk: bool, *, cuda: bool = False) -> int:

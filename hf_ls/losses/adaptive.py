@@ -150,7 +150,7 @@ class OnlineLabelSmoothing(nn.Module):
     loss = α·nll − (1−α)·Σ_k S[y, k]·log p_k, with S the matrix of the previous epoch. Training batches add p
     to row y of the next matrix where the prediction is right; `end_epoch` turns these sums into S. A class
     without a right prediction keeps its row. In `.eval()` mode the loss is the plain NLL and nothing is
-    added. No causal shift (`losses.shift_if`).
+    added. No causal shift.
 
     State (buffers, float64 K² twice and int64 K): `matrix`, `total`, `count`; all of it is in `state_dict`.
     Sums are exact in any order (up to 2^23 predictions per class and epoch), so several processes give bit

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_ls.losses._checks import Reduction, check_finite, check_options, check_range, class_ids, refuse
+from hf_ls.losses._checks import Reduction, check_finite, check_options, check_range, class_ids, item_weights, next_labels, refuse
 from hf_ls.losses.smoothing import Smoothing
 
 
@@ -119,16 +119,6 @@ def smoothed_cross_entropy(
     return losses.sum() / num_items_in_batch if num_items_in_batch else losses.sum()
 
 
-def item_weights(labels: Tensor, class_weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
-    """How much each label counts in a mean: 0 where ignored, else 1 or its class weight. Same shape as the labels."""
-    labels = class_ids(labels)
-    kept = labels != ignore_index
-    if class_weight is None:
-        return kept.to(dtype)
-    weight = class_weight.to(labels.device, dtype)[labels.masked_fill(~kept, 0)]
-    return weight.masked_fill(~kept, 0)
-
-
 class SmoothedCrossEntropy(nn.Module):
     """The smoothed cross entropy as a loss function for `Trainer(compute_loss_func=SmoothedCrossEntropy(0.1))`.
 
@@ -176,7 +166,8 @@ class SmoothedCrossEntropy(nn.Module):
         """The mean loss (sum / num_items_in_batch if given), nats."""
         if labels is None:
             raise ValueError("expected labels, got None; the batch needs a `labels` column (check `remove_unused_columns`)")
-        logits, labels = shift_if(self._shifts(logits_of(outputs)), logits_of(outputs), labels, self.ignore_index)
+        logits = logits_of(outputs)
+        labels = next_labels(labels, self.ignore_index) if self._shifts(logits) else labels
         if not self._seen:  # once: a look at every batch would cost a synchronisation each
             check_no_probabilities(logits)
             self._seen = True
@@ -223,16 +214,6 @@ def logits_of(outputs: Any) -> Tensor:
     raise TypeError(
         f"expected model outputs with logits, got {type(outputs).__name__}; pass a ModelOutput, dict, tuple or tensor"
     )
-
-
-def shift_if(shift: bool, logits: Tensor, labels: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
-    """Align labels [B, T] with the logits [B, T, K] which predict them; the last position then has no label.
-
-    Shifting the small labels instead of the large logits keeps the logits in place (no copy).
-    """
-    if not shift:
-        return logits, labels
-    return logits, nn.functional.pad(class_ids(labels), (0, 1), value=ignore_index)[..., 1:]
 
 
 def _soft_target_losses(

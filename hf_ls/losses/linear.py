@@ -1,7 +1,7 @@
 """The smoothed cross entropy of a linear head from its hidden states: logits [N, K] are never built.
 
-Here are the checks, which rows are kept, reductions and autograd. The matmuls are in `_chunks`, what a chunk of logits costs in
-`_rows`, and the same for a head which is divided among processes in `_vocab_parallel`.
+Here are the checks, reductions and autograd. Which rows are kept, and the matmuls, are in `_chunks`, what a chunk of logits
+costs in `_rows`, and the same for a head which is divided among processes in `_vocab_parallel`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from hf_ls.losses import _checks
 from hf_ls.losses._checks import Reduction, check_finite, check_options, check_range, check_weights, class_ids
-from hf_ls.losses._chunks import Needs, RowsAndGradients, chunk_loop, scaled_sum
-from hf_ls.losses._kept import KeptRows
+from hf_ls.losses._chunks import KeptRows, Needs, RowsAndGradients, chunk_loop, scaled_sum
 from hf_ls.losses._rows import RowLoss, RowObjective, exact_dtype
 from hf_ls.losses.smoothing import Smoothing
 

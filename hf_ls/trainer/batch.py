@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import unwrap_model
 
 from hf_ls.common.models import IGNORE_INDEX
-from hf_ls.losses.cross_entropy import check_range, item_weights, shift_if
+from hf_ls.losses._checks import check_range, item_weights, next_labels
 from hf_ls.trainer.shift import decoder_inputs
 from hf_ls.trainer.spans import POSITIONS, positions_in
 
@@ -76,7 +76,7 @@ class Batch:
             given = _class_ids(inputs, names[-1], name)
             aligned = given if names[-1] == SHIFTED or inputs.get(SHIFTED) is None else _class_ids(inputs, SHIFTED, name)
             labels = nn.functional.pad(aligned, (prompt, 0), value=IGNORE_INDEX) if prompt else aligned
-            labels = shift_if(shift and inputs.get(SHIFTED) is None, labels, labels)[1]
+            labels = next_labels(labels) if shift and inputs.get(SHIFTED) is None else labels
         if class_weight is not None:
             check_range(labels, labels != IGNORE_INDEX, len(class_weight), IGNORE_INDEX)
         exact = torch.float64 if labels.device.type != "mps" else torch.float32

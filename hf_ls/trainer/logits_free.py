@@ -1,7 +1,4 @@
-"""Lets a model's forward return the loss of its language-model head instead of logits.
-
-Owns: `LogitsFreeHead`, which takes the loss inside the model's own forward, and the probe that it is exact for a model.
-Does not own: the loss from hidden states (`linear`), labels, shift and counting (`trainer`, `alignment`).
+"""Lets a model's forward return the loss of its language-model head instead of logits, and probes that this is exact.
 
 How: for the time of one call the forward of the output embedding layer is replaced by the loss of its hidden states. It
 returns logits for no sequence at all, [0, T, K], so that all which a model does to its logits afterwards costs nothing.
@@ -13,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -133,14 +130,15 @@ class LogitsFreeHead:
         def with_loss(outputs: Any) -> Any:
             if len(found) != 1:
                 raise ValueError(f"expected one call of the head in a forward, got {len(found)}; it is not used as a layer")
-            logits = logits_of(outputs)
-            if logits.numel() or not isinstance(outputs, dict):
-                raise ValueError(f"expected a ModelOutput with empty logits, got {type(outputs).__name__} {tuple(logits.shape)}")
+            logits = outputs.get("logits") if isinstance(outputs, dict) else None
+            if logits is None or logits.numel():
+                shape = "" if logits is None else f" {tuple(logits.shape)}"
+                raise ValueError(f"expected a ModelOutput with empty logits, got {type(outputs).__name__}{shape}")
             own = added_loss(outputs, logits, labels, whole=False) if added else 0.0
             outputs["loss"] = found[0].loss + logits.sum().to(found[0].loss.dtype) + share * own
             return outputs
 
-        with self._replaced(head_forward, with_loss), without_cross_entropy(added):
+        with self._replaced(head_forward, with_loss), without_cross_entropy(added) if added else nullcontext():
             outputs = model(**inputs)
         return HeadLoss(outputs["loss"], found[0].nll, found[0].smoothing_term, outputs)
 

@@ -25,7 +25,8 @@ from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import unwrap_model
 
 from hf_ls.common.models import IGNORE_INDEX, base_model, in_eval_mode
-from hf_ls.losses.cross_entropy import check_no_probabilities, logits_of, shift_if, smoothed_terms
+from hf_ls.losses._checks import next_labels
+from hf_ls.losses.cross_entropy import check_no_probabilities, logits_of, smoothed_terms
 from hf_ls.losses.smoothing import Smoothing
 
 if TYPE_CHECKING:
@@ -204,7 +205,7 @@ def model_loss_gap(model: nn.Module, batch: Batch, prompt: int = 0) -> LossGap:
         unshifted, shifted = _mean_nll(logits, labels), None
         alignments = [labels[labels != IGNORE_INDEX]]
         if labels.dim() == 2 and not batch.aligned:
-            moved = shift_if(True, logits, labels)[1]
+            moved = next_labels(labels)
             shifted = _mean_nll(logits, moved)
             alignments.append(moved[moved != IGNORE_INDEX])
         means = [mean for mean in (unshifted, shifted) if mean is not None]

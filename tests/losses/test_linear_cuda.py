@@ -11,9 +11,8 @@ import torch
 from linear_reference import N, assert_same, gradients, prior_of, problem, terms_of
 from test_linear_sweep import TOLERANCE
 
-from hf_ls.losses import _checks, _chunks, _kept
-from hf_ls.losses._chunks import chunks, default_chunk_rows
-from hf_ls.losses._kept import KeptRows
+from hf_ls.losses import _checks, _chunks
+from hf_ls.losses._chunks import KeptRows, chunks, default_chunk_rows
 from hf_ls.losses.linear import linear_smoothed_cross_entropy
 from hf_ls.losses.smoothing import Smoothing
 
@@ -74,7 +73,7 @@ def test_wrong_labels_and_nan_are_assertions_on_the_device(as_on_cuda):
 
 def test_the_number_of_rows_is_asked_for_once_and_after_the_first_chunk(as_on_cuda, monkeypatch):
     asked = []
-    monkeypatch.setattr(_kept, "later", lambda number: lambda: asked.append("count") or int(number))
+    monkeypatch.setattr(_chunks, "later", lambda number: lambda: asked.append("count") or int(number))
     is_kept = torch.arange(10_000) % 5 == 0
     rows = KeptRows.of(is_kept)
     assert not asked and rows.order[:3].tolist() == [0, 5, 10]

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.trainer_callback import PrinterCallback
 
 from hf_ls import LabelSmoothingArguments, LabelSmoothingTrainer, Smoothing
-from hf_ls.losses.cross_entropy import shift_if
+from hf_ls.losses._checks import next_labels
 from hf_ls.trainer.logits_free import HeadLoss, LogitsFreeHead
 from hf_ls.trainer.shift import decoder_inputs
 
@@ -161,7 +161,7 @@ def prepared(model: Any, task: str, seed: int = 0) -> tuple[dict[str, Any], torc
     """Inputs without labels, and labels aligned with the logits."""
     inputs = batch(task, seed)
     labels = inputs.pop("labels")
-    return decoder_inputs(model, inputs, labels), shift_if(task == "causal", labels, labels)[1]
+    return decoder_inputs(model, inputs, labels), next_labels(labels) if task == "causal" else labels
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:

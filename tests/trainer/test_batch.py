@@ -163,16 +163,21 @@ def test_class_weights_have_the_number_of_the_logits_not_of_the_config(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("make", "rows", "most"),
-    [(tiny_bert, classification_rows, 6), (tiny_llama, token_rows, 6), (tiny_t5, seq2seq_rows, 6)],
-    ids=["classes", "tokens", "decoder"],
+    ("make", "rows", "logits_free", "most"),
+    [
+        (tiny_bert, classification_rows, "auto", 6),  # which has no head to go without
+        (tiny_llama, token_rows, "off", 6),
+        (tiny_t5, seq2seq_rows, "off", 6),
+        (tiny_llama, token_rows, "on", 9),  # the matmuls, their chunks and the rows of a chunk are three more
+        (tiny_t5, seq2seq_rows, "on", 9),
+    ],
 )
-def test_the_way_of_a_batch_to_its_loss_and_back_is_short(tmp_path, make, rows, most):
+def test_the_way_of_a_batch_to_its_loss_and_back_is_short(tmp_path, make, rows, logits_free, most):
     """Modules of hf_ls which one training batch visits, after the checks of the first."""
     model, batch = make().train(), collate(rows().rows)
     if model.config.is_encoder_decoder:  # as transformers' collator gives them
         batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
-    trainer = ours(tmp_path, model, rows(), label_smoothing_factor=0.1, label_smoothing_logits_free="off")
+    trainer = ours(tmp_path, model, rows(), label_smoothing_factor=0.1, label_smoothing_logits_free=logits_free)
     trainer.compute_loss(model, batch, num_items_in_batch=torch.tensor(8.0)).backward()
     visited = set()
 

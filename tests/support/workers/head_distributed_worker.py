@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from hf_ls import LabelSmoothingArguments, LabelSmoothingTrainer, Smoothing
-from hf_ls.losses.cross_entropy import shift_if
+from hf_ls.losses._checks import next_labels
 from hf_ls.run.launch import end_processes
 from hf_ls.trainer.logits_free import LogitsFreeHead
 from hf_ls.trainer.shift import decoder_inputs
@@ -72,7 +72,7 @@ def first_gradient(
     inputs = batch(build(name)[1])
     labels = inputs.pop("labels")
     inputs = decoder_inputs(model, inputs, labels)
-    labels = shift_if(build(name)[1] == "causal", labels, labels)[1]
+    labels = next_labels(labels) if build(name)[1] == "causal" else labels
     count = float((labels != -100).sum()) / world
     mine = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
     inputs, labels = {key: value[mine] for key, value in inputs.items()}, labels[mine]
