@@ -1,7 +1,7 @@
 """The cells of a comparison: one run of `finetune` each, in a process and a folder of its own.
 
-Owns: what a cell is, its settings, starting several at a time, which are finished, locks, and that none outlives this
-process. Does not own: what a cell does (`cell_worker`), which cells there are (`compare`).
+What a cell is and how it is set, which are finished, and how several run at a time without outliving this process. The
+process itself is `worker`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""What a comparison is made of: variants, their results, measurements, contrasts, the verdict, and all of it as JSON.
+"""A comparison and what it is made of: variants, their results, measurements, contrasts and the verdict; to JSON and back.
 
-Owns the dataclasses and their text form. Does not own a number in them (`comparison`, `paired`) or the rule of the
-verdict (`verdict`).
+The numbers come from `statistics`, the verdict from `verdict`.
 """
 
 from __future__ import annotations

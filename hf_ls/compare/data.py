@@ -1,8 +1,4 @@
-"""The data of a comparison: prepared once, written as files which every cell reads.
-
-Owns: label noise in train, out-of-domain sets, the files under `data/` and their hashes.
-Does not own: loading and splitting (`data`, `loading`), or training on the files (`cells`).
-"""
+"""The data of a comparison: prepared once, with label noise and out-of-domain sets, as files which every cell reads."""
 
 from __future__ import annotations
 
@@ -19,6 +15,7 @@ from datasets import ClassLabel, Dataset, concatenate_datasets
 
 from hf_ls.common.files import write_atomically
 from hf_ls.data.classification import EMBEDDED_DATASET, ClassificationData, load_snippets
+from hf_ls.data.labels import folded
 from hf_ls.data.reading import read_files
 from hf_ls.run.config import Config
 from hf_ls.run.loading import load_data
@@ -33,8 +30,7 @@ class CompareData:
     """Where the data lie and what they are.
 
     train: seed -> file (one file for all seeds without label noise). others: "validation", "test" -> file.
-    ood: name of an out-of-domain set -> file. hashes: file name -> SHA-256 of its rows. flipped: rows of train with a
-    flipped label, of how many.
+    ood: name of an out-of-domain set -> file. sizes, hashes: file name -> how many rows it has, and their SHA-256.
     """
 
     name: str
@@ -116,7 +112,7 @@ def flip(train: Dataset, share: float, num_classes: int, seed: int) -> Dataset:
 
 
 def read_labelled(path: Path, config: Config, data: ClassificationData) -> Dataset:
-    """A file with the columns of the settings, its labels (names, or ids 0..K−1) as ids of the training labels.
+    """A file with the columns of the settings, its labels (names, equal as `folded` says, or ids 0..K−1) as ids of training.
 
     Raises: ValueError for a missing or unreadable file, missing columns, and unknown labels.
     """
@@ -130,13 +126,13 @@ def read_labelled(path: Path, config: Config, data: ClassificationData) -> Datas
     rows = rows.select_columns(list(names)).rename_columns({old: new for old, new in names.items() if old != new})
     feature = rows.features["label"]
     given = [feature.int2str(value) for value in rows["label"]] if isinstance(feature, ClassLabel) else rows["label"]
-    ids = {name: i for i, name in enumerate(data.label_names)}
-    if not {str(value) for value in given} <= set(ids):
+    ids = {folded(name): i for i, name in enumerate(data.label_names)}
+    if not {folded(value) for value in given} <= set(ids):
         ids = {str(i): i for i in range(len(data.label_names))}
-    unknown = sorted({str(value) for value in given} - set(ids))
+    unknown = sorted({str(value) for value in given if folded(value) not in ids})
     if unknown:
         raise ValueError(f"expected labels among {list(data.label_names)} in {path}, got {unknown[:5]}; fix or drop those rows")
-    labels = [ids[str(value)] for value in given]
+    labels = [ids[folded(value)] for value in given]
     return rows.remove_columns("label").add_column("label", labels).cast_column("label", ClassLabel(names=list(data.label_names)))
 
 

@@ -1,7 +1,6 @@
 """The comparison from the command line to its files: baseline, smoothing and temperature, everything else held fixed.
 
-Owns: `CompareArguments`, which cells there are, the search for ε, the assertion that cells differ in their loss alone, the
-order of steps. Does not own: data (`compare_data`), processes (`cells`), statistics (`comparison`), pages (`compare_report`).
+`run_comparison` is the order of its steps: data, cells, the check that they differ in their loss alone, statistics, page.
 """
 
 from __future__ import annotations
@@ -14,16 +13,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_ls.common.errors import read_json
-from hf_ls.common.files import write_atomically
+from hf_ls.common.files import locked, write_atomically
 from hf_ls.common.privacy import token_in_environment, without_secrets, yaml_without_secrets
-from hf_ls.compare.cells import Cell, Spec, cell_config, locked, run_cells
-from hf_ls.compare.comparison import BASELINE, Comparison, compare
+from hf_ls.compare.cells import Cell, Spec, cell_config, run_cells
+from hf_ls.compare.comparison import Comparison
 from hf_ls.compare.data import CompareData, prepare_data
 from hf_ls.compare.page import Facts, print_comparison, write_report
 from hf_ls.compare.results import Predictions, clearly_worse
+from hf_ls.compare.statistics import compare
 from hf_ls.losses.smoothing import Smoothing
 from hf_ls.metrics.ceiling import ceiling_warning, last_epsilon
-from hf_ls.report.calibration_report import REPORT, CalibrationReport
+from hf_ls.report.calibration_report import BASELINE, REPORT, CalibrationReport
 from hf_ls.report.plots import write_plots
 from hf_ls.run.config import Config, Parser, about, parse_config
 from hf_ls.run.publish import folder_of, pictures_of

@@ -1,7 +1,6 @@
 """What a training run started from and saw, as hashes: the proof that two runs differ in nothing but their loss.
 
-Owns: the SHA-256 of the initial weights, the chained SHA-256 of the batches, the number of steps, `fingerprint.json`.
-Does not own: which runs must agree (`compare`).
+Which runs must agree says `experiment.check_fingerprints`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a reader sees of a comparison: the console table, `report.json` and the self-contained `report.html`.
 
-Owns: wording, layout, where each mark of a plot lies. Does not own: any number or the verdict (`comparison`), how the page
-looks (`compare_template.html`). Everything passes through the escaping of jinja2; the page has no script and loads nothing.
+The words and the place of each mark of a plot are here, how the page looks is in `compare_template.html`. Everything passes
+through the escaping of jinja2; the page has no script and loads nothing.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 
 from hf_ls.common.files import write_atomically
-from hf_ls.compare.comparison import BASELINE, TEST, Comparison, Contrast, Measurement, Result, Variant
+from hf_ls.compare.comparison import TEST, Comparison, Measurement, Result, Variant
 from hf_ls.metrics.core import direction, reliability_bins
-from hf_ls.report.calibration_report import package_versions
+from hf_ls.metrics.paired import Contrast
+from hf_ls.report.calibration_report import BASELINE, package_versions
 
 _TEMPLATE = Path(__file__).with_name("compare_template.html")
 HEADLINES = {

@@ -1,8 +1,4 @@
-"""From the predictions of a cell to what `comparison` takes: with and without temperature, on every set.
-
-Owns: reading a cell's predictions, the temperature of a cell, cross-fitting, which ε are dropped early.
-Does not own: training (`cells`), the paired statistics and the verdict (`comparison`).
-"""
+"""From the predictions of a cell to its results, with and without temperature on every set; and which ε are dropped early."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Compare variants fairly: the same examples and seeds, every metric, paired differences, and a verdict.
+"""From results to a comparison: the same examples and seeds, every metric, paired differences, and a verdict.
 
-Owns the checks that results belong together, and which metrics and contrasts are shown. Does not own the dataclasses
-(`contrasts`), resampling and intervals of differences (`paired`), the verdict (`verdict`), definitions of metrics
-(`metrics`), training, files or pictures. Pure functions of arrays: no torch, no files.
+Pure functions of arrays, without torch and without files. How a difference and its interval come about is in
+`metrics.paired`, the rule of the verdict in `verdict`.
 """
 
 from __future__ import annotations
@@ -12,25 +11,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hf_ls.compare.contrasts import (
-    METRICS,
-    TEST,
-    Comparison,
-    Measurement,
-    Result,
-    Variant,
-    Verdict,
-)
+from hf_ls.compare.comparison import METRICS, TEST, Comparison, Measurement, Result, Variant, Verdict
 from hf_ls.compare.verdict import judge
 from hf_ls.metrics.core import rmsce_debiased, smooth_ece
 from hf_ls.metrics.paired import COMPARED, RESAMPLED, Contrast, Resamples, holm, seed_difference, seed_interval
 from hf_ls.metrics.validation import check_count
 from hf_ls.report.calibration_report import BASELINE
-
-__all__ = [
-    "BASELINE", "METRICS", "TEST", "Comparison", "Contrast", "Measurement", "Result", "Variant", "Verdict",
-    "compare",
-]  # fmt: skip
 
 
 def compare(results: Sequence[Result], *, level: float = 0.95, repetitions: int = 1000, seed: int = 0) -> Comparison:

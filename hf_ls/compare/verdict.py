@@ -1,15 +1,13 @@
-"""What to do, judged from a comparison: smooth, use temperature scaling instead, or neither; with the evidence.
-
-Owns the rule and the wording. Does not own a number (`comparison`, `paired`).
-"""
+"""What to do, judged from a comparison: smooth, use temperature scaling instead, or neither; with the evidence in sentences."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from hf_ls.compare.contrasts import BASELINE, TEST, Comparison, Kind, Variant, Verdict
+from hf_ls.compare.comparison import TEST, Comparison, Kind, Variant, Verdict
 from hf_ls.metrics.ceiling import constant_scores
 from hf_ls.metrics.paired import Finding
+from hf_ls.report.calibration_report import BASELINE
 
 _BASELINE, _TEMPERED = Variant(BASELINE, 0.0, False), Variant(BASELINE, 0.0, True)
 _TITLES = {"nll": "NLL", "ece": "ECE", "aurc": "AURC", "e_aurc": "E-AURC", "brier": "Brier score"}
@@ -17,7 +15,7 @@ _FINDINGS = {"better": "measurably better", "worse": "measurably worse", "none":
 
 
 def judge(comparison: Comparison) -> Verdict:
-    """Return the verdict on a comparison; `comparison.compare` states the rule."""
+    """Return the verdict on a comparison; `statistics.compare` states the rule."""
     rivals = [v for v in (_BASELINE, _TEMPERED) if v in comparison.variants]
     picked = comparison.picked
     judged = [*rivals, *([picked] if picked else [])]

@@ -1,7 +1,7 @@
 """The process of one cell: `python -m hf_ls.compare.worker FOLDER`, started by `cells`.
 
-Owns: ending with the parent, the run with its fingerprint, predictions on the out-of-domain sets, `cell.json`.
-Does not own: the run itself (`finetune`) or the settings (`cells`). It imports nothing heavy before it watches its parent.
+A run of `finetune` with its fingerprint, then predictions on the out-of-domain sets, then `cell.json`. Nothing heavy is
+imported before it watches its parent.
 """
 
 from __future__ import annotations

@@ -343,9 +343,10 @@ def test_out_of_domain_files_with_unknown_labels_or_columns_are_refused(tiny, tm
         (tmp_path / "x.csv").write_text(text)
         with pytest.raises(ValueError, match=message):
             prepare_data(config, tmp_path / "data", [0], ood_files={"x": str(tmp_path / "x.csv")})
-    (tmp_path / "x.csv").write_text("text,label\na new text,1\n")
-    data = prepare_data(config, tmp_path / "data", [0], ood_files={"x": str(tmp_path / "x.csv")})
-    assert load_dataset("parquet", data_files=str(data.ood["x"]), split="train")["label"][:] == [1]
+    for label in ("1", " Neutral "):  # an id, and the name as training itself would read it
+        (tmp_path / "x.csv").write_text(f"text,label\na new text,{label}\n")
+        data = prepare_data(config, tmp_path / "data", [0], ood_files={"x": str(tmp_path / "x.csv")})
+        assert load_dataset("parquet", data_files=str(data.ood["x"]), split="train")["label"][:] == [1]
     with pytest.raises(ValueError, match="some, not all, of the sources"):
         prepare_data(config, tmp_path / "data", [0], ood_sources=["times"])
 

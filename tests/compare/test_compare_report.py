@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from hf_ls.compare.cells import Cell
-from hf_ls.compare.comparison import Comparison, Variant, compare
+from hf_ls.compare.comparison import Comparison, Variant
 from hf_ls.compare.page import Facts, _panel, _ticks, diagrams, forests, headline, html, print_comparison, rows, write_report
 from hf_ls.compare.results import Predictions
+from hf_ls.compare.statistics import compare
 from hf_ls.metrics.core import ece
 
 HOSTILE = "</title><script>alert(1)</script>\"'><img src=x onerror=alert(1)>{{ 7*7 }}&amp;"

@@ -7,7 +7,8 @@ import pytest
 import scipy.stats
 from constructed import CASES, Case, Model, results_of, softer, truth_of
 
-from hf_ls.compare.comparison import METRICS, Comparison, Result, Variant, compare
+from hf_ls.compare.comparison import METRICS, Comparison, Result, Variant
+from hf_ls.compare.statistics import compare
 from hf_ls.metrics import PredictionStatistics, aurc, e_aurc, ece, null_ece, rmsce_debiased, smooth_ece
 from hf_ls.metrics.paired import COMPARED
 

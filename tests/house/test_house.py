@@ -44,7 +44,7 @@ EXAMPLES = [
         "probabilities",
         "temperature.fit_temperature",
         "temperature.apply_temperature",
-        "compare.comparison.compare",
+        "compare.statistics.compare",
         "metrics.summarise",
     ),
     *("metrics.ece", "metrics.brier", "metrics.nll", "metrics.signed_gap", "priors.support_prior", "priors.unigram_prior"),
