@@ -1,9 +1,6 @@
 """Temperature scaling: fit one number T on held-out hard labels, divide logits by it, or bake it into a head.
 
-Owns the fit, its application and the baking into a linear classifier. Does not own the choice of the split:
-fit on validation, report on test. torch is imported only where a model is baked.
-
-Source: Guo et al. 2017.
+Fit on validation, report on test. torch is imported only where a model is baked. Source: Guo et al. 2017.
 """
 
 from __future__ import annotations

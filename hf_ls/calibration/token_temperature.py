@@ -1,7 +1,5 @@
 """Temperature scaling of next-token predictions without keeping any logits: one pass, a few sums.
 
-Owns `TokenTemperature`. Does not own the fit on logits in memory, its application or baking (`temperature`).
-
 Source: Guo et al. 2017 (temperature scaling).
 """
 

@@ -1,8 +1,4 @@
-"""English spelling to phonemes: the embedded data of the sequence tasks, and its character tokenizer.
-
-Owns: reading the CMU dictionary, its fixed split, the vocabulary of letters and phonemes.
-Does not own: other datasets and tokenising (`sequence_data`), the model, which is a setting like any other (`configs/`).
-"""
+"""English spelling to phonemes: the embedded data of the sequence tasks with its fixed split, and its character tokenizer."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""Calibration metrics: float64 functions over NumPy arrays, and the same as offline `evaluate` modules.
+"""Calibration metrics: float64 functions over NumPy arrays, and the same as offline `evaluate` modules (`path`).
 
-Owns the public names and `path`. Importing it needs NumPy only; `evaluate` is imported by the modules
-themselves.
+Importing it loads neither torch nor `evaluate`.
 """
 
 from __future__ import annotations

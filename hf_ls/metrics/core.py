@@ -1,9 +1,4 @@
-"""Calibration mathematics in float64 over sufficient statistics: one confidence and one outcome per
-prediction.
-
-Owns the definitions of `PredictionStatistics`, the bins, and the metrics over them. Does not own resampling
-(`intervals`), accumulation over batches (`streaming`), the table of all of them (`summary`) or input checks
-(`validation`). NumPy only.
+"""The calibration metrics in float64, each from one confidence and one outcome per prediction. NumPy only.
 
 Bins are half open, (a, b], with edges k / n_bins in float64; the first also holds 0. A confidence on an edge
 therefore belongs to the bin that it closes, decided by exact comparison.

@@ -1,9 +1,7 @@
 """The calibration metrics as `evaluate.Metric` classes, usable directly or by `evaluate.load(path(name))`.
 
-Owns what `evaluate` needs: features, settings, and checks before Arrow can cast a wrong input into a
-plausible one (it turns the label 1.5 into 1 and "1" into 1). Does not own any formula (`core`).
-
-`evaluate` wants one class per metric, so they share one base for the checks; each file
+Here are the features, the settings, and checks before Arrow can cast a wrong input into a plausible one: it turns the label
+1.5 into 1 and "1" into 1. `evaluate` wants one class per metric, so they share one base for the checks; each file
 `modules/<name>/<name>.py` imports exactly one of them, because `evaluate.load` takes the first it finds.
 """
 

@@ -1,7 +1,6 @@
-"""How far a finite sample can be trusted: bootstrap and Wilson intervals, and what calibration looks like.
+"""How far a finite sample can be trusted: bootstrap and Wilson intervals, and the ECE which a calibrated model shows.
 
-Owns everything that resamples. Does not own the definitions of the metrics (`core`). Every function is a pure
-function of its arguments and `seed`; memory stays bounded for any n and number of repetitions.
+Each function depends on its arguments and `seed` alone; memory stays bounded for any n and number of repetitions.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Probabilities from the answers of a transformers `pipeline`, in the order which the metrics expect.
-
-Owns: that one conversion. Does not own: the pipeline (transformers) or any metric (`metrics`).
-"""
+"""Probabilities from the answers of a transformers `pipeline`, in the order which the metrics expect."""
 
 from __future__ import annotations
 

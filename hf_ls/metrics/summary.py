@@ -1,7 +1,4 @@
-"""One table of every calibration metric, with intervals where they are sound.
-
-Owns which metrics a report shows. Does not own their definitions (`core`) or intervals (`intervals`).
-"""
+"""One table of every calibration metric which a report shows, with intervals where they are sound."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
 """Sums over groups of equal confidence, so that no metric depends on the order in which ties arrive.
 
-Owns the tie-aware equal-mass bins and the area under the risk-coverage curve of grouped predictions; leading
-dimensions are independent resamples. Does not own the metrics built on them (`core`, `streaming`,
-`intervals`).
+Equal-mass bins, and the area under the risk-coverage curve; leading dimensions are independent resamples.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Which checkpoint a run may resume from.
-
-Owns: the mark of a complete checkpoint and the choice of the last one.
-Does not own: what is in a checkpoint (the Trainer's business).
-"""
+"""Which checkpoint a run may resume from: the mark of a complete one, the last of them, and what must be the same."""
 
 from __future__ import annotations
 

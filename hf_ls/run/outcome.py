@@ -1,8 +1,6 @@
-"""What one finished run shows: its evaluation, the rows made of it, and the file which says that it is complete.
+"""What one finished run shows: its evaluation on validation and test, the rows made of it, and the files which keep it.
 
-Owns: evaluation of a trained model on validation and test by kind of task, `outcome.json`, predictions and generated texts on
-disk.
-Does not own: training (`finetune`), the report of several runs (`publish`), any metric (`metrics`, `text_metrics`).
+`outcome.json` is written last and says that the run is complete.
 """
 
 from __future__ import annotations

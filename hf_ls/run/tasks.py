@@ -1,7 +1,4 @@
-"""The tasks: which model class, trainer, collator and Hub name belong to each.
-
-Owns: the table. Does not own: data (`data`, `sequence_data`), the label shift (asked of the model by `alignment`).
-"""
+"""The tasks: which model class, trainer, collator and Hub name belong to each."""
 
 from __future__ import annotations
 

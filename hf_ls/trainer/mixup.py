@@ -1,9 +1,5 @@
 """Embedding mixup: train classifiers between pairs of examples.
 
-Owns: the draw of partners and ratios, the batch of a mixed forward, and mixing inside the model's own embedding layer.
-Does not own: the loss of either label (`criterion`), weighting and reduction (`trainer`), which techniques may meet
-(`softening`).
-
 How: for the time of one forward the output e of the input embedding layer becomes λ·e + (1−λ)·e[partner]. The layer is still
 called inside the model's forward, where DDP, FSDP and ZeRO have its weights, and the model still sees token ids: RoBERTa finds
 its positions in them, decoder-only classifiers their last token.

@@ -1,10 +1,7 @@
 """What several processes do to the batches and the model of a Trainer, and how it is undone.
 
-Owns: which rows accelerate repeats to fill the last batch of every process, gathering each item once, and the weights which
-FSDP2 leaves gathered after an evaluation, DeepSpeed's engine for an evaluation.
-Does not own: the loss and its counting (`trainer`), starting and ending processes (`launch`).
-
-`copies` is how many processes in a row see the same batch: the tensor-parallel size.
+accelerate repeats rows to fill the last batch of every process; FSDP2 leaves weights gathered after an evaluation; DeepSpeed
+needs its engine for one. `copies` is how many processes in a row see the same batch: the tensor-parallel size.
 """
 
 from __future__ import annotations

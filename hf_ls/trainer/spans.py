@@ -1,9 +1,5 @@
 """Extractive question answering: the labels are two positions in the text, the classes are its tokens.
 
-Owns: reading `start_positions` and `end_positions` as labels [B, 2] of logits [B, 2, T], where the smoothing mass may go, the
-first-batch check of this kind of model, and which settings mean nothing here.
-Does not own: the plain NLL (`losses`, which stacks the two logits), counting (`trainer`), what evaluation reports (`evaluation`).
-
 The loss is that of the models: the mean over starts and the mean over ends, halved. Both softmaxes run over all T positions of
 a row, padding too, as the models have it. The smoothing mass stays on tokens of the text, see `span_terms`. An evaluation counts
 each labelled start and each labelled end as one item; its mean NLL is the models' loss where no answer is cut in two.
