@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import secrets
+import sys
 import tempfile
+
+import pytest
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
@@ -13,3 +17,17 @@ os.environ |= {
     "MPLBACKEND": "Agg",
     "OMP_NUM_THREADS": "1",
 }
+
+
+def hash_tokenizers_by_chance() -> None:
+    """`datasets` hashes a whole vocabulary for the cache name of each tokenised split: a quarter of a tiny run, and for nothing."""
+    if pickling := sys.modules.get("datasets.utils._dill"):
+        pickling._save_transformersPreTrainedTokenizerBase = lambda pickler, tokenizer: pickler.save_reduce(
+            str, (secrets.token_hex(8),), obj=tokenizer
+        )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before the fixtures of a module, once its imports are done."""
+    hash_tokenizers_by_chance()

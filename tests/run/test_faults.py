@@ -22,7 +22,7 @@ from faults import Fault, with_fault
 from huggingface_hub import ModelCard
 from places import ROOT
 from safetensors.torch import load_file
-from tiny_run import ALL, arguments, save_tiny_model, script
+from tiny_run import ALL, arguments, save_tiny_model, script, torchrun
 from transformers.trainer_pt_utils import safe_globals
 
 from hf_ls.report.calibration_report import CalibrationReport
@@ -252,7 +252,7 @@ def test_the_script_killed_at_a_random_time(tiny, tmp_path, scripted, moment):
         before = [(seconds, name) for seconds, name in scripted.milestones if seconds <= at]
         waited_for = [name for _, name in scripted.milestones[len(before) - 1 :]]  # it, or later ones: old checkpoints go
         folder = tmp_path / f"killed at {at:.3f}"
-        process = script(arguments(tiny, folder, *scripted.run), scripted.processes, wait=False)
+        process = torchrun(arguments(tiny, folder, *scripted.run), scripted.processes)
         wait_for(lambda known=waited_for, folder=folder: any((folder / name).is_file() for name in known), process)
         time.sleep(at - before[-1][0])
         if not (folder / "README.md").is_file() and process.poll() is None:  # else it came too late: draw again
@@ -273,7 +273,7 @@ LONG = ["--do_train", "--max_steps", "100000", "--save_strategy", "steps", "--sa
 
 @pytest.mark.timeout(200)
 def test_a_rank_which_dies_ends_the_run_and_is_named(tiny, tmp_path):
-    process = script(arguments(tiny, tmp_path / "out", *LONG), 2, wait=False)
+    process = torchrun(arguments(tiny, tmp_path / "out", *LONG), 2)
     wait_for(lambda: last_complete_checkpoint(tmp_path / "out"), process)
     next(member for member in family(process) if member.environ().get("RANK") == "1").kill()
     output, _ = process.communicate(timeout=120)

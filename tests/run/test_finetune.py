@@ -8,13 +8,12 @@ import time
 from dataclasses import replace
 
 import numpy as np
-import psutil
 import pytest
 import torch
 import transformers as tf
 from huggingface_hub import HfApi, RepoUrl
 from safetensors.torch import load_file
-from tiny_run import ALL, arguments, save_tiny_model, script
+from tiny_run import ALL, arguments, save_tiny_model, script, started
 
 from hf_ls.calibration.temperature import fit_temperature
 from hf_ls.common.errors import one_sentence
@@ -278,14 +277,12 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny, tmp_path, processes):
            "--save_total_limit", "1", "--per_device_train_batch_size", str(16 // processes)]  # fmt: skip
     script(arguments(tiny, tmp_path / "whole", *run), processes)
     killed = tmp_path / "killed"
-    process = script(arguments(tiny, killed, *run), processes, wait=False)
+    members = started(arguments(tiny, killed, *run), processes)
     deadline = time.monotonic() + 200
-    while last_complete_checkpoint(killed) is None and time.monotonic() < deadline and process.poll() is None:
+    while last_complete_checkpoint(killed) is None and time.monotonic() < deadline and members[0].poll() is None:
         time.sleep(0.005)
-    family = psutil.Process(process.pid)
-    for member in [*family.children(recursive=True), family]:  # torchrun's workers have sessions of their own
+    for member in members:
         member.kill()
-    process.wait()
     assert last_complete_checkpoint(killed), "the run ended before its first checkpoint"
     assert not (killed / "calibration.json").exists()
     _, output = script([*arguments(tiny, killed, *run), "--resume_from_checkpoint", "last"], processes)

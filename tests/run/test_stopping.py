@@ -10,7 +10,7 @@ import time
 
 import psutil
 import pytest
-from tiny_run import ALL, arguments, save_tiny_model, script
+from tiny_run import ALL, arguments, save_tiny_model, started, torchrun
 from transformers import TrainerCallback
 
 from hf_ls.run.checkpoint import MARK, last_complete_checkpoint
@@ -95,7 +95,7 @@ def test_early_stopping_counts_on_after_a_resume(tiny, tmp_path):
 @pytest.mark.parametrize(("number", "processes"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 2)])
 def test_the_script_ends_with_a_sentence_and_a_checkpoint(tiny, tmp_path, number, processes):
     argv = arguments(tiny, tmp_path / "out", *ALL, "--max_steps", "100000", "--save_steps", "5", "--save_total_limit", "1")
-    process = script(argv, processes, wait=False)
+    process = torchrun(argv, processes) if processes > 1 else started(argv)[0]
     deadline = time.monotonic() + 250
     while not last_complete_checkpoint(tmp_path / "out") and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)

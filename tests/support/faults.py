@@ -1,13 +1,11 @@
 """`scripts/finetune.py` killed with SIGKILL at a chosen change of a file: `with_fault(argv, folder, Fault("rename", "README.md"))`.
 
-Python tells an audit hook of every file which it opens, renames or deletes, before it does so. Each run is a fork of a server
-which has imported everything.
+Python tells an audit hook of every file which it opens, renames or deletes, before it does so.
 """
 
 from __future__ import annotations
 
 import fnmatch
-import multiprocessing
 import os
 import signal
 import sys
@@ -15,16 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from forked import Forked, all_ended
 from transformers import TrainerCallback
 
 from hf_ls.run.config import parse_config
 from hf_ls.run.finetune import finetune
-
-_SERVER = multiprocessing.get_context("forkserver")
-# By names which are found without pytest's path.
-_SERVER.set_forkserver_preload(
-    ["hf_ls.run.config", "hf_ls.run.finetune", "transformers.models.bert.modeling_bert", "peft", "relplot"]
-)
 
 
 @dataclass(frozen=True)
@@ -96,10 +89,7 @@ class _Hook:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _run(argv: list[str], folder: str, fault: Fault | None, log: str) -> None:
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+def _run(argv: list[str], folder: str, fault: Fault | None) -> None:
     save = torch.save
 
     def saving(what, where, *args, **kwargs):
@@ -110,16 +100,9 @@ def _run(argv: list[str], folder: str, fault: Fault | None, log: str) -> None:
     hook = _Hook(Path(folder).resolve(), fault)
     sys.addaudithook(hook)
     finetune(parse_config(argv), callbacks=[_Moments()])
-    Path(log).with_suffix(".events").write_text("\n".join(hook.seen))
+    Path(folder).with_suffix(".events").write_text("\n".join(hook.seen))
 
 
 def with_fault(argv: list[str], folder: Path, fault: Fault | None) -> tuple[int, str]:
     """Exit code (-9 where it was killed) and output of one run; a whole run leaves its events in `folder`.events."""
-    log = folder.with_suffix(".log")
-    process = _SERVER.Process(target=_run, args=(argv, str(folder), fault, str(log)))
-    process.start()
-    process.join(250)
-    if process.exitcode is None:
-        process.kill()
-        process.join()
-    return process.exitcode, log.read_text()
+    return all_ended([Forked(_run, argv, str(folder), fault)], 250)

@@ -8,6 +8,7 @@ import sys
 
 import torch
 import transformers as tf
+from forked import Forked, all_ended, ranks, run_file
 from places import ROOT
 
 from hf_ls.data.classification import EMBEDDED_MODEL, model_path
@@ -35,16 +36,25 @@ def arguments(model, folder, *extra):
     return ["--model_name_or_path", model, "--output_dir", str(folder), *FAST, *extra]
 
 
-def script(argv, processes=1, check=True, wait=True):
+def started(argv, processes=1):
+    """The processes of the script, forks without a launcher."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    file = ROOT / "scripts" / "finetune.py"
+    return [Forked(run_file, str(file), argv, environment=env)] if processes == 1 else ranks(processes, file, argv, env)
+
+
+def script(argv, processes=1, check=True):
+    """Exit code and output of the script."""
+    code, output = all_ended(started(argv, processes), 280)
+    assert not check or code == 0, output
+    return code, output
+
+
+def torchrun(argv, processes):
+    """The script from a command line, as a user starts several processes."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = command if processes > 1 else [sys.executable]
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [*command, str(ROOT / "scripts" / "finetune.py"), *argv], env=env, cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
-    if not wait:
-        return process
-    output, _ = process.communicate(timeout=280)
-    assert not check or process.returncode == 0, output
-    return process.returncode, output
