@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import runpy
@@ -38,6 +39,7 @@ def _begin(call: Callable[..., None], arguments: Sequence[Any], output: str, env
     os.dup2(written, 2)
     os.environ.clear()
     os.environ.update(environment)
+    gc.freeze()
     call(*arguments)
 
 
