@@ -13,7 +13,7 @@ import torch
 import transformers as tf
 from huggingface_hub import HfApi, RepoUrl
 from safetensors.torch import load_file
-from tiny_run import ALL, arguments, save_tiny_model, script, started
+from tiny_run import ALL, arguments, script, started
 
 from hf_ls.calibration.temperature import fit_temperature
 from hf_ls.common.errors import one_sentence
@@ -25,11 +25,6 @@ from hf_ls.run.config import parse_config
 from hf_ls.run.finetune import _planned, finetune
 from hf_ls.run.outcome import run_name
 from hf_ls.trainer.arguments import smoothing_of, techniques_of
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

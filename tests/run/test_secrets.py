@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import subprocess
 import zipfile
 from pathlib import Path
 
@@ -14,11 +13,12 @@ import torch
 import transformers as tf
 import yaml
 from huggingface_hub import HfApi, RepoUrl
-from tiny_run import ALL, arguments, save_tiny_model
+from tiny_run import ALL, arguments
 
 from hf_ls import LabelSmoothingArguments
 from hf_ls.common.privacy import without_paths, without_secrets, yaml_without_secrets
 from hf_ls.compare.experiment import parse_compare, run_comparison
+from hf_ls.compare.worker import run_cell
 from hf_ls.run.config import parse_config
 from hf_ls.run.evaluate import evaluate, parse_evaluation
 from hf_ls.run.finetune import finetune
@@ -27,11 +27,6 @@ SECRET = "hf_plantedPlantedPlanted"
 SHORT = ["--max_train_samples", "48", "--max_eval_samples", "40", "--max_predict_samples", "50", "--max_steps", "2"]
 SAVING = ["--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "steps", "--save_steps", "1",
           "--load_best_model_at_end", "--metric_for_best_model", "nll"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -96,19 +91,27 @@ def test_hub_strategies_which_push_checkpoints_are_refused(tiny, tmp_path, pushe
 
 def test_a_comparison_gives_its_cells_the_token_and_no_file(tiny, tmp_path, capfd, monkeypatch):
     """From the command line and from a YAML file; the cells find it in their environment."""
-    started, start = [], subprocess.Popen
+    started = []
 
-    def recorded(command, **kwargs):
-        if "hf_ls.compare.worker" in command:
-            started.append((command, kwargs["env"].get("HF_TOKEN")))
-        return start(command, **kwargs)
+    class Ended:
+        """A cell which has run in this process."""
 
-    monkeypatch.setattr("hf_ls.compare.cells.subprocess.Popen", recorded)
+        returncode, stdin = 0, None
+
+        def __init__(self, command, *, env, **kwargs):
+            started.append((command, env.get("HF_TOKEN")))
+            run_cell(Path(command[-1]))
+
+        def poll(self):
+            return self.returncode
+
+    monkeypatch.setattr("hf_ls.compare.cells.subprocess.Popen", Ended)
     own = tmp_path / "own.yaml"
     own.write_text(f"hub_token: {SECRET}\nseed: 3\n")
     argv = arguments(tiny, tmp_path / "out", *SHORT, "--epsilons", "0.2", "--seeds", "0", "--repetitions", "20", "--jobs", "1")
     run_comparison(*parse_compare([*argv, "--config", str(own), "--hub-token", SECRET]))
-    assert [token for _, token in started] == [SECRET] * 2 and SECRET not in repr([command for command, _ in started])
+    assert [token for _, token in started] == [SECRET] * 2 and all("hf_ls.compare.worker" in command for command, _ in started)
+    assert SECRET not in repr([command for command, _ in started])
     assert holding(tmp_path / "out", SECRET) == [] and SECRET not in "".join(capfd.readouterr())
     assert (tmp_path / "out" / "config.yaml").read_text() == "hub_token: null\nseed: 3\n"
 

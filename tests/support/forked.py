@@ -20,6 +20,8 @@ from pathlib import Path
 from subprocess import TimeoutExpired
 from typing import Any
 
+import psutil
+
 _SERVER = multiprocessing.get_context("forkserver")
 # By names which are found without pytest's path.
 _SERVER.set_forkserver_preload([
@@ -83,6 +85,12 @@ class Forked:
         """With SIGKILL, waited for."""
         self.process.kill()
         self.process.join()
+
+
+def survivors(processes: Sequence[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """Those which still run after so long; one which has ended and which nobody has waited for yet is none."""
+    _, left = psutil.wait_procs(processes, timeout=seconds)
+    return [one for one in left if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
 
 
 def run_file(path: str, argv: Sequence[str]) -> None:
