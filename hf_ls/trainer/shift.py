@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import unwrap_model
 
-from hf_ls.common.models import IGNORE_INDEX, base_model, in_eval_mode
+from hf_ls.common.models import IGNORE_INDEX, base_model, in_eval_mode, output_embedding
 from hf_ls.losses.cross_entropy import check_no_probabilities, logits_of, shift_if, smoothed_terms
 from hf_ls.losses.smoothing import Smoothing
 
@@ -123,10 +123,11 @@ def decoder_inputs(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> 
         return inputs
     if "decoder_input_ids" in inputs or "decoder_inputs_embeds" in inputs:
         return inputs
-    prepare = getattr(unwrap_model(model), "prepare_decoder_input_ids_from_labels", None)
-    if prepare is not None:
-        return {**inputs, "decoder_input_ids": prepare(labels=labels)}
     inner = unwrap_model(model)
+    prepare = getattr(inner, "prepare_decoder_input_ids_from_labels", None)
+    # A classifier of tokens inherits it (T5Gemma2), and makes its decoder inputs of something else.
+    if prepare is not None and output_embedding(model) is not None:
+        return {**inputs, "decoder_input_ids": prepare(labels=labels)}
     if inner not in _STARTS:
         _STARTS[inner] = _watched_start(model, inputs, labels)
     found = _STARTS[inner]

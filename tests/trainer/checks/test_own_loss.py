@@ -224,6 +224,11 @@ def test_classes_of_transformers_are_exact_without_logits(mapping, kind, name):
     assert (outcome.state, outcome.reason, outcome.logits_free) == ("exact", "", "yes")
 
 
+def test_a_classifier_which_could_make_decoder_inputs_of_labels_does_not():
+    """T5Gemma2 inherits the method, and makes them of its `input_ids`."""
+    assert examine("TOKEN_CLASSIFICATION", "t5gemma2", "T5Gemma2ForTokenClassification").state == "exact"
+
+
 def test_evaluation_and_the_users_batch_stay_as_they_are(tmp_path):
     model, rows = mixture(), token_rows()
     trainer = trainer_of(tmp_path, model, label_smoothing_factor=0.1)
