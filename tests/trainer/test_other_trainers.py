@@ -22,6 +22,7 @@ from helpers import (
     ours,
     seq2seq_rows,
     tiny_bert,
+    tiny_fsmt,
     tiny_llama,
     tiny_t5,
     token_rows,
@@ -185,6 +186,18 @@ def test_an_own_evaluation_step_leaves_our_metrics_whole(tmp_path, size):
     found = trainer.evaluate()
     assert set(found) >= METRICS and seen == [8]
     assert found["eval_loss"] == found["eval_nll"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", [GeneratingBehind, GeneratingInFront])
+def test_an_own_evaluation_step_hands_no_tensor_of_the_user_to_the_model(tmp_path, kind):
+    """FSMT turns ignored labels into padding, in place."""
+    rows, batch = seq2seq_rows(), collate(seq2seq_rows().rows)
+    before = {key: value.clone() for key, value in batch.items()}
+    trainer = trainer_of(kind, tmp_path, tiny_fsmt(), rows, LabelSmoothingSeq2SeqArguments)
+    trainer.data_collator = lambda rows: batch
+    found = trainer.predict(rows)
+    assert (before["labels"] == -100).any() and (found.label_ids == before["labels"].numpy()).all()
+    assert all(torch.equal(batch[key], before[key]) for key in before)
 
 
 def test_an_evaluation_step_which_never_reaches_ours_is_named(tmp_path, caplog):
