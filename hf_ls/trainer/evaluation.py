@@ -213,7 +213,7 @@ def for_prediction(model: Any) -> Any:
 def given_copies(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """In this block a forward with labels of these names, inside wrappers too, gets copies of its inputs.
 
-    FSMT writes into its labels, which a Trainer's own `prediction_step` hands to it and returns afterwards.
+    It may write into them, and a Trainer's own `prediction_step` returns the labels afterwards.
     """
 
     def copies(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -195,12 +195,19 @@ def model_loss_gap(model: nn.Module, batch: Batch, prompt: int = 0) -> LossGap:
     Args:
         prompt: how many virtual tokens stand before the first, in the logits only.
 
-    Raises: ValueError/TypeError as `smoothed_terms`, and when the model returns no logits, or probabilities instead.
+    Raises: ValueError/TypeError as `smoothed_terms`, and when the model returns no logits, probabilities instead, or rows before
+    those of the labels.
     """
     labels = nn.functional.pad(batch.given, (prompt, 0), value=IGNORE_INDEX) if prompt else batch.given
     with in_eval_mode(model):
         logits = logits_of(model(**batch.for_model(model)))
         check_no_probabilities(logits)
+        if labels.dim() == 2 and logits.dim() == 3 and logits.shape[1] > labels.shape[1]:
+            raise ValueError(
+                f"expected one row of logits per label from {type(base_model(model)).__name__}, got {logits.shape[1]} for "
+                f"{labels.shape[1]} labels: it puts rows of its own, such as those of an image, before the text; use "
+                "transformers.Trainer"
+            )
         # Before the model sees the labels: wrong ones end in an index error there, or in a crashed GPU.
         unshifted, shifted = _mean_nll(logits, labels), None
         alignments = [labels[labels != IGNORE_INDEX]]

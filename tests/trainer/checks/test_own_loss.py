@@ -229,6 +229,14 @@ def test_a_classifier_which_could_make_decoder_inputs_of_labels_does_not():
     assert examine("TOKEN_CLASSIFICATION", "t5gemma2", "T5Gemma2ForTokenClassification").state == "exact"
 
 
+def test_rows_of_an_image_before_the_text_are_refused_with_the_reason(tmp_path):
+    """GIT has as many logits as patches and tokens together, and labels for the tokens."""
+    model, ids = tiny_model("git", "GitForCausalLM"), torch.randint(90, 97, (2, 6))
+    inputs = {"input_ids": ids, "labels": ids, "pixel_values": torch.randn(2, 3, 28, 28)}
+    with pytest.raises(ValueError, match="one row of logits per label from GitForCausalLM, got 11 for 6 labels: it puts rows"):
+        trainer_of(tmp_path, model).compute_loss(model.train(), inputs)
+
+
 def test_evaluation_and_the_users_batch_stay_as_they_are(tmp_path):
     model, rows = mixture(), token_rows()
     trainer = trainer_of(tmp_path, model, label_smoothing_factor=0.1)
