@@ -215,7 +215,11 @@ def test_a_model_without_labels_has_no_own_loss():
         ("SEQ_TO_SEQ_CAUSAL_LM", "blenderbot", "BlenderbotForConditionalGeneration"),
         ("CAUSAL_LM", "hyperclovax", "HyperCLOVAXForCausalLM"),
         ("CAUSAL_LM", "mpt", "MptForCausalLM"),
+        ("CAUSAL_LM", "minicpm3", "MiniCPM3ForCausalLM"),
+        ("CAUSAL_LM", "dbrx", "DbrxForCausalLM"),
         ("IMAGE_TEXT_TO_TEXT", "aya_vision", "AyaVisionForConditionalGeneration"),
+        ("IMAGE_TEXT_TO_TEXT", "blip", "BlipForConditionalGeneration"),
+        ("IMAGE_TEXT_TO_TEXT", "idefics", "IdeficsForVisionText2Text"),
     ],
 )
 def test_classes_of_transformers_are_exact_without_logits(mapping, kind, name):
