@@ -49,7 +49,7 @@ def token_in_environment(training: Any) -> Iterator[None]:
     """Move `training.hub_token` to the environment of this process until the end of the block.
 
     There huggingface_hub finds it for reading gated models as well as for pushing, and so do the processes which this one
-    starts. In the arguments the Trainer would write it into every `training_args.bin`.
+    starts.
     """
     token, before = training.hub_token, os.environ.get(_VARIABLE)
     if token is None:
