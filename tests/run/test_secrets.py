@@ -5,18 +5,22 @@ from __future__ import annotations
 import copy
 import json
 import os
+import pickle
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers as tf
 import yaml
 from huggingface_hub import HfApi, RepoUrl
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from tiny_run import ALL, arguments
 
 from hf_ls import LabelSmoothingArguments
-from hf_ls.common.privacy import without_paths, without_secrets, yaml_without_secrets
+from hf_ls.common.errors import uploading
+from hf_ls.common.privacy import pickled_for_others, without_paths, without_secrets, yaml_without_secrets
 from hf_ls.compare.experiment import parse_compare, run_comparison
 from hf_ls.compare.worker import run_cell
 from hf_ls.run.config import parse_config
@@ -128,10 +132,49 @@ def test_an_evaluation_writes_no_token(tiny, tmp_path, capfd, monkeypatch):
         assert tiny not in (tmp_path / "out" / name).read_text()
 
 
-def test_a_copy_of_the_arguments_keeps_the_token_and_a_pickle_does_not(tmp_path):
-    args = LabelSmoothingArguments(output_dir=str(tmp_path), hub_token=SECRET)
-    assert copy.copy(args).hub_token == copy.deepcopy(args).hub_token == args.hub_token == SECRET
-    assert SECRET not in repr(args.__reduce_ex__(4)) + str(args) + args.to_json_string()
+@pytest.mark.parametrize("kind", [LabelSmoothingArguments, tf.TrainingArguments])
+def test_the_arguments_which_a_trainer_pickles_hold_no_secret_and_no_path(tmp_path, kind):
+    """Of plain arguments too; pickles of others, as for a new process, and copies stay whole."""
+    args = kind(output_dir=str(tmp_path / "out"), hub_token=SECRET, fsdp_config={"x": str(tmp_path / "out" / "y")})
+    with pickled_for_others(args):
+        torch.save(args, tmp_path / "training_args.bin")
+    assert holding(tmp_path, SECRET) == holding(tmp_path, str(tmp_path)) == []
+    found = torch.load(tmp_path / "training_args.bin", weights_only=False)
+    assert (type(found), found.hub_token, found.output_dir, found.seed) == (kind, None, "./out", args.seed)
+    whole = pickle.loads(pickle.dumps(args))
+    for same in (args, whole, copy.copy(args), copy.deepcopy(args)):
+        assert (same.hub_token, same.output_dir) == (SECRET, str(tmp_path / "out"))
+    assert SECRET not in str(args) + args.to_json_string()
+
+
+def _status(number):
+    return SimpleNamespace(headers={}, request=None, status_code=number)
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (HFValidationError("Repo id must use alphanumeric chars"), "give a name such as owner/name as hub_model_id"),
+        (LocalTokenNotFoundError("no token"), "log in"),
+        (HfHubHTTPError("401 Unauthorized", response=_status(401)), "log in"),
+        (HfHubHTTPError("500 Server Error", response=_status(500)), "try again later"),
+        (OfflineModeIsEnabled("offline"), "unset HF_HUB_OFFLINE"),
+        (TimeoutError("timed out"), "try again later"),
+    ],
+    ids=["name", "no token", "refused", "broken", "offline", "slow"],
+)
+def test_what_the_hub_refuses_is_a_sentence_with_a_remedy(error, remedy):
+    with (
+        pytest.raises(ValueError, match=r"^expected to upload the model to me/x, got: ") as found,
+        uploading("the model", "me/x"),
+    ):
+        raise error
+    assert remedy in str(found.value) and "\n" not in str(found.value)
+
+
+def test_an_error_of_ours_while_something_is_sent_stays_as_it_is():
+    with pytest.raises(KeyError), uploading("the model", "me/x"):
+        raise KeyError("ours")
 
 
 @pytest.mark.parametrize(
