@@ -34,7 +34,7 @@ def main() -> None:
         sys.exit(end_stopped(stopped))
     except Exception as error:
         if one_sentence(error) is None:  # of one rank alone; what hf_ls refuses, it refuses on all
-            explain_failure()
+            explain_failure(error)
         end_with(error, debug=config is not None and config.training.log_level == "debug")
 
 

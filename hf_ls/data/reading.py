@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def read_files(files: Mapping[str, str]) -> DatasetDict:
         raise ValueError(f"expected rows in {empty}, got: empty files; check the files")
     for path in paths:
         _check_lines(path)
+        _check_json(path)
     kind = next(iter(types))
     try:
         if kind == "csv":
@@ -126,6 +128,20 @@ def _check_lines(path: str) -> None:
                     "that text into several rows"
                 )
             length = length if first < 0 else len(chunk) - chunk.rfind(b"\n") - 1
+
+
+def _check_json(path: str) -> None:
+    """Refuse a `null` where a row must be: at the beginning of a block it ends the whole process in pyarrow's reader (26.0)."""
+    suffix = Path(path).suffix.lower()
+    if _FORMATS[suffix] != "json":
+        return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            row = line.removeprefix(codecs.BOM_UTF8).strip()
+            if row == b"null":
+                raise ValueError(f'expected rows such as {{"text": ...}} in {path}, got null in line {number}; delete that line')
+            if row and suffix == ".json":  # of an array over many lines
+                return
 
 
 def check_length(part: Dataset, split: str) -> None:

@@ -21,8 +21,10 @@ from hf_ls.run.launch import end_processes
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Stopped(Exception):
+class Stopped(BaseException):
     """A signal ended the run before it was done; `code` is the exit code of the shell's convention, 128 + signal.
+
+    As KeyboardInterrupt it is no Exception: it may come up anywhere, also where one is caught and worded anew.
 
     in_training: on all processes after the same step, with a checkpoint.
     """

@@ -255,7 +255,7 @@ def test_on_a_full_disk(inputs, whole, tmp_path, disk, moment):
             r"free some space or give another output_dir\. What was finished before is kept$",
             output, re.M,
         )  # fmt: skip
-        assert len(said) == 1, output
+        assert 1 <= len(said) <= whole.processes, output  # each process writes its own part of a checkpoint
     disk(64 << 20)
     check_resumed(folder, whole, inputs)
     check_foreign_beside(folder)
