@@ -56,6 +56,13 @@ def family(process: psutil.Process) -> list[psutil.Process]:
         return []
 
 
+def running(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def seconds(process: psutil.Process) -> float:
     """Of the CPU, spent by the script's processes so far: how far they are, however busy the machine."""
     spent = 0.0
