@@ -146,7 +146,7 @@ def _check_json(path: str) -> None:
         for number, is_null in enumerate(lines, 1):
             if is_null:
                 raise ValueError(
-                    f"expected rows such as {{\"text\": ...}} in {path}, got null in {what} {number}; delete that {what}"
+                    f'expected rows such as {{"text": ...}} in {path}, got null in {what} {number}; delete that {what}'
                 )
 
 
