@@ -77,7 +77,7 @@ class StopOnSignal(TrainerCallback):
 
 
 def end_at_signals() -> None:
-    """Make SIGTERM and SIGINT one exception, so that a script ends with a sentence wherever it is; a second one ends it at once."""
+    """Make SIGTERM and SIGINT one exception, so that a script ends with a sentence wherever it is; a second ends it."""
 
     def stop(number: int, frame: Any) -> None:
         for each in _SIGNALS:
