@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from places import ROOT
 from tiny_run import save_tiny_model
 
 from hf_ls.calibration.temperature import fit_temperature
+from hf_ls.common.errors import one_sentence
 from hf_ls.common.files import locked
 from hf_ls.compare.cells import CELL, Cell, CellFailed, Spec, cell_config, finished, run_cells
 from hf_ls.compare.comparison import Comparison, Variant
@@ -190,7 +192,7 @@ def test_a_failed_cell_ends_with_its_log_and_folder(done, tmp_path):
     broken = Spec(spec.cell, [*spec.argv, "--optim", "no_such_optimizer"], spec.data, spec.pairs, spec.ood)
     with pytest.raises(CellFailed) as error:
         run_cells([broken], tmp_path, jobs=1, threads=1)
-    assert "no_such_optimizer" in str(error.value)
+    assert re.match(r"expected .*no_such_optimizer.*\nbaseline-seed0 failed", str(error.value))  # a sentence, no log
     assert str(error.value).endswith(
         f"baseline-seed0 failed; its folder is {tmp_path / 'baseline-seed0'}, finished cells are kept"
     )
@@ -306,8 +308,29 @@ def test_a_dry_run_checks_every_cell_and_trains_none(tiny, tmp_path, capsys, ext
             compared(argv)
     else:
         assert compared(argv) is None
-        assert "dry run: 6 runs" in capsys.readouterr().out
-    assert not (tmp_path / "out" / "cells").exists()
+        said = capsys.readouterr().out
+        assert "dry run: 6 runs; " in said and "96 train" in said and "BertForSequenceClassification" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("words", [
+    ["--lr_scheduler_kwargs", '{"none_such": 1}'], ["--lr_scheduler_type", "cosine_with_min_lr"], ["--model_name_or_path", "no/such"],
+    ["--objectives", "maxsup", "--label_smoothing_prior", "train"],
+], ids=lambda words: words[0])  # fmt: skip
+def test_a_dry_run_finds_what_would_end_a_cell_before_its_first_step(tiny, tmp_path, words):
+    with pytest.raises(ValueError, match=r"^expected ") as found:
+        compared(arguments(tiny, tmp_path / "out", *GRID, "--dry_run", *words))
+    assert one_sentence(found.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_refuses_the_folder_of_another_comparison(done, tiny):
+    folder, argv, _, _ = done
+    before = sorted(folder.rglob("*"))
+    assert compared([*argv, "--dry_run"]) is None
+    with pytest.raises(ValueError, match=r"expected the settings of the comparison in .* weight_decay: .* then, .* now"):
+        compared([*argv, "--weight_decay", "0.1", "--dry_run"])
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_a_dry_run_does_not_settle_the_settings(tiny, tmp_path):
