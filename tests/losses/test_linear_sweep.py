@@ -161,7 +161,7 @@ quiet = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
 @given(cases)
-@settings(max_examples=500, deadline=None, derandomize=True, database=None, suppress_health_check=quiet)
+@settings(max_examples=2500, deadline=None, derandomize=True, database=None, suppress_health_check=quiet)
 def test_random_cases_equal_dense_float64(case: Case) -> None:
     check(case)
 
