@@ -38,7 +38,7 @@ TOKEN_METRICS = ("accuracy", "nll", "perplexity", "brier", "ece", "signed_gap")
 # What `metrics` and the Trainer measure; every other metric of a token row is the quality of the task.
 _CALIBRATION_METRICS = {*CLASS_METRICS, *TOKEN_METRICS, "mce", "rmsce_debiased", "smooth_ece", "sequence_ece"}
 _CALIBRATION_METRICS |= {"ece_equal_mass", "ece_classwise"}
-_OPTIONAL = ("published", "differences", "posthoc", "hub", "predictions")  # of a report
+_OPTIONAL = ("published", "differences", "posthoc", "pictures", "hub", "predictions")  # of a report
 _GROUP_KEYS = ("kind", "name", "n", "accuracy", "nll", "perplexity", "brier", "ece", "signed_gap")
 _RELIABILITY_KEYS = ("edges", "count", "confidence", "accuracy", "band_low", "band_high")
 
@@ -232,6 +232,7 @@ class CalibrationReport:
         differences: paired, of a row against an earlier one (`metrics.paired.differences`); none in reports which only know
             the interval of each row.
         posthoc: what `calibration.posthoc.compare_posthoc` found, an infinite value as None; empty without validation data.
+        pictures: file names of what was drawn from predictions and features, which the report does not hold, for the card.
         hub: what its user says of the model for the header of the card.
         predictions: "logits" or "probabilities" where the report was made from these and the model was not seen.
 
@@ -251,6 +252,7 @@ class CalibrationReport:
     published: str | None = None
     differences: list[Difference] = field(default_factory=list)
     posthoc: dict[str, dict[str, float | str | None]] = field(default_factory=dict)
+    pictures: list[str] = field(default_factory=list)
     hub: HubFacts = field(default_factory=HubFacts)
     predictions: Literal["logits", "probabilities"] | None = None
 

@@ -168,7 +168,9 @@ def render(facts: CardFacts) -> str:
         temperature=f"{tempered.temperature:.6g}" if tempered else None,
         published_row=plain(row.name) if row else None,
         smoothing=[] if predictions and facts.smoothing.is_used is None else smoothing,
-        settings=_sizes(facts) if predictions else [f"base model: {_base(facts)}", *_sizes(facts), *_settings(training)],
+        settings=_sizes(facts)
+        if predictions
+        else [f"base model: {_base(facts)}", *_sizes(facts), *_settings(training), *_runtime(report, row)],
         limitations=_limitations(facts, row),
         versions=[f"{plain(name)} {plain(version)}" for name, version in facts.versions.items()],
     )
@@ -377,10 +379,7 @@ def _findings(report: CalibrationReport | None) -> list[str]:
         measured.append("Without validation data no temperature or other post-hoc method was fitted.")
     if report.predictions:
         return measured
-    alone = (
-        "this table has one run only" if report.baseline is not None else "no run without label smoothing was trained beside it"
-    )
-    return [*measured, f"Whether label smoothing helped cannot be said: {alone}."]
+    return [*measured, plain(verdict(report))]
 
 
 def _sequence_ece(report: CalibrationReport) -> str:
@@ -414,6 +413,12 @@ def _settings(training: TrainingFacts | None) -> list[str]:
     known = {key: value for key, value in asdict(training).items() if key not in ("techniques", "class_weight")}
     known = {key: value for key, value in known.items() if value not in (None, "none", "", [], {})}
     return [f"{_SETTINGS.get(key, key.replace('_', ' '))}: {in_words(value)}" for key, value in known.items()]
+
+
+def _runtime(report: CalibrationReport | None, row: CalibrationRow | None) -> list[str]:
+    """How long the published run was trained, as its log says."""
+    known = (report.history.get(row.run) or [{}])[-1].get("train_runtime") if report and row else None
+    return [] if known is None else [f"training time of this run, seconds: {known:g}"]
 
 
 def _limitations(facts: CardFacts, row: CalibrationRow | None) -> list[str]:

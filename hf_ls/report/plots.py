@@ -264,7 +264,7 @@ class Plot:
 
 
 def plots_of(report: CalibrationReport) -> list[Plot]:
-    """The plots which a report has the data for, in the order of a card."""
+    """The plots which a report has the data for, and the pictures which were drawn beside it, in the order of a card."""
     logged = {key for records in report.history.values() for record in records if "step" in record for key in record}
     kinds = [
         (True, "reliability.png", "Reliability diagram: accuracy against confidence for each row of the table",
@@ -279,6 +279,13 @@ def plots_of(report: CalibrationReport) -> list[Plot]:
          "How good the probabilities are by the position of a token and by how often it was seen in training."),
         (bool(logged & {*_STEPS}), "calibration_steps.png", "NLL, ECE and signed gap during training of each run",
          "How calibration changes while the model trains; a signed gap above 0 means over-confident."),
+        ("logit_gap.png" in report.pictures, "logit_gap.png", "Gap between the logit of the label and the mean of the others",
+         "How far each model sets the right class apart, in nats; smoothing has a finite optimum (dashed), the plain cross "
+         "entropy has none, so that its gaps grow."),
+        ("penultimate.png" in report.pictures, "penultimate.png", "Examples of three classes as the last layer sees them",
+         "Each point is an example, coloured by its label; the shade behind it is the class which the model chooses there. "
+         "Tighter clusters (a smaller spread within / between) are what smoothing does; they do not make predictions better by "
+         "themselves."),
     ]  # fmt: skip
     return [Plot(*texts) for there, *texts in kinds if there]
 
@@ -295,7 +302,7 @@ def write_plots(report: CalibrationReport, folder: str | os.PathLike[str], only:
     return [
         save_figure(draw[plot.file](report), Path(folder, plot.file))
         for plot in plots_of(report)
-        if only is None or plot.file in only
+        if plot.file in (draw if only is None else only)
     ]
 
 

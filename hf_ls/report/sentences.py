@@ -62,7 +62,8 @@ def verdict(report: CalibrationReport) -> str:
     """
     baseline, smoothed = report.baseline, report.smoothed
     if baseline is None or smoothed is None:
-        return "Nothing to compare: a verdict needs a baseline row (epsilon = 0) and another one."
+        alone = "no run without label smoothing was trained beside it" if baseline is None else "this table has one run only"
+        return f"Whether label smoothing helped cannot be said: {alone}."
     unlearnt = [row for row in (baseline, smoothed) if not learnt(report, row)]
     if len(unlearnt) == 2:
         rows = f"rows '{one_line(baseline.name)}' and '{one_line(smoothed.name)}'"

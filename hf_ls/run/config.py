@@ -18,6 +18,7 @@ from hf_ls.common.errors import did_you_mean, settling
 from hf_ls.data.classification import EMBEDDED_DATASET, EMBEDDED_MODEL
 from hf_ls.data.g2p import EMBEDDED_G2P
 from hf_ls.metrics.text import TEXT_METRICS
+from hf_ls.run.naming import CardArguments
 from hf_ls.trainer.arguments import LabelSmoothingSeq2SeqArguments, techniques_of
 
 # Settings which mean something for some tasks only: elsewhere they would do nothing, in silence.
@@ -192,6 +193,7 @@ class Config:
     model: ModelArguments
     data: DataArguments
     training: LabelSmoothingSeq2SeqArguments
+    card: CardArguments
 
 
 class Parser(HfArgumentParser):
@@ -226,7 +228,8 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     contradict each other.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = Parser([RunArguments, ModelArguments, DataArguments, LabelSmoothingSeq2SeqArguments], allow_abbrev=False)  # type: ignore[list-item]
+    kinds = [RunArguments, ModelArguments, DataArguments, LabelSmoothingSeq2SeqArguments, CardArguments]
+    parser = Parser(kinds, allow_abbrev=False)  # type: ignore[arg-type]
     parser.add_argument("--config", help="YAML file of settings; the command line overrides it.")
     known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
     path, argv = _take_config(argv)

@@ -32,6 +32,7 @@ from hf_ls.report.sentences import regime, tempering, warnings
 from hf_ls.report.table import posthoc_table, table
 from hf_ls.run.config import Parser, about, nearest
 from hf_ls.run.launch import announce
+from hf_ls.run.naming import CardArguments
 from hf_ls.run.outcome import OUTCOME, PREDICTIONS, evaluate_classes, evaluate_tokens
 from hf_ls.run.predictions import read_predictions, splits_in
 from hf_ls.run.tasks import TASKS
@@ -41,7 +42,7 @@ _LONGEST = 512  # tokens, where the tokenizer names no limit or a larger one
 
 
 @dataclass
-class EvaluateArguments:
+class EvaluateArguments(CardArguments):
     """What `scripts/evaluate.py` can be told.
 
     Raises: ValueError for settings which contradict each other.
@@ -61,6 +62,12 @@ class EvaluateArguments:
     )
     label_names: list[str] = field(default_factory=list, metadata=about("With predictions: the classes in the order of columns."))
     model_name: str | None = field(default=None, metadata=about("With predictions: the name of the model, for the card."))
+    hub_task: str | None = field(
+        default=None, metadata=about("With predictions: the task as the Hub calls it, e.g. image-classification, for the card.")
+    )
+    library: str | None = field(
+        default=None, metadata=about("With predictions: the library of the model as the Hub calls it, e.g. sklearn.")
+    )
     task: Literal["text-classification", "token-classification"] = field(
         default="text-classification", metadata=about("The task.")
     )
@@ -68,7 +75,6 @@ class EvaluateArguments:
     trust_remote_code: bool = field(default=False, metadata=about("Run code from the model's repository."))
     dataset_name: str | None = field(default=None, metadata=about(f"Hub id, or '{EMBEDDED_DATASET}' for the embedded data."))
     dataset_config_name: str | None = field(default=None, metadata=about("Configuration of the dataset on the Hub."))
-    dataset_id: str | None = field(default=None, metadata=about("Id on the Hub of the data in local files, for the card."))
     test_split: str = field(default="test", metadata=about("Split of dataset_name which is reported."))
     validation_split: str = field(default="validation", metadata=about("Split of dataset_name the temperature is fitted on."))
     test_file: str | None = field(default=None, metadata=about("Local CSV, TSV, JSON, JSONL or Parquet file to report."))
@@ -94,6 +100,7 @@ class EvaluateArguments:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check_source()
         self.files = {split: path for split, path in (("validation", self.validation_file), ("test", self.test_file)) if path}
         if not self.predictions and bool(self.dataset_name) == bool(self.files):
@@ -111,10 +118,12 @@ class EvaluateArguments:
         trained = [name for name in (SETTINGS, OUTCOME) if Path(self.output_dir, name).exists()]
         if trained:
             raise ValueError(f"expected an output_dir beside that of a run, got one with {trained[0]}; its report would be lost")
-        if self.update_card and not (self.dataset_id or hub_id(self.dataset_name)):
-            source = self.dataset_name or Path(self.test_file or "").name
+        named = self.dataset_id or self.dataset_title or hub_id(self.dataset_name) or self.dataset_name == EMBEDDED_DATASET
+        if self.update_card and not named:
+            source = self.dataset_name or Path(self.test_file or self.predictions or "").name
             raise ValueError(
-                f"expected data with an id on the Hub to update a card, got {source!r}; set dataset_id, or write_card"
+                f"expected data with an id on the Hub or a title to update a card, got {source!r}; set dataset_id or "
+                "dataset_title, or write_card"
             )
         if self.update_card and not (Path(self.update_card).exists() or hub_id(self.update_card)):
             raise ValueError(f"expected update_card as a README.md, a folder or a Hub id, got {self.update_card!r}; check it")
@@ -138,7 +147,9 @@ class EvaluateArguments:
                 raise ValueError(f"expected no {unread[0]} with predictions, got one; the predictions are all that is read")
             if self.task == "token-classification":
                 raise ValueError("expected one label per row with predictions, got task token-classification; give the model")
-        elif unread := [n for n in ("validation_predictions", "label_names", "model_name") if getattr(self, n)]:
+        elif unread := [
+            n for n in ("validation_predictions", "label_names", "model_name", "hub_task", "library") if getattr(self, n)
+        ]:
             raise ValueError(f"expected predictions with {unread[0]}, got a model; drop it, or give predictions")
 
 
@@ -205,7 +216,8 @@ def evaluate(settings: EvaluateArguments) -> CalibrationReport | None:
         model_name=place if hub_id(place) else Path(place).name,
         base_model=known.base_model if known else None,
         dataset=DatasetFacts(
-            name=name, hub_id=dataset_id, config=settings.dataset_config_name, n=outcome.n, n_sequences=outcome.n_sequences,
+            name=settings.dataset_title or name, named=bool(settings.dataset_title) or settings.dataset_name == EMBEDDED_DATASET,
+            hub_id=dataset_id, config=settings.dataset_config_name, n=outcome.n, n_sequences=outcome.n_sequences,
             split=settings.test_split if settings.dataset_name else "test", class_counts=outcome.class_counts,
         ),
         label_names=names,
@@ -218,6 +230,7 @@ def evaluate(settings: EvaluateArguments) -> CalibrationReport | None:
         published=EVALUATED,
         differences=differences(draws),
         posthoc=posthoc(kept["test"], kept["validation"]) if len(kept) == 2 else {},
+        hub=settings.hub,
     )  # fmt: skip
     _show(report, settings)
     return report
@@ -234,7 +247,8 @@ def update_card(report: CalibrationReport, target: str, *, token: str | None = N
     results = eval_results(report)
     if not results:
         raise ValueError(
-            f"expected data with an id on the Hub to update a card, got {report.dataset.name!r}; set dataset_id, or write_card"
+            "expected data with an id on the Hub or a title, and a task, to update a card, got "
+            f"{report.dataset.name!r} and {report.task}; set dataset_id or dataset_title (and hub_task), or write_card"
         )
     path = Path(target, "README.md") if Path(target).is_dir() else Path(target)
     if path.is_file():
@@ -377,7 +391,12 @@ def _evaluate_predictions(settings: EvaluateArguments, path: str) -> Calibration
         label_map=settings.labels,
         validation=None if held_out is None else (held_out.scores, held_out.labels),
         model_name=settings.model_name or Path(path).stem,
+        dataset_name=settings.dataset_title,
         dataset_id=settings.dataset_id,
+        task=settings.hub_task,
+        library=settings.library,
+        license=settings.license,
+        language=settings.language,
         split=settings.test_split,
         epsilon=settings.epsilon,
         **scores,

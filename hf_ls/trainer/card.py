@@ -135,6 +135,7 @@ def _dataset(trainer: Any, given: Mapping[str, Any]) -> DatasetFacts | None:
         hub_id=ids[0] if ids else None,
         config=configs[0] if configs else None,
         split=None if split is None else str(split),
+        named=bool(titles),
     )
 
 

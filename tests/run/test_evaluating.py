@@ -98,9 +98,14 @@ def test_report_holds_the_numbers_of_the_model_on_the_data(
 
 
 def test_nothing_is_claimed_about_a_training_which_nobody_saw(model: Path, files: dict[str, Any], tmp_path: Path) -> None:
-    report = evaluate(settings(model, files, tmp_path, write_card=True))
+    said = {"license": "mit", "language": ["en", "pt-BR"], "dataset_title": "Notes of 2026"}
+    report = evaluate(settings(model, files, tmp_path, write_card=True, **said))
     assert [row.epsilon for row in report.rows] == [None, None] and report.training is None and report.baseline is None
-    text = ModelCard.load(tmp_path / "README.md").text
+    card = ModelCard.load(tmp_path / "README.md")
+    text = card.text
+    assert (card.data.license, card.data.language) == ("mit", ["en", "pt-BR"]) and card.data.datasets is None
+    assert {(r.dataset_type, r.dataset_name) for r in card.data.eval_results} == {("local", "Notes of 2026")}
+    assert "weights beside" not in text and "this folder" not in text
     assert "not known: this model was not trained here" in text and "- base model: not known" in text
     assert "not trained here (whether label smoothing was used is not known)" in text
     assert "trained from scratch" not in text and "effective epsilon" not in text
