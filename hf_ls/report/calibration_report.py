@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from hf_ls import __version__
 from hf_ls.calibration.temperature import apply_temperature
 from hf_ls.common.files import write_atomically
-from hf_ls.metrics.core import PredictionStatistics, bin_index, reliability_bins
+from hf_ls.metrics.core import PredictionStatistics, reliability_bins
 from hf_ls.metrics.intervals import consistency_band
 from hf_ls.metrics.paired import Difference
 from hf_ls.metrics.summary import summarise
@@ -32,7 +32,6 @@ REPORT = "calibration.json"
 SETTINGS = "settings.json"  # beside it where the run was a training
 EVALUATED = "evaluated"  # a finished model, or predictions, as they are
 BASELINE = "baseline"  # the run trained on the plain cross entropy, which the others are compared with
-HISTOGRAM_BINS = 20
 CLASS_METRICS = ("accuracy", "nll", "brier", "ece", "signed_gap", "aurc")
 TOKEN_METRICS = ("accuracy", "nll", "perplexity", "brier", "ece", "signed_gap")
 # What `metrics` and the Trainer measure; every other metric of a token row is the quality of the task.
@@ -54,8 +53,7 @@ class CalibrationRow:
         metrics: what `metrics.summarise` returns, each {"value", "low", "high"} with the 95 % interval where one is sound ("ece"
             also "null" and "null_q95", an infinite "nll" "impossible" and "clipped", BLEU and chrF "signature"). A row of
             tokens also has "perplexity" and the quality of its task.
-        reliability: per bin what the diagram needs, None where a bin is empty.
-        histogram_correct, histogram_incorrect: how many right and wrong predictions have a confidence in each of 20 bins (a, b].
+        reliability: per bin of confidence (a, b] what the diagrams need, None where a bin is empty.
         groups: of tokens, as `TokenCalibration.groups`.
 
     Raises: ValueError for a missing metric or key; TypeError for a value which JSON cannot hold.
@@ -66,8 +64,6 @@ class CalibrationRow:
     temperature: float
     metrics: Mapping[str, Metric]
     reliability: Mapping[str, Sequence[float | None]]
-    histogram_correct: list[int]
-    histogram_incorrect: list[int]
     groups: list[dict[str, Any]] = field(default_factory=list)
     tempered: bool = False
 
@@ -86,9 +82,6 @@ class CalibrationRow:
         check_keys(self.reliability, _RELIABILITY_KEYS, f"reliability {where}")
         for group in self.groups:
             check_keys(group, _GROUP_KEYS, f"group {where}")
-        sizes = [len(self.histogram_correct), len(self.histogram_incorrect)]
-        if sizes != [HISTOGRAM_BINS, HISTOGRAM_BINS]:
-            raise ValueError(f"expected {HISTOGRAM_BINS} bins {where}, got {sizes}; use from_logits()")
 
     @classmethod
     def from_logits(
@@ -115,7 +108,6 @@ class CalibrationRow:
         bins = reliability_bins(stats.confidence, stats.correct, n_bins)
         band = {"n_bins": n_bins, "repetitions": repetitions, "seed": seed}
         low, high = consistency_band(stats.confidence, level=0.95, **band)
-        index = bin_index(stats.confidence, HISTOGRAM_BINS)
         return cls(
             run=run,
             epsilon=epsilon,
@@ -130,8 +122,6 @@ class CalibrationRow:
                 "band_low": np.where(bins.count > 0, low, np.nan).tolist(),
                 "band_high": np.where(bins.count > 0, high, np.nan).tolist(),
             },
-            histogram_correct=np.bincount(index[stats.correct], minlength=HISTOGRAM_BINS).tolist(),
-            histogram_incorrect=np.bincount(index[~stats.correct], minlength=HISTOGRAM_BINS).tolist(),
         )
 
     @classmethod
@@ -154,7 +144,6 @@ class CalibrationRow:
         metrics, more = tokens.metrics(), dict(extra or {})
         if repeated := sorted(metrics.keys() & more.keys()):
             raise ValueError(f"expected other metrics in extra than those of the tokens, got {repeated}; rename or drop them")
-        correct, incorrect = tokens.histogram(HISTOGRAM_BINS)
         return cls(
             run=run,
             epsilon=epsilon,
@@ -162,8 +151,6 @@ class CalibrationRow:
             tempered=temperature is not None,
             metrics={**metrics, **more},
             reliability=tokens.reliability(),
-            histogram_correct=correct,
-            histogram_incorrect=incorrect,
             groups=tokens.groups(),
         )
 
@@ -175,7 +162,7 @@ class CalibrationRow:
     @property
     def n(self) -> int:
         """The number of predictions: examples, or tokens."""
-        return sum(self.histogram_correct) + sum(self.histogram_incorrect)
+        return int(sum(count or 0 for count in self.reliability["count"]))
 
     @property
     def is_token(self) -> bool:

@@ -46,7 +46,7 @@ _SETTINGS = {  # how a setting is called on a card; the others by their own name
     "lr_scheduler_type": "scheduler",
     "optim": "optimizer",
     "num_processes": "processes",
-    "train_runtime_s": "training time of all runs together, seconds",
+    "train_runtime_s": "training time of all runs together, each since its last start, seconds",
 }
 _TEMPLATE = Path(__file__).with_name("card_template.md")
 # What the Trainer and peft write of themselves is nobody's handiwork.
@@ -418,7 +418,7 @@ def _settings(training: TrainingFacts | None) -> list[str]:
 def _runtime(report: CalibrationReport | None, row: CalibrationRow | None) -> list[str]:
     """How long the published run was trained, as its log says."""
     known = (report.history.get(row.run) or [{}])[-1].get("train_runtime") if report and row else None
-    return [] if known is None else [f"training time of this run, seconds: {known:g}"]
+    return [] if known is None else [f"training time of this run since its last start, seconds: {known:.1f}"]
 
 
 def _limitations(facts: CardFacts, row: CalibrationRow | None) -> list[str]:

@@ -402,5 +402,8 @@ def test_the_time_of_this_run_is_not_that_of_all():
     }
     training = replace(report.training, train_runtime_s=122.0)
     text = body(replace(report, history=history, training=training))
-    assert "- training time of this run, seconds: 61.5" in text and "all runs together, seconds: 122" in text
+    assert (
+        "- training time of this run since its last start, seconds: 61.5" in text
+        and "each since its last start, seconds: 122" in text
+    )
     assert "of this run" not in body(report)
