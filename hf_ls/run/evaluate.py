@@ -158,7 +158,7 @@ def parse_evaluation(argv: Sequence[str] | None = None) -> EvaluateArguments:
 
     Raises: ValueError for unknown ones and as `EvaluateArguments`.
     """
-    parser = Parser(EvaluateArguments, allow_abbrev=False)  # type: ignore[arg-type]
+    parser = Parser(EvaluateArguments, allow_abbrev=False)
     settings, *_, rest = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True, look_for_args_file=False)
     if rest:
         known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]

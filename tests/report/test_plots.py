@@ -239,7 +239,7 @@ def test_groups_draw_nll_and_ece_by_position_and_frequency_of_every_row(tokens: 
         assert [tick.split("\n")[1] for tick in ticks] == [str(group["n"]) for group in named]
     assert [tick.split("\n")[0] for tick in ticks[-2:]] == ["10k-99k", "100k-999k"]
     assert {axes[0, 0].get_ylabel(), axes[1, 0].get_ylabel()} == {"NLL, nats per token", "ECE"}
-    colours = [ax.containers[-1].lines[0].get_color() for ax in reliability(tokens).axes[::2]]
+    colours = [matplotlib.colors.to_hex(ax.collections[-1].get_facecolors()[0]).upper() for ax in reliability(tokens).axes[::2]]
     assert [line.get_color() for line in axes[0, 0].lines] == colours
 
 
