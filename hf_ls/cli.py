@@ -28,16 +28,16 @@ def main() -> None:
         print("\n`hf-ls COMMAND --help` shows the settings. Several processes: accelerate launch scripts/finetune.py ...")
     elif command in _COMMANDS:
         sys.argv[:2] = [f"hf-ls {command}"]
-        {"finetune": finetune, "compare": compare, "evaluate": evaluate}[command]()
+        {"finetune": finetune_command, "compare": compare_command, "evaluate": evaluate_command}[command]()
     else:
         sys.exit(f"error: expected a command of {', '.join(_COMMANDS)}, got {command!r}; see hf-ls --help")
 
 
-def finetune() -> None:
+def finetune_command() -> None:
     """As `scripts/finetune.py`, on this process and those which were launched with it."""
     from hf_ls.common.errors import end_with, one_sentence
     from hf_ls.run.config import parse_config
-    from hf_ls.run.finetune import finetune as run
+    from hf_ls.run.finetune import finetune
     from hf_ls.run.launch import check_started, end_processes, explain_failure
     from hf_ls.run.stopping import Stopped, end_at_sigterm, end_stopped
 
@@ -46,7 +46,7 @@ def finetune() -> None:
     try:
         check_started()
         config = parse_config()
-        run(config)
+        finetune(config)
         end_processes()
     except (Stopped, KeyboardInterrupt) as stopped:
         sys.exit(end_stopped(stopped))
@@ -56,7 +56,7 @@ def finetune() -> None:
         end_with(error, debug=config is not None and config.training.log_level == "debug")
 
 
-def compare() -> None:
+def compare_command() -> None:
     """As `scripts/compare.py`."""
     from hf_ls.common.errors import end_with
     from hf_ls.compare.cells import CellFailed
@@ -74,14 +74,13 @@ def compare() -> None:
         end_with(error, debug=config is not None and config.training.log_level == "debug")
 
 
-def evaluate() -> None:
+def evaluate_command() -> None:
     """As `scripts/evaluate.py`."""
     from hf_ls.common.errors import end_with
-    from hf_ls.run.evaluate import evaluate as run
-    from hf_ls.run.evaluate import parse_evaluation
+    from hf_ls.run.evaluate import evaluate, parse_evaluation
 
     try:
-        run(parse_evaluation())
+        evaluate(parse_evaluation())
     except Exception as error:
         end_with(error)
 

@@ -8,7 +8,7 @@ python scripts/compare.py --config configs/text-classification.yaml --output_dir
 A run which was stopped goes on when the same line is given again.
 """
 
-from hf_ls.cli import compare
+from hf_ls.cli import compare_command
 
 if __name__ == "__main__":
-    compare()
+    compare_command()

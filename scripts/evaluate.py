@@ -5,7 +5,7 @@ python scripts/evaluate.py --model_name_or_path owner/model --test_file test.csv
 python scripts/evaluate.py --predictions test.npz --validation_predictions dev.npz --output_dir out --write_card true
 """
 
-from hf_ls.cli import evaluate
+from hf_ls.cli import evaluate_command
 
 if __name__ == "__main__":
-    evaluate()
+    evaluate_command()

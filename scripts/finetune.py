@@ -12,7 +12,7 @@ What a run does, in this order (`finetune` in hf_ls/run/finetune.py reads the sa
 5. publish: upload what is for others, with --push_to_hub
 """
 
-from hf_ls.cli import finetune
+from hf_ls.cli import finetune_command
 
 if __name__ == "__main__":
-    finetune()
+    finetune_command()

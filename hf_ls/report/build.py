@@ -26,7 +26,7 @@ from hf_ls.report.plots import write_plots
 
 
 @dataclass(frozen=True)
-class Predictions:
+class Scored:
     """What a model says of one set of examples, and what is right: logits [n, K], labels [n].
 
     clip: None for logits of a model. For logarithms of probabilities, −inf where one is 0, the machine epsilon of the precision
@@ -55,7 +55,7 @@ class Predictions:
 
 
 @dataclass(frozen=True)
-class Measurement:
+class Measured:
     """The rows of one run: as it is, and at the temperature fitted on validation, if there is one.
 
     draws: name of a row -> what its metrics become when the examples are drawn anew. class_counts: of the labels.
@@ -68,7 +68,7 @@ class Measurement:
     untempered: str | None = None
 
 
-def measure(run: str, epsilon: float | None, reported: Predictions, validation: Predictions | None = None) -> Measurement:
+def measure(run: str, epsilon: float | None, reported: Scored, validation: Scored | None = None) -> Measured:
     """Measure the predictions of a run, and fit a temperature on those of validation, which are never reported.
 
     Raises: ValueError for validation predictions of other classes.
@@ -91,10 +91,10 @@ def measure(run: str, epsilon: float | None, reported: Predictions, validation: 
         stats = PredictionStatistics.from_logits(apply_temperature(z, row.temperature), labels, impossible=clip is not None)
         rows.append(row)
         draws[row.name] = [draws_of_examples(stats, labels)]
-    return Measurement(rows, draws, np.bincount(labels, minlength=z.shape[1]).tolist(), untempered)
+    return Measured(rows, draws, np.bincount(labels, minlength=z.shape[1]).tolist(), untempered)
 
 
-def posthoc(reported: Predictions, validation: Predictions) -> dict[str, dict[str, float | str | None]]:
+def posthoc(reported: Scored, validation: Scored) -> dict[str, dict[str, float | str | None]]:
     """`compare_posthoc` of two sets of predictions, for a report."""
     found = compare_posthoc(
         (validation.logits, validation.labels), (reported.logits, reported.labels), impossible=reported.clip is not None
@@ -156,12 +156,12 @@ def calibration_report(
         raise ValueError(f"expected {matrix.shape[1]} label_names, one a column of {kind}, got {len(names)}; name every class")
     if output_dir is not None:
         check_card(output_dir)
-    reported = Predictions.of(_ids(labels, names, label_map), logits=logits, probabilities=probabilities)
+    reported = Scored.of(_ids(labels, names, label_map), logits=logits, probabilities=probabilities)
     held_out = None
     if validation is not None:
         if not isinstance(validation, tuple | list) or len(validation) != 2:
             raise TypeError(f"expected validation as ({kind}, labels), got {type(validation).__name__}; give a pair")
-        held_out = Predictions.of(_ids(validation[1], names, label_map), **{kind: validation[0]})
+        held_out = Scored.of(_ids(validation[1], names, label_map), **{kind: validation[0]})
         if np.array_equal(held_out.logits, reported.logits) and np.array_equal(held_out.labels, reported.labels):
             raise ValueError(
                 "expected validation predictions of other examples, got the reported ones; a temperature is never judged where "
@@ -197,11 +197,11 @@ def calibration_report(
     if permuted:
         warnings.warn(permuted, stacklevel=2)
     if output_dir is not None:
-        write_report(report, output_dir)
+        write_report_files(report, output_dir)
     return report
 
 
-def write_report(report: CalibrationReport, folder: str | os.PathLike[str], *, card: bool = True) -> list[Path]:
+def write_report_files(report: CalibrationReport, folder: str | os.PathLike[str], *, card: bool = True) -> list[Path]:
     """Write `calibration.json`, `plots/*.png` and, if wanted, the model card `README.md`, each whole or not at all.
 
     Raises: ValueError for a README.md which somebody wrote, before anything is written; and as `model_card`.

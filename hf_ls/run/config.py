@@ -17,11 +17,11 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hf_ls import __version__
 from hf_ls.common.errors import did_you_mean, settling
+from hf_ls.common.help import ShowAll, show_help
 from hf_ls.data.classification import EMBEDDED_DATASET, EMBEDDED_MODEL
 from hf_ls.data.g2p import EMBEDDED_G2P
 from hf_ls.metrics.text import TEXT_METRICS
-from hf_ls.run.help import ShowAll, show_help
-from hf_ls.run.naming import CardArguments
+from hf_ls.report.naming import CardArguments
 from hf_ls.trainer.arguments import LabelSmoothingSeq2SeqArguments, techniques_of
 
 # Settings which mean something for some tasks only: elsewhere they would do nothing, in silence.

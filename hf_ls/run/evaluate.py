@@ -20,21 +20,21 @@ from hf_ls.common.models import IGNORE_INDEX, load_weights
 from hf_ls.common.text import hub_id, one_line
 from hf_ls.data.classification import EMBEDDED_DATASET, check_overlap, load_snippets, model_path, tokenise
 from hf_ls.data.labels import LabelMatch, match_labels, permutation_warning
+from hf_ls.data.predictions import read_predictions, splits_in
 from hf_ls.data.reading import check_texts, read_files, read_hub
 from hf_ls.data.sequences import tokenise_words
 from hf_ls.metrics.paired import differences
-from hf_ls.report.build import Predictions, calibration_report, posthoc, write_report
+from hf_ls.report.build import Scored, calibration_report, posthoc, write_report_files
 from hf_ls.report.calibration_report import EVALUATED, REPORT, SETTINGS, CalibrationReport, package_versions
 from hf_ls.report.card import check_card
 from hf_ls.report.card_metadata import eval_results, with_results
 from hf_ls.report.facts import DatasetFacts, SmoothingFacts
+from hf_ls.report.naming import CardArguments
 from hf_ls.report.sentences import regime, tempering, warnings
 from hf_ls.report.table import posthoc_table, table
 from hf_ls.run.config import Parser, about, nearest
 from hf_ls.run.launch import announce
-from hf_ls.run.naming import CardArguments
 from hf_ls.run.outcome import OUTCOME, PREDICTIONS, evaluate_classes, evaluate_tokens
-from hf_ls.run.predictions import read_predictions, splits_in
 from hf_ls.run.tasks import TASKS
 from hf_ls.trainer.arguments import LabelSmoothingArguments
 
@@ -365,12 +365,12 @@ def _known(settings: EvaluateArguments) -> CalibrationReport | None:
     return CalibrationReport.load(path) if path.is_file() else None
 
 
-def _kept(folder: Path) -> dict[str, Predictions]:
+def _kept(folder: Path) -> dict[str, Scored]:
     """The predictions which `evaluate_classes` left, by split; none for tokens."""
     if not (folder / PREDICTIONS).is_file():
         return {}
     files = {split: read_predictions(str(folder / PREDICTIONS), split) for split in splits_in(str(folder / PREDICTIONS))}
-    return {split: Predictions.of(found.labels, logits=found.scores) for split, found in files.items()}
+    return {split: Scored.of(found.labels, logits=found.scores) for split, found in files.items()}
 
 
 def _evaluate_predictions(settings: EvaluateArguments, path: str) -> CalibrationReport:
@@ -407,7 +407,7 @@ def _evaluate_predictions(settings: EvaluateArguments, path: str) -> Calibration
 
 def _show(report: CalibrationReport, settings: EvaluateArguments) -> None:
     folder, console = Path(settings.output_dir), Console()
-    write_report(report, folder, card=settings.write_card)
+    write_report_files(report, folder, card=settings.write_card)
     console.print(table(report, console.width))
     texts = [regime(report), *([found] if (found := tempering(report)) else [])]
     console.print(*texts, sep="\n", markup=False, highlight=False)

@@ -22,7 +22,7 @@ from hf_ls.common.errors import read_json
 from hf_ls.common.files import write_arrays, write_atomically
 from hf_ls.metrics.paired import Draws, draws_as_arrays, draws_from_arrays, draws_of_tokens
 from hf_ls.metrics.text import draws_of_texts, signature, text_metrics
-from hf_ls.report.build import Predictions, measure
+from hf_ls.report.build import Scored, measure
 from hf_ls.report.calibration_report import CalibrationRow
 from hf_ls.run.launch import announce
 from hf_ls.trainer.arguments import LabelSmoothingArguments, smoothing_of
@@ -106,7 +106,7 @@ def evaluate_classes(trainer: Any, tokens: DatasetDict) -> Outcome:
     split, name, predictions = (
         list(logits)[-1],
         run_name(training),
-        {s: Predictions.of(labels[s], logits=logits[s]) for s in logits},
+        {s: Scored.of(labels[s], logits=logits[s]) for s in logits},
     )
     # A temperature is never judged on the data it was fitted on.
     measured = measure(name, _epsilon(training), predictions[split], predictions.get("validation") if split == "test" else None)

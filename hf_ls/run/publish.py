@@ -24,7 +24,7 @@ from hf_ls.data.classification import EMBEDDED_DATASET, ClassificationData
 from hf_ls.data.g2p import EMBEDDED_G2P
 from hf_ls.data.sequences import SequenceData
 from hf_ls.metrics.paired import differences
-from hf_ls.report.build import write_report
+from hf_ls.report.build import write_report_files
 from hf_ls.report.calibration_report import SETTINGS, CalibrationReport, package_versions
 from hf_ls.report.facts import DatasetFacts, SmoothingFacts, TrainingFacts
 from hf_ls.report.pictures import PENULTIMATE, Penultimate, write_pictures
@@ -77,7 +77,7 @@ def publish(config: Config, data: ClassificationData | SequenceData, runs: dict[
     folder = folder_of(config)
     pictures = pictures_of(report, folders, folder / "plots")
     report = replace(report, pictures=[path.name for path in pictures])
-    write_report(report, folder)
+    write_report_files(report, folder)
     console = Console()
     console.print(table(report, console.width))
     if (groups := group_table(report)) is not None:

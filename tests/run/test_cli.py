@@ -15,9 +15,9 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from hf_ls import __version__, cli
+from hf_ls.report.naming import CardArguments
 from hf_ls.run.config import DataArguments, ModelArguments, Parser, RunArguments, parse_config
 from hf_ls.run.launch import silenced
-from hf_ls.run.naming import CardArguments
 from hf_ls.trainer.arguments import LabelSmoothingArguments
 
 SNIPPETS = ["--dataset_name", "snippets"]
@@ -73,7 +73,7 @@ def test_the_entry_point_and_the_scripts_call_the_same_functions() -> None:
     module, _, name = project["scripts"]["hf-ls"].partition(":")
     assert getattr(import_module(module), name) is cli.main
     for command in ("finetune", "compare", "evaluate"):
-        assert f"from hf_ls.cli import {command}\n" in Path(ROOT, "scripts", f"{command}.py").read_text(encoding="utf-8")
+        assert f"from hf_ls.cli import {command}_command\n" in Path(ROOT, "scripts", f"{command}.py").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

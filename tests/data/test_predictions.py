@@ -13,8 +13,8 @@ from reports import toy_logits
 from scipy.special import softmax
 
 import hf_ls
+from hf_ls.data.predictions import read_predictions
 from hf_ls.run.evaluate import EvaluateArguments, evaluate, parse_evaluation
-from hf_ls.run.predictions import read_predictions
 
 LOGITS, LABELS = toy_logits(120)
 P = softmax(LOGITS, axis=1)

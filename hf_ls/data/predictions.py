@@ -17,16 +17,16 @@ import numpy as np
 
 from hf_ls.data.reading import read_files
 
-Kind = Literal["probabilities", "logits"]
-_KINDS: tuple[Kind, Kind] = ("probabilities", "logits")
-_PREFIX: dict[Kind, str] = {"probabilities": "probability_", "logits": "logit_"}
+ScoreKind = Literal["probabilities", "logits"]
+_KINDS: tuple[ScoreKind, ScoreKind] = ("probabilities", "logits")
+_PREFIX: dict[ScoreKind, str] = {"probabilities": "probability_", "logits": "logit_"}
 
 
 @dataclass(frozen=True)
 class PredictionFile:
     """What a file says of one split: scores [n, K] of a kind, labels [n], and the names of the columns, if it has any."""
 
-    kind: Kind
+    kind: ScoreKind
     scores: Any
     labels: Any
     names: list[str] | None
