@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hf_ls.losses.smoothing import Smoothing as Smoothing
     from hf_ls.metrics.probabilities import probabilities as probabilities
     from hf_ls.report import card as card
+    from hf_ls.report.build import calibration_report as calibration_report
     from hf_ls.trainer import distillation as distillation
     from hf_ls.trainer.arguments import LabelSmoothingArguments as LabelSmoothingArguments
     from hf_ls.trainer.arguments import LabelSmoothingSeq2SeqArguments as LabelSmoothingSeq2SeqArguments
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "probabilities": "metrics.probabilities",
+    "calibration_report": "report.build",
     "Schedule": "losses.smoothing",
     "Smoothing": "losses.smoothing",
     "Objective": "losses.objectives",

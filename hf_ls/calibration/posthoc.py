@@ -85,7 +85,10 @@ def fit_vector_scaling(logits: Any, labels: Any) -> VectorScaling:
 def _centred(z: Floats) -> Floats:
     """Logits less the mean of their row."""
     if not np.isfinite(z).all():
-        raise ValueError("expected finite logits for vector scaling, got −inf; use a temperature where classes are masked")
+        raise ValueError(
+            "expected finite logits for vector scaling, got −inf (a probability of 0); use a temperature or isotonic regression "
+            "where classes are masked"
+        )
     return z - z.mean(axis=1, keepdims=True)
 
 
@@ -170,7 +173,10 @@ def selective_score(logits: Any, power: int | None = None) -> Floats:
     if power < 1:
         raise ValueError(f"expected power >= 1 or None, got {power}; None is the maximal probability")
     if not np.isfinite(z).all():
-        raise ValueError("expected finite logits for logit normalisation, got −inf; use power=None where classes are masked")
+        raise ValueError(
+            "expected finite logits for logit normalisation, got −inf (a probability of 0); use power=None where classes are "
+            "masked"
+        )
     centred = z - z.mean(axis=1, keepdims=True)
     top = np.abs(centred).max(axis=1, keepdims=True)
     unit = centred / np.where(top > 0, top, 1.0)  # keeps high powers from under- and overflowing
@@ -197,18 +203,26 @@ def choose_selective_score(logits: Any, labels: Any, powers: Sequence[int] = POW
     return SelectiveScore(min(scores, key=lambda power: scores[power]), scores)
 
 
-def compare_posthoc(validation: tuple[Any, Any], test: tuple[Any, Any]) -> dict[str, dict[str, float | str]]:
+def compare_posthoc(
+    validation: tuple[Any, Any], test: tuple[Any, Any], *, impossible: bool = False
+) -> dict[str, dict[str, float | str]]:
     """Every method fitted on (logits, labels) of validation and measured on those of test: name -> accuracy, nll (nats, may be
     infinite), brier, ece, aurc; a method which cannot be fitted has "refused", the reason, instead.
+
+    impossible: as `PredictionStatistics.from_logits`, for logarithms of probabilities.
 
     Raises: TypeError, ValueError for invalid logits or labels.
     """
     logits, labels = test
     y = check_labels(labels, *check_logits(logits).shape)
-    found: dict[str, dict[str, float | str]] = {"none": _measure(PredictionStatistics.from_logits(logits, y))}
+
+    def scored(z: Any) -> PredictionStatistics:
+        return PredictionStatistics.from_logits(z, y, impossible=impossible)
+
+    found: dict[str, dict[str, float | str]] = {"none": _measure(scored(logits))}
     fits = {
-        "temperature": lambda: PredictionStatistics.from_logits(apply_temperature(logits, fit_temperature(*validation)), y),
-        "vector scaling": lambda: PredictionStatistics.from_logits(fit_vector_scaling(*validation)(logits), y),
+        "temperature": lambda: scored(apply_temperature(logits, fit_temperature(*validation))),
+        "vector scaling": lambda: scored(fit_vector_scaling(*validation)(logits)),
         "isotonic": lambda: PredictionStatistics.from_probabilities(fit_isotonic(*validation)(logits), y),
     }
     for name, fit in fits.items():

@@ -71,7 +71,10 @@ def fit_temperature(logits: Any, labels: Any) -> float:
     z -= z.max(axis=1, keepdims=True)
     z_label = z[np.arange(len(z)), target]
     if np.isneginf(z_label).any():
-        raise ValueError("expected a finite logit for every label, got −inf; the label's class must not be masked")
+        raise ValueError(
+            f"expected a finite logit for every label, got −inf (probability 0) in {int(np.isneginf(z_label).sum())} of {len(z)} "
+            "rows, whose NLL is infinite at every temperature; the label's class must not be masked"
+        )
     finite = np.isfinite(z)
     mean_logit = np.where(finite, z, 0.0).sum(axis=1) / finite.sum(axis=1)
     if np.mean(mean_logit - z_label) >= 0.0:  # d NLL / d(1/T) → mean(mean z − z_y) as T → ∞

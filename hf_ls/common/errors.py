@@ -56,7 +56,7 @@ _ALIASES = {
     "tokenizer_name": ("tokenizer", "tokenizer_name_or_path"),
     "distillation_teacher": ("teacher_model", "teacher_model_name_or_path", "teacher_name_or_path"),
     "mixup_alpha": ("mixup",),
-    "dataset_name": ("dataset", "data", "dataset_id"),
+    "dataset_name": ("dataset", "data"),
     "dataset_config_name": ("dataset_config", "subset"),
     "train_file": ("train_data", "train_path", "data_file", "train"),
     "validation_file": ("val_file", "dev_file", "eval_file", "valid_file"),

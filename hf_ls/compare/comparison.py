@@ -113,7 +113,9 @@ class Verdict:
     kind: "smooth", "temperature" (use temperature scaling instead), "no_difference", or "not_learnt" (no advice).
     variant: what to use: the picked smoothed variant, the baseline with temperature, or the baseline.
     epsilon: of the picked variant if kind is "smooth", else None.
-    sentence: the verdict in one plain sentence. evidence: sentences with the numbers behind it.
+    sentence: the verdict in one plain sentence. evidence: sentences with the numbers behind it: how validation picked, one for
+        each of `compared`, and calibration.
+    compared: [row, reference, metric] of the contrasts on test which were judged.
     caveats: sentences on what the numbers do not cover, possibly none.
     """
 
@@ -123,6 +125,7 @@ class Verdict:
     sentence: str
     evidence: list[str]
     caveats: list[str]
+    compared: list[list[str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def parse_compare(argv: Sequence[str]) -> tuple[CompareArguments, Config, list[s
     Raises: ValueError as `parse_config`, and for settings which would make the comparison unfair.
     """
     parser = Parser(
-        [CompareArguments],  # type: ignore[list-item]
+        [CompareArguments],
         allow_abbrev=False,
         prog="compare.py",
         epilog="Every setting of finetune.py can be given too (see its --help), also from --config file.yaml.",

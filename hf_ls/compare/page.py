@@ -44,6 +44,7 @@ _PICTURES = {
     "calibration_steps.png": "Calibration on validation while the model trained.",
 }
 _FOREST = (("nll", "NLL, nats"), ("accuracy", "accuracy"), ("ece", "ECE"))
+FEWEST_SEEDS = 3  # of an interval over seeds
 _WIDTH, _MARGIN, _LONG_NAME = 340.0, 12.0, 27
 
 
@@ -94,6 +95,9 @@ def html(comparison: Comparison, results: Sequence[Result], facts: Facts, pictur
         sentence=headline(comparison)[1],
         comparison=comparison,
         verdict=comparison.verdict,
+        has_intervals=len(comparison.seeds) >= FEWEST_SEEDS,
+        others=[*comparison.verdict.evidence[:1], *comparison.verdict.evidence[1 + len(comparison.verdict.compared) :]],
+        differences=judged(comparison),
         facts=facts,
         minutes=facts.seconds / 60,
         level=f"{comparison.level:.0%}".replace("%", " %"),
@@ -121,11 +125,35 @@ def rows(comparison: Comparison, name: str) -> list[dict[str, Any]]:
             found = comparison.measurement(variant, metric, name)
             null = comparison.measurement(variant, "null_ece", name).mean if metric == "ece" and "null_ece" in known else None
             note = "" if null is None or math.isnan(null) else f"calibrated: {null:.3f}"
-            cells.append({"heading": heading, "value": _mean(found), "interval": _interval(found), "note": note})
+            cells.append(
+                {"heading": heading, "value": _mean(found), "interval": _interval(found, len(comparison.seeds)), "note": note}
+            )
         temperatures = comparison.temperatures.get(variant.label, [])
         shown = f"{np.mean(temperatures):.2f}" if variant.tempered and temperatures else ""
         out.append({"label": variant.label, "picked": variant == comparison.picked, "temperature": shown, "cells": cells})
     return out
+
+
+def judged(comparison: Comparison) -> list[dict[str, str]]:
+    """The contrasts which the verdict rests on, as lines of a table."""
+    titles, lines = dict(COLUMNS), []
+    for row, against, metric in comparison.verdict.compared:
+        found = next(c for c in comparison.contrasts if (c.row, c.against, c.metric, c.set) == (row, against, metric, TEST))
+        known = found.low is not None and found.high is not None
+        lines.append(
+            {
+                "metric": titles.get(metric, metric) + (", nats" if metric == "nll" else ""),
+                "row": row,
+                "against": against,
+                "value": f"{found.value:+.4f}",
+                "interval": f"{found.low:+.4f} to {found.high:+.4f}" if known else "–",
+                "p": "–" if found.p is None else "< 0.001" if found.p < 0.001 else f"{found.p:.3f}",
+                "seeds": ", ".join(f"{value:+.4f}" for value in found.per_seed),
+                "finding": {"none": "no difference shown"}.get(found.finding, found.finding),
+                "class": found.finding,
+            }
+        )
+    return lines
 
 
 def forests(comparison: Comparison, name: str, only: Iterable[str] = ()) -> list[dict[str, Any]]:
@@ -265,8 +293,9 @@ def _mean(found: Measurement) -> str:
     return _number(found.mean, found.metric)
 
 
-def _interval(found: Measurement) -> str:
-    if found.low is None or found.high is None:
+def _interval(found: Measurement, seeds: int) -> str:
+    """Over seeds; none from two, whose t interval is 12.7 standard errors to each side."""
+    if found.low is None or found.high is None or seeds < FEWEST_SEEDS:
         return ""
     # A t interval over few seeds knows no bounds, but the metrics have some.
     low = found.low if found.metric == "signed_gap" else max(0.0, found.low)

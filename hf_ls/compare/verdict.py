@@ -26,25 +26,29 @@ def judge(comparison: Comparison) -> Verdict:
         kind = "smooth"
     elif len(rivals) == 2 and _finding(comparison, _TEMPERED, _BASELINE, "nll") == "better":
         kind = "temperature"
+    pairs = [
+        (variant, reference, metric)
+        for variant, references in ((picked, rivals), (_TEMPERED if len(rivals) == 2 else None, rivals[:1]))
+        if variant is not None
+        for reference in references
+        for metric in (("nll", "accuracy") if variant == picked else ("nll",))
+    ]
     evidence = _picking(comparison, picked)
-    for variant, references in ((picked, rivals), (_TEMPERED if len(rivals) == 2 else None, rivals[:1])):
-        if variant is not None:
-            evidence += [
-                _difference(comparison, variant, reference, metric)
-                for reference in references
-                for metric in (("nll", "accuracy") if variant == picked else ("nll",))
-            ]
+    evidence += [_difference(comparison, *pair) for pair in pairs]
     evidence += _calibration(comparison, judged)
+    compared = [[variant.label, reference.label, metric] for variant, reference, metric in pairs]
     if kind == "not_learnt":
-        return Verdict(kind, _BASELINE, None, _unlearnt(comparison), evidence, _caveats(comparison))
+        return Verdict(kind, _BASELINE, None, _unlearnt(comparison), evidence, _caveats(comparison), compared)
     if kind == "smooth" and picked is not None:
-        return Verdict(kind, picked, picked.epsilon, _smooth_sentence(comparison, picked), evidence, _caveats(comparison))
+        return Verdict(
+            kind, picked, picked.epsilon, _smooth_sentence(comparison, picked), evidence, _caveats(comparison), compared
+        )
     if kind == "temperature":
         against = "" if picked is None else f"; smoothing, at best {picked.label}, is not measurably better than that"
         sentence = f"Use temperature scaling instead: it improves the baseline's NLL measurably{against}."
-        return Verdict(kind, _TEMPERED, None, sentence, evidence, _caveats(comparison))
+        return Verdict(kind, _TEMPERED, None, sentence, evidence, _caveats(comparison), compared)
     sentence = "No measurable difference in favour of smoothing or temperature scaling: keep the baseline."
-    return Verdict(kind, _BASELINE, None, sentence, evidence, _caveats(comparison))
+    return Verdict(kind, _BASELINE, None, sentence, evidence, _caveats(comparison), compared)
 
 
 def _unlearnt(comparison: Comparison) -> str:

@@ -87,20 +87,22 @@ class PredictionStatistics:
         return int(self.confidence.size)
 
     @classmethod
-    def from_logits(cls, logits: Any, labels: Any) -> PredictionStatistics:
+    def from_logits(cls, logits: Any, labels: Any, *, impossible: bool = False) -> PredictionStatistics:
         """Compute the statistics of logits [n, K] and labels [n] in float64, nll = logsumexp(z) − z_label.
 
         Probabilities are never clipped. −inf masks a class, as long as it is not the label.
 
+        impossible: allow a label whose logit is −inf, as in logarithms of probabilities: its nll is infinite.
+
         Raises:
             TypeError: logits not numeric, or labels not integers.
-            ValueError: NaN, +inf, wrong shapes, labels outside [0, K), or a label whose logit is −inf.
+            ValueError: NaN, +inf, wrong shapes, labels outside [0, K), or a label whose logit is −inf without `impossible`.
         """
         matrix = check_logits(logits)
         n, num_classes = matrix.shape
         target = check_labels(labels, n, num_classes)
         masked = np.flatnonzero(np.isneginf(matrix[np.arange(n), target]))
-        if masked.size:
+        if masked.size and not impossible:
             raise ValueError(
                 f"expected a finite logit for every label, got −inf in row {masked[0]} "
                 f"({masked.size} rows in all); the label's class must not be masked"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, pairwise, product
 from typing import Any, Literal
 
@@ -94,9 +94,11 @@ class Draws:
 
 
 def draws_of_examples(stats: PredictionStatistics, labels: Any, *, repetitions: int = 1000, seed: int = 0) -> Draws:
-    """The draws of `COMPARED` for the predictions of labels [n], each example a unit."""
-    resamples = Resamples([stats], None, repetitions=repetitions, seed=seed)
-    columns = {metric: RESAMPLED.index(metric) for metric in COMPARED}
+    """The draws of `COMPARED` for the predictions of labels [n], each example a unit; without an infinite nll."""
+    finite = bool(np.isfinite(stats.nll).all())
+    cell = stats if finite else replace(stats, nll=np.zeros(len(stats)))
+    resamples = Resamples([cell], None, repetitions=repetitions, seed=seed)
+    columns = {metric: RESAMPLED.index(metric) for metric in COMPARED if finite or metric != "nll"}
     return Draws(
         fingerprint(labels, repetitions, seed),
         resamples.units,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
+import numpy as np
+
 from hf_ls.metrics.core import (
     PredictionStatistics,
     aurc,
@@ -22,7 +24,7 @@ from hf_ls.metrics.intervals import STATISTICS, bootstrap_interval, null_ece, wi
 
 
 def summarise(
-    logits: Any, labels: Any, *, n_bins: int = 15, repetitions: int = 1000, seed: int = 0
+    logits: Any, labels: Any, *, n_bins: int = 15, repetitions: int = 1000, seed: int = 0, clip: float | None = None
 ) -> dict[str, dict[str, float]]:
     """Return every metric of logits [n, K] and labels [n] as {name: {"value", and where sound "low",
     "high"}}.
@@ -32,6 +34,10 @@ def summarise(
     quantile for a perfectly calibrated model (`null_ece`). `smooth_ece` is absent where relplot is not
     installed. All values are plain Python floats; nll in nats.
 
+    clip: None refuses a label whose logit is −inf, that is of probability 0. With a number such labels make the nll infinite,
+    without an interval, and `nll` also carries "impossible", how many they are, and "clipped", the mean nll if no probability
+    of a label were below `clip` (`log_loss` of scikit-learn clips at the machine epsilon of its input).
+
     >>> found = summarise([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0]], [0, 1, 1], repetitions=20)
     >>> {name: round(number, 2) for name, number in found["accuracy"].items()}
     {'value': 0.67, 'low': 0.21, 'high': 0.94}
@@ -39,7 +45,8 @@ def summarise(
     Raises:
         TypeError, ValueError: as `PredictionStatistics.from_logits`.
     """
-    stats = PredictionStatistics.from_logits(logits, labels)
+    stats = PredictionStatistics.from_logits(logits, labels, impossible=clip is not None)
+    impossible = int(np.isinf(stats.nll).sum())
     pair = (stats.confidence, stats.correct)
     values = {
         "accuracy": float(stats.correct.mean()),
@@ -58,6 +65,9 @@ def summarise(
         values["smooth_ece"] = smooth_ece(*pair)
     table = {name: {"value": value} for name, value in values.items()}
     for name in STATISTICS:
+        if name == "nll" and clip is not None and impossible:  # every resample with such a row is infinite
+            table[name] |= {"impossible": float(impossible), "clipped": float(np.minimum(stats.nll, -np.log(clip)).mean())}
+            continue
         if name == "accuracy":  # keeps its width at 0 and 100 %, where a bootstrap has none
             low, high = (float(end) for end in wilson_interval(stats.correct.sum(), len(stats)))
         else:

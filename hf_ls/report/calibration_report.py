@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -19,24 +19,25 @@ from numpy.typing import ArrayLike
 from hf_ls import __version__
 from hf_ls.calibration.temperature import apply_temperature
 from hf_ls.common.files import write_atomically
-from hf_ls.metrics.core import PredictionStatistics, bin_index, reliability_bins
+from hf_ls.metrics.core import PredictionStatistics, reliability_bins
 from hf_ls.metrics.intervals import consistency_band
 from hf_ls.metrics.paired import Difference
 from hf_ls.metrics.summary import summarise
 from hf_ls.metrics.tokens import TokenCalibration
-from hf_ls.report.facts import DatasetFacts, SmoothingFacts, TrainingFacts, check_keys, make_plain, record
+from hf_ls.report.facts import DatasetFacts, HubFacts, SmoothingFacts, TrainingFacts, check_keys, make_plain, record
 
 Metric = Mapping[str, float | str | None]
 
 REPORT = "calibration.json"
 SETTINGS = "settings.json"  # beside it where the run was a training
+EVALUATED = "evaluated"  # a finished model, or predictions, as they are
 BASELINE = "baseline"  # the run trained on the plain cross entropy, which the others are compared with
-HISTOGRAM_BINS = 20
 CLASS_METRICS = ("accuracy", "nll", "brier", "ece", "signed_gap", "aurc")
 TOKEN_METRICS = ("accuracy", "nll", "perplexity", "brier", "ece", "signed_gap")
 # What `metrics` and the Trainer measure; every other metric of a token row is the quality of the task.
 _CALIBRATION_METRICS = {*CLASS_METRICS, *TOKEN_METRICS, "mce", "rmsce_debiased", "smooth_ece", "sequence_ece"}
 _CALIBRATION_METRICS |= {"ece_equal_mass", "ece_classwise"}
+_OPTIONAL = ("published", "differences", "posthoc", "pictures", "hub", "predictions")  # of a report
 _GROUP_KEYS = ("kind", "name", "n", "accuracy", "nll", "perplexity", "brier", "ece", "signed_gap")
 _RELIABILITY_KEYS = ("edges", "count", "confidence", "accuracy", "band_low", "band_high")
 
@@ -50,10 +51,9 @@ class CalibrationRow:
         epsilon: of its label smoothing, at the first step of a schedule; None where it is not known how the model was trained.
         temperature: which the logits were divided by; 1.0 without temperature scaling. tempered: whether that was done.
         metrics: what `metrics.summarise` returns, each {"value", "low", "high"} with the 95 % interval where one is sound ("ece"
-            also "null" and "null_q95", BLEU and chrF "signature"). A row of tokens also has "perplexity" and the quality of its
-            task.
-        reliability: per bin what the diagram needs, None where a bin is empty.
-        histogram_correct, histogram_incorrect: how many right and wrong predictions have a confidence in each of 20 bins (a, b].
+            also "null" and "null_q95", an infinite "nll" "impossible" and "clipped", BLEU and chrF "signature"). A row of
+            tokens also has "perplexity" and the quality of its task.
+        reliability: per bin of confidence (a, b] what the diagrams need, None where a bin is empty.
         groups: of tokens, as `TokenCalibration.groups`.
 
     Raises: ValueError for a missing metric or key; TypeError for a value which JSON cannot hold.
@@ -64,8 +64,6 @@ class CalibrationRow:
     temperature: float
     metrics: Mapping[str, Metric]
     reliability: Mapping[str, Sequence[float | None]]
-    histogram_correct: list[int]
-    histogram_incorrect: list[int]
     groups: list[dict[str, Any]] = field(default_factory=list)
     tempered: bool = False
 
@@ -84,9 +82,6 @@ class CalibrationRow:
         check_keys(self.reliability, _RELIABILITY_KEYS, f"reliability {where}")
         for group in self.groups:
             check_keys(group, _GROUP_KEYS, f"group {where}")
-        sizes = [len(self.histogram_correct), len(self.histogram_incorrect)]
-        if sizes != [HISTOGRAM_BINS, HISTOGRAM_BINS]:
-            raise ValueError(f"expected {HISTOGRAM_BINS} bins {where}, got {sizes}; use from_logits()")
 
     @classmethod
     def from_logits(
@@ -100,23 +95,25 @@ class CalibrationRow:
         n_bins: int = 15,
         repetitions: int = 1000,
         seed: int = 0,
+        clip: float | None = None,
     ) -> Self:
         """Summarise the logits [n, K] of a model, divided by `temperature` here (None: as they are), against hard labels [n].
+
+        clip: for logarithms of probabilities, some of which may be 0 at the label; see `metrics.summarise`.
 
         Raises: ValueError for empty, ragged or NaN input, for labels outside [0, K), or temperature <= 0.
         """
         scaled = apply_temperature(logits, 1.0 if temperature is None else temperature)
-        stats = PredictionStatistics.from_logits(scaled, labels)
+        stats = PredictionStatistics.from_logits(scaled, labels, impossible=clip is not None)
         bins = reliability_bins(stats.confidence, stats.correct, n_bins)
         band = {"n_bins": n_bins, "repetitions": repetitions, "seed": seed}
         low, high = consistency_band(stats.confidence, level=0.95, **band)
-        index = bin_index(stats.confidence, HISTOGRAM_BINS)
         return cls(
             run=run,
             epsilon=epsilon,
             temperature=1.0 if temperature is None else temperature,
             tempered=temperature is not None,
-            metrics=summarise(scaled, labels, **band),
+            metrics=summarise(scaled, labels, clip=clip, **band),
             reliability={
                 "edges": bins.edges.tolist(),
                 "count": bins.count.tolist(),
@@ -125,8 +122,6 @@ class CalibrationRow:
                 "band_low": np.where(bins.count > 0, low, np.nan).tolist(),
                 "band_high": np.where(bins.count > 0, high, np.nan).tolist(),
             },
-            histogram_correct=np.bincount(index[stats.correct], minlength=HISTOGRAM_BINS).tolist(),
-            histogram_incorrect=np.bincount(index[~stats.correct], minlength=HISTOGRAM_BINS).tolist(),
         )
 
     @classmethod
@@ -149,7 +144,6 @@ class CalibrationRow:
         metrics, more = tokens.metrics(), dict(extra or {})
         if repeated := sorted(metrics.keys() & more.keys()):
             raise ValueError(f"expected other metrics in extra than those of the tokens, got {repeated}; rename or drop them")
-        correct, incorrect = tokens.histogram(HISTOGRAM_BINS)
         return cls(
             run=run,
             epsilon=epsilon,
@@ -157,8 +151,6 @@ class CalibrationRow:
             tempered=temperature is not None,
             metrics={**metrics, **more},
             reliability=tokens.reliability(),
-            histogram_correct=correct,
-            histogram_incorrect=incorrect,
             groups=tokens.groups(),
         )
 
@@ -170,7 +162,7 @@ class CalibrationRow:
     @property
     def n(self) -> int:
         """The number of predictions: examples, or tokens."""
-        return sum(self.histogram_correct) + sum(self.histogram_incorrect)
+        return int(sum(count or 0 for count in self.reliability["count"]))
 
     @property
     def is_token(self) -> bool:
@@ -183,7 +175,7 @@ class CalibrationRow:
         return [metric for metric in self.metrics if metric not in _CALIBRATION_METRICS] if self.is_token else []
 
     def value(self, metric: str) -> float:
-        """The point value of a metric; NaN where it is undefined or was not measured."""
+        """The point value of a metric; NaN where it is undefined, infinite or was not measured."""
         return math.nan if (value := self._number(metric, "value")) is None else value
 
     def interval(self, metric: str) -> tuple[float, float] | None:
@@ -196,8 +188,10 @@ class CalibrationRow:
         return None if isinstance(found, str) else found
 
     def show(self, metric: str) -> str:
-        """A metric as text: "0.123 [0.110, 0.135]", signed for `signed_gap`, "–" where it is undefined."""
+        """A metric as text: "0.123 [0.110, 0.135]", signed for `signed_gap`, "∞", "–" where it is undefined."""
         value, interval = self.value(metric), self.interval(metric)
+        if self.metrics.get(metric, {}).get("impossible"):
+            return "∞"
         if math.isnan(value):
             return "–"
         style = "+.3f" if metric == "signed_gap" else ".3f"
@@ -212,7 +206,7 @@ class CalibrationReport:
     """Everything a run has to show, enough to draw the plots and write the card offline.
 
     Args:
-        task: Hub task id, e.g. "text-classification".
+        task: Hub task id, e.g. "text-classification"; None for predictions of which it is not known.
         model_name: name of the trained model; base_model: Hub id of what it started from, or "./name" for a folder; None from
             scratch, or not known without `training`.
         dataset: the evaluated data. label_names: of the classes, [] for a language model.
@@ -224,11 +218,15 @@ class CalibrationReport:
             baked into the weights. None: not recorded.
         differences: paired, of a row against an earlier one (`metrics.paired.differences`); none in reports which only know
             the interval of each row.
+        posthoc: what `calibration.posthoc.compare_posthoc` found, an infinite value as None; empty without validation data.
+        pictures: file names of what was drawn from predictions and features, which the report does not hold, for the card.
+        hub: what its user says of the model for the header of the card.
+        predictions: "logits" or "probabilities" where the report was made from these and the model was not seen.
 
     Raises: ValueError for repeated rows, or counts which contradict each other.
     """
 
-    task: str
+    task: str | None
     model_name: str
     base_model: str | None
     dataset: DatasetFacts
@@ -240,6 +238,10 @@ class CalibrationReport:
     versions: dict[str, str]
     published: str | None = None
     differences: list[Difference] = field(default_factory=list)
+    posthoc: dict[str, dict[str, float | str | None]] = field(default_factory=dict)
+    pictures: list[str] = field(default_factory=list)
+    hub: HubFacts = field(default_factory=HubFacts)
+    predictions: Literal["logits", "probabilities"] | None = None
 
     def __post_init__(self) -> None:
         """Make every value what JSON gives back, and check that the parts agree."""
@@ -273,14 +275,14 @@ class CalibrationReport:
         Raises: ValueError for text which is not JSON, or for unknown or missing keys.
         """
         fields = json.loads(text)
-        optional = ("published", "differences")
-        check_keys(fields, [f.name for f in dataclasses.fields(cls) if f.name not in optional], "calibration report", optional)
+        check_keys(fields, [f.name for f in dataclasses.fields(cls) if f.name not in _OPTIONAL], "calibration report", _OPTIONAL)
         rows = fields["rows"] if isinstance(fields["rows"], list) else [fields["rows"]]
         made = {
             "dataset": record(DatasetFacts, fields["dataset"], "dataset"),
             "smoothing": record(SmoothingFacts, fields["smoothing"], "smoothing"),
             "training": None if fields["training"] is None else record(TrainingFacts, fields["training"], "training"),
             "rows": [record(CalibrationRow, row, "row") for row in rows],
+            "hub": record(HubFacts, fields.get("hub", {}), "hub"),
             "differences": [record(Difference, found, "difference") for found in fields.get("differences", [])],
         }
         return cls(**fields | made)

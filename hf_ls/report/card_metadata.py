@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
@@ -15,7 +14,7 @@ from huggingface_hub.utils import yaml_dump
 
 from hf_ls.common.text import hub_id, one_line
 from hf_ls.report.calibration_report import CalibrationReport, CalibrationRow
-from hf_ls.report.facts import DatasetFacts
+from hf_ls.report.facts import DatasetFacts, HubFacts
 
 # Name here -> type on the Hub, title, unit. Not "wer" for the phoneme error rate: in this field that counts wrong words.
 _HUB_METRICS = {
@@ -31,16 +30,8 @@ _HUB_METRICS = {
     "chrf": ("chrf", "chrF", "0 to 100"),
 }
 _OF_TOKENS = ("accuracy", "nll", "perplexity", "brier", "ece")  # averages over tokens, where predictions are tokens
+_LOCAL = "local"  # the type of data which is on no Hub
 _N_BINS = 15  # of every ECE which a Trainer logs
-
-
-@dataclass(frozen=True)
-class HubFacts:
-    """What only the caller can say of a model on the Hub: licence and languages of the model, tags beside ours."""
-
-    license: str | None = None
-    language: list[str] = field(default_factory=list)
-    tags: list[str] = field(default_factory=list)
 
 
 def metadata(
@@ -55,7 +46,7 @@ def metadata(
     is_adapter: bool,
     row: CalibrationRow | None = None,
 ) -> ModelCardData:
-    """The header of a card; without a task and a dataset id on the Hub it claims no results.
+    """The header of a card; without a task and data with an id on the Hub or a name of its user it claims no results.
 
     Args: metrics: of the published weights; row: what they were read from, for bins and signatures.
     """
@@ -65,7 +56,7 @@ def metadata(
     tags = [*own, "calibration", *given.tags]
     types = [hub_type for metric, (hub_type, *_) in _HUB_METRICS.items() if metric in metrics]
     return ModelCardData(
-        library_name="peft" if is_adapter else "transformers",
+        library_name="peft" if is_adapter else given.library and one_line(given.library),
         pipeline_tag=None if task is None else one_line(task),
         language=[one_line(found) for found in given.language] or None,
         license=one_line(given.license) if given.license else None,
@@ -92,7 +83,7 @@ def published_metrics(row: CalibrationRow) -> dict[str, float]:
 
 
 def eval_results(report: CalibrationReport) -> list[EvalResult]:
-    """The results of the published row for the Hub's model-index; empty without that row or a dataset id."""
+    """The results of the published row for the Hub's model-index; empty without that row, a task or a name of the data."""
     row = report.published_row
     return [] if row is None else hub_results(report.task, report.dataset, published_metrics(row), row)
 
@@ -100,13 +91,15 @@ def eval_results(report: CalibrationReport) -> list[EvalResult]:
 def hub_results(
     task: str | None, dataset: DatasetFacts, metrics: Mapping[str, float], row: CalibrationRow | None = None
 ) -> list[EvalResult]:
-    """Metrics as the Hub's results; empty without a task or a dataset id on the Hub.
+    """Metrics as the Hub's results; empty without a task, or for data without an id on the Hub which nobody named.
+
+    The type of data is its id on the Hub; of data which is on no Hub `local`, told apart by the name which its user gives it.
 
     Hub types `accuracy`, `nll`, `brier_score`, `expected_calibration_error`, of tokens also `perplexity` and those of
     the task, `per` being the phoneme error rate; another metric keeps its name. Values are finite Python floats.
     """
-    dataset_id = hub_id(dataset.hub_id)
-    if task is None or dataset_id is None:
+    dataset_type = hub_id(dataset.hub_id) or (_LOCAL if dataset.named else None)
+    if task is None or dataset_type is None:
         return []
     found, tokens = [], row.is_token if row else "perplexity" in metrics
     bins: dict[str, Any] = {"n_bins": len(row.reliability["count"]) if row else _N_BINS, "norm": "l1", "binning": "equal_width"}
@@ -121,7 +114,7 @@ def hub_results(
         found.append(
             EvalResult(
                 task_type=one_line(task),
-                dataset_type=dataset_id,
+                dataset_type=dataset_type,
                 dataset_name=one_line(dataset.name),
                 dataset_config=None if dataset.config is None else one_line(dataset.config),
                 dataset_split=dataset.split,

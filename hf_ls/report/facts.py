@@ -26,6 +26,7 @@ class DatasetFacts:
     Args:
         name: for readers. split: the evaluated one. n: predictions, that is examples or, with rows of tokens, tokens.
         hub_id, config, revision: on the Hub; hub_id None when the data is on no Hub.
+        named: the name was chosen for readers, and is not only that of a file: results may be published under it.
         class_counts: labels per class in the order of the report's `label_names`; None for a language model.
         n_train, n_validation: examples of the other splits. n_sequences: which the tokens are of.
         example: an input for the code in the card.
@@ -43,6 +44,24 @@ class DatasetFacts:
     n_validation: int | None = None
     n_sequences: int | None = None
     example: str | None = None
+    named: bool = False
+
+    def __post_init__(self) -> None:
+        """Make every value what JSON gives back."""
+        make_plain(self)
+
+
+@dataclass(frozen=True)
+class HubFacts:
+    """What only its user can say of a model on the Hub: licence and languages of the model, tags beside ours, its library.
+
+    library: as the Hub calls it, None where it is not known.
+    """
+
+    license: str | None = None
+    language: list[str] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
+    library: str | None = "transformers"
 
     def __post_init__(self) -> None:
         """Make every value what JSON gives back."""

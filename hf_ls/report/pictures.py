@@ -204,7 +204,7 @@ def penultimate_plane(
         for ax, (title, run) in zip(axes, runs.items(), strict=True):
             _draw_plane(ax, run, three)
             ax.set_title(short_name(title), loc="left", fontweight="bold", pad=18)
-            ax.set_xlabel("plane of the three class templates, own scale", fontsize=8)
+            ax.set_xlabel("what the last layer sees of them (own scale)", fontsize=8)
         handles = [axes[0].collections[i] for i in range(3)]
         figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=8, markerscale=1.8)
         return figure
@@ -300,7 +300,7 @@ def _draw_plane(ax: Axes, run: Penultimate, three: list[int]) -> None:
     logits = run.features[kept] @ run.weight[three].T + run.bias[three]
     right = float((np.array(three)[logits.argmax(1)] == labels).mean())
     spread = within_between(points, labels)
-    facts = f"spread within / between {spread:.2f}, right among the three {right:.3f}"
+    facts = f"spread within / between {spread:.2f} (0: tight), right {right:.0%}".replace("%", " %")
     ax.annotate(facts, (0, 1), (0, 5), xycoords="axes fraction", textcoords="offset points", fontsize=8, va="bottom")
     ax.tick_params(labelsize=7)
     ax.locator_params(nbins=6)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_ls.metrics.intervals import wilson_interval
-from hf_ls.report.calibration_report import HISTOGRAM_BINS, CalibrationReport, CalibrationRow
+from hf_ls.report.calibration_report import CalibrationReport, CalibrationRow
 from hf_ls.report.figures import (
     GREY,
     INK,
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _BAND, _WRONG = "#DDDDDD", "#B5B5B5"
+FEW = 50  # tokens, below which a group says little
 _CURVES = ("loss", "nll", "eval_nll")
 _STEPS = {"eval_nll": "NLL, nats", "eval_ece": "ECE", "eval_signed_gap": "confidence − accuracy"}
 _GROUPS = {"position": "position in the sequence", "frequency": "occurrences of the label token in training"}
@@ -66,7 +67,7 @@ def loss_curve(report: CalibrationReport) -> Figure:
     colours, objective = row_colours(report), False
     with figure_style():
         figure = new_figure(0.6 + 4.1 * len(panels), 3.7)
-        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]  # each its own range: the evaluations lie close together
         for ax, (title, keys) in zip(axes, panels, strict=True):
             for (name, run), key in itertools.product(runs.items(), keys):
                 if not run[key] or (key == "loss" and not _differ(run["loss"], run["nll"])):
@@ -84,6 +85,8 @@ def loss_curve(report: CalibrationReport) -> Figure:
         axes[0].set_ylabel(f"nats per {'token' if report.is_token_task else 'example'}")
         if objective:
             axes[0].set_xlabel("optimizer step\nobjective = nll + smoothing term: not comparable between runs")
+        if len(panels) > 1:
+            axes[1].set_xlabel("optimizer step\nown axis: compare the runs, not the panels" if objective else "optimizer step")
         named = {line.get_label(): line for ax in axes[::-1] for line in ax.lines}
         figure.legend(handles=named.values(), loc="outside lower center", ncols=len(panels) + 1, fontsize=8)
         return figure
@@ -114,14 +117,22 @@ def reliability(report: CalibrationReport) -> Figure:
             null = row.metrics["ece"].get("null")
             beside = "" if null is None else f" (null {null:.3f})"
             _title(main, report, row, f"ECE {row.value('ece'):.3f}{beside}, n = {row.n:,}")
-            main.set_xlim(_left(report, _array(row, "edges")), 1)
+            main.set_xlim(_left(report), 1)
             main.tick_params(bottom=False, labelbottom=False, labelleft=i % columns == 0)
             if i % columns == 0:
                 main.set_ylabel("accuracy")
                 strip.set_ylabel("count\n(log axis)" if row.is_token else "count")
         figure.legend(
             handles=[
-                Line2D([], [], color=INK, marker="o", ms=4, lw=1, label=f"accuracy in the bin, Wilson 95 %{alone}"),
+                Line2D(
+                    [],
+                    [],
+                    color=INK,
+                    marker="o",
+                    ms=4,
+                    lw=1,
+                    label=f"accuracy in the bin, Wilson 95 %{alone}; paler: fewer predictions",
+                ),
                 Patch(facecolor=_BAND, label="95 % band of a calibrated model, per bin"),
                 Line2D([], [], color=GREY, lw=1, ls=(0, (4, 3)), label="perfect calibration"),
             ],
@@ -141,7 +152,6 @@ def confidence(report: CalibrationReport) -> Figure:
     from matplotlib.patches import Patch
 
     colours = row_colours(report)
-    edges = np.arange(HISTOGRAM_BINS + 1) / HISTOGRAM_BINS
     with figure_style():
         columns, lines = _grid(len(report.rows))
         figure = new_figure(0.4 + 3.9 * columns, 0.5 + 2.7 * lines, hspace=0.05)
@@ -149,9 +159,11 @@ def confidence(report: CalibrationReport) -> Figure:
         for ax in axes[len(report.rows) :]:
             ax.remove()
         for i, (ax, row) in enumerate(zip(axes, report.rows, strict=False)):
-            wrong, right = np.array(row.histogram_incorrect), np.array(row.histogram_correct)
+            edges, count = _array(row, "edges"), _array(row, "count")
+            right = np.rint(np.nan_to_num(_array(row, "accuracy")) * count)
+            wrong = count - right
             bars: dict[str, Any] = {
-                "width": 1 / HISTOGRAM_BINS,
+                "width": np.diff(edges),
                 "align": "edge",
                 "edgecolor": "white",
                 "lw": 0.6,
@@ -170,7 +182,7 @@ def confidence(report: CalibrationReport) -> Figure:
             ax.axvline(mean, color=INK, lw=1.2)
             ax.axvline(accuracy, color=INK, lw=1.2, ls=(0, (2, 2)))
             _title(ax, report, row, f"mean confidence {mean:.3f}, accuracy {accuracy:.3f}, n = {row.n:,}")
-            ax.set_xlim(_left(report, edges), 1)
+            ax.set_xlim(_left(report), 1)
             ax.set_xlabel("confidence")
             if i % columns == 0:
                 ax.set_ylabel("tokens" if row.is_token else "predictions")
@@ -210,10 +222,12 @@ def groups(report: CalibrationReport) -> Figure:
                     dashes = (0, (4, 2)) if row.tempered else "-"
                     label = f"{short_name(row.name)} (ε = {report.epsilon_text(row)})"
                     ax.plot(range(len(names)), points, color=colours[row.name], ls=dashes, lw=1.6, marker="o", ms=4, label=label)
+                    few = [i for i, name in enumerate(names) if found.get(name, {}).get("n", FEW) < FEW]
+                    ax.scatter(few, [points[i] for i in few], s=18, facecolor="white", edgecolors=colours[row.name], zorder=3)
                     ax.grid(axis="y", color=LIGHT, lw=0.8)
             ticks = [f"{re.sub('[0-9]+', _rounded_down, short_name(name))}\n{_short(n)}" for name, n in names.items()]
             below.set_xticks(range(len(names)), ticks)
-            below.set_xlabel(f"{title} (below: number of tokens)")
+            below.set_xlabel(f"{title}\n(below each group: number of tokens; hollow: fewer than {FEW})")
             above.set_title(f"By {kind}", loc="left", fontweight="bold")
         axes[0][0].set_ylabel("NLL, nats per token")
         axes[1][0].set_ylabel("ECE")
@@ -264,7 +278,7 @@ class Plot:
 
 
 def plots_of(report: CalibrationReport) -> list[Plot]:
-    """The plots which a report has the data for, in the order of a card."""
+    """The plots which a report has the data for, and the pictures which were drawn beside it, in the order of a card."""
     logged = {key for records in report.history.values() for record in records if "step" in record for key in record}
     kinds = [
         (True, "reliability.png", "Reliability diagram: accuracy against confidence for each row of the table",
@@ -279,6 +293,13 @@ def plots_of(report: CalibrationReport) -> list[Plot]:
          "How good the probabilities are by the position of a token and by how often it was seen in training."),
         (bool(logged & {*_STEPS}), "calibration_steps.png", "NLL, ECE and signed gap during training of each run",
          "How calibration changes while the model trains; a signed gap above 0 means over-confident."),
+        ("logit_gap.png" in report.pictures, "logit_gap.png", "Gap between the logit of the label and the mean of the others",
+         "How far each model sets the right class apart, in nats; smoothing has a finite optimum (dashed), the plain cross "
+         "entropy has none, so that its gaps grow."),
+        ("penultimate.png" in report.pictures, "penultimate.png", "Examples of three classes as the last layer sees them",
+         "Each point is an example, coloured by its label; the shade behind it is the class which the model chooses there. "
+         "Tighter clusters (a smaller spread within / between) are what smoothing does; they do not make predictions better by "
+         "themselves."),
     ]  # fmt: skip
     return [Plot(*texts) for there, *texts in kinds if there]
 
@@ -295,11 +316,13 @@ def write_plots(report: CalibrationReport, folder: str | os.PathLike[str], only:
     return [
         save_figure(draw[plot.file](report), Path(folder, plot.file))
         for plot in plots_of(report)
-        if only is None or plot.file in only
+        if plot.file in (draw if only is None else only)
     ]
 
 
 def _draw_bins(ax: Axes, row: CalibrationRow, colour: str) -> None:
+    from matplotlib.colors import to_rgba
+
     edges, count = _array(row, "edges"), _array(row, "count")
     filled = count > 0
     mean, accuracy = _array(row, "confidence")[filled], _array(row, "accuracy")[filled]
@@ -307,8 +330,10 @@ def _draw_bins(ax: Axes, row: CalibrationRow, colour: str) -> None:
     ax.bar(edges[:-1][filled], high - low, np.diff(edges)[filled], low, align="edge", color=_BAND)
     ax.plot([0, 1], [0, 1], color=GREY, lw=1, ls=(0, (4, 3)))
     ends = wilson_interval(np.rint(accuracy * count[filled]), count[filled])
-    errors = np.abs(np.stack(ends) - accuracy)
-    ax.errorbar(mean, accuracy, errors, fmt="o", ms=4.5, color=colour, elinewidth=1.2, capsize=0)
+    # The fewer predictions, the paler: what a glance takes in should be what most predictions say.
+    shades = [to_rgba(colour, alpha) for alpha in 0.25 + 0.75 * np.sqrt(count[filled] / count.max())]
+    ax.vlines(mean, *ends, colors=shades, lw=1.2)
+    ax.scatter(mean, accuracy, s=20, c=shades, lw=0, zorder=3)
     ax.set_ylim(-0.02, 1.02)
     ax.set_yticks(np.arange(6) / 5)
 
@@ -347,10 +372,9 @@ def _title(ax: Axes, report: CalibrationReport, row: CalibrationRow, facts: str)
     ax.annotate(settings, (1, 1), (0, 17), ha="right", color=GREY, **above)
 
 
-def _left(report: CalibrationReport, edges: NDArray[np.float64]) -> float:
-    """The last bin edge at or below 1 / K: no top-label confidence can be lower. A vocabulary is large: 0."""
-    lowest = 1 / len(report.label_names) if report.label_names else 0.0
-    return float(edges[edges <= lowest + 1e-9].max())
+def _left(report: CalibrationReport) -> float:
+    """Where the axis of confidence begins: at the lowest bin in which any row has a prediction."""
+    return min(float(_array(row, "edges")[:-1][_array(row, "count") > 0].min()) for row in report.rows)
 
 
 def _names(report: CalibrationReport, kind: str) -> dict[str, int]:

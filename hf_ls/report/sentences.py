@@ -25,7 +25,8 @@ def regime(report: CalibrationReport) -> str:
     """
     row = report.baseline or report.rows[0]
     interval, confidence = _gap_interval(report, row), row.value("accuracy") + row.value("signed_gap")
-    who = f"The model of row '{one_line(row.name)}' (epsilon {report.epsilon_text(row)})"
+    epsilon = "" if row.epsilon is None else f" (epsilon {report.epsilon_text(row)})"
+    who = f"The model of row '{one_line(row.name)}'{epsilon}"
     facts = (
         f"mean confidence {confidence:.3f}, accuracy {row.show('accuracy')}, signed gap {row.show('signed_gap')}, {report.size}"
     )
@@ -61,7 +62,8 @@ def verdict(report: CalibrationReport) -> str:
     """
     baseline, smoothed = report.baseline, report.smoothed
     if baseline is None or smoothed is None:
-        return "Nothing to compare: a verdict needs a baseline row (epsilon = 0) and another one."
+        alone = "no run without label smoothing was trained beside it" if baseline is None else "this table has one run only"
+        return f"Whether label smoothing helped cannot be said: {alone}."
     unlearnt = [row for row in (baseline, smoothed) if not learnt(report, row)]
     if len(unlearnt) == 2:
         rows = f"rows '{one_line(baseline.name)}' and '{one_line(smoothed.name)}'"
@@ -97,6 +99,33 @@ def verdict(report: CalibrationReport) -> str:
     return f"{'. '.join(found)}. {seeds(report)}; the intervals cover the choice of test {unit}, not the seed."
 
 
+def tempering(report: CalibrationReport) -> str | None:
+    """What the temperature does to the first run, NLL and ECE paired over the same examples; None without a row with one."""
+    row = report.rows[0]
+    tempered = report.tempered(row)
+    if tempered is None:
+        return None
+    unit = "sequences" if report.is_token_task else "examples"
+    clauses = [_clause(report, tempered, row, metric, "the temperature") for metric in ("nll", "ece")]
+    start = f"With the temperature T = {tempered.temperature:.2f} against row '{one_line(row.name)}', {report.size}"
+    return f"{start}; differences are paired over the same {report.dataset.n_sequences or row.n:,} {unit}. {'. '.join(clauses)}."
+
+
+def infinite(report: CalibrationReport) -> list[str]:
+    """Sentences on rows whose NLL is infinite, because some labels had probability 0."""
+    found = []
+    for row in report.rows:
+        nll = row.metrics["nll"]
+        count, clipped = nll.get("impossible"), nll.get("clipped")
+        if isinstance(count, float | int) and isinstance(clipped, float | int) and count:
+            who = f"{count:,.0f} of {row.n:,} examples have a label to which the model gives probability 0"
+            found.append(
+                f"The NLL of row '{one_line(row.name)}' is infinite: {who}. Clipped at the machine epsilon, as log_loss of "
+                f"scikit-learn does, it would be {clipped:.3f}, which depends on that constant; Brier score and ECE do not"
+            )
+    return found
+
+
 def learnt(report: CalibrationReport, row: CalibrationRow) -> bool:
     """Whether a row, without or with its temperature, is measurably better than knowing only the frequencies of the classes.
 
@@ -119,7 +148,7 @@ def _unlearnt(report: CalibrationReport, row: CalibrationRow) -> str:
 def warnings(report: CalibrationReport) -> list[str]:
     """Sentences on smoothed rows: ε above its ceiling (by the baseline's error, where there is one; only where the classes have
     names), and under-confidence which `regime` does not speak of."""
-    found, known = [], report.smoothing
+    found, known = infinite(report), report.smoothing
     judged = report.baseline or report.rows[0]
     for row in report.rows:
         if row.tempered or not report.smoothing_of(row).is_used:
@@ -162,8 +191,8 @@ def _gap_interval(report: CalibrationReport, row: CalibrationRow) -> tuple[float
     return confidence - high, confidence - low
 
 
-def _clause(report: CalibrationReport, row: CalibrationRow, rival: CalibrationRow, metric: str) -> str:
-    who = "smoothing" if row.epsilon else one_line(row.run)
+def _clause(report: CalibrationReport, row: CalibrationRow, rival: CalibrationRow, metric: str, who: str | None = None) -> str:
+    who = who or ("smoothing" if row.epsilon else one_line(row.run))
     title = _title(metric)
     title = title[0].upper() + title[1:] if title.islower() else title
     text = f"{title} {row.show(metric)} against {rival.show(metric)}"

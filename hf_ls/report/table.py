@@ -6,6 +6,7 @@ and `sentences.verdict` says it in words. rich is imported on use.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from hf_ls.common.text import one_line
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 GROUP_HEADINGS = ("tokens", "run", "n", "nll", "ece", "signed gap")
+POSTHOC_METRICS = ("accuracy", "nll", "brier", "ece", "aurc")
+POSTHOC_NOTE = "Fitted on the validation data alone, measured on the same examples as the table above; no intervals."
 GROUP_NOTE = "A small n makes ece larger: compare it between runs, not between groups."
 _CLASS_NOTE = (
     "T: temperature. 95 % intervals in brackets; the one of ece is for the true error and may lie below the "
@@ -61,6 +64,26 @@ def group_cells(report: CalibrationReport) -> list[list[str]]:
         [group_label(*key), one_line(row.name), f"{group['n']:,}", *(_number(group, m) for m in ("nll", "ece", "signed_gap"))]
         for key, row, group in found
     ]
+
+
+def posthoc_cells(report: CalibrationReport) -> list[list[str]]:
+    """The headings, then a line for each post-hoc method which could be fitted; empty without validation data."""
+    lines = [
+        [
+            f"{name} ({one_line(str(row['chosen']))})" if row.get("chosen") else name,
+            *(_posthoc_cell(row, m) for m in POSTHOC_METRICS),
+        ]
+        for name, row in report.posthoc.items()
+        if "refused" not in row
+    ]
+    return [["post-hoc method", *POSTHOC_METRICS], *lines] if lines else []
+
+
+def posthoc_refusals(report: CalibrationReport) -> list[str]:
+    """Which post-hoc methods could not be fitted, and why, a sentence each."""
+    refused = {name: one_line(str(row["refused"])) for name, row in report.posthoc.items() if "refused" in row}
+    # What came in place of what was expected: the rest of such a sentence is for who calls the method.
+    return [f"No {name}: {text.partition(', got ')[2].partition(';')[0] or text}." for name, text in refused.items()]
 
 
 def group_label(kind: str, name: str) -> str:
@@ -122,6 +145,27 @@ def group_table(report: CalibrationReport) -> Table | None:
         label = "" if before and before[0] == line[0] else line[0]
         made.add_row(Text(label), *(Text(cell) for cell in line[1:]), end_section=not after or after[0] != line[0])
     return made
+
+
+def posthoc_table(report: CalibrationReport) -> Table | None:
+    """The console table of the post-hoc methods; None without validation data."""
+    from rich.text import Text
+
+    lines = posthoc_cells(report)
+    if not lines:
+        return None
+    made = _empty("Post-hoc methods", " ".join([POSTHOC_NOTE, *posthoc_refusals(report)]))
+    for i, heading in enumerate(lines[0]):
+        made.add_column(Text(heading), justify="right" if i else "left")
+    for line in lines[1:]:
+        made.add_row(*map(Text, line))
+    return made
+
+
+def _posthoc_cell(row: Mapping[str, float | str | None], metric: str) -> str:
+    """ "–" for what a method does not have, "∞" for what is not finite."""
+    value = row.get(metric)
+    return f"{value:.3f}" if isinstance(value, int | float) else "∞" if metric in row else "–"
 
 
 def _empty(title: str, caption: str) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import sys
@@ -14,10 +15,13 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from hf_ls import __version__
 from hf_ls.common.errors import did_you_mean, settling
+from hf_ls.common.help import ShowAll, show_help
 from hf_ls.data.classification import EMBEDDED_DATASET, EMBEDDED_MODEL
 from hf_ls.data.g2p import EMBEDDED_G2P
 from hf_ls.metrics.text import TEXT_METRICS
+from hf_ls.report.naming import CardArguments
 from hf_ls.trainer.arguments import LabelSmoothingSeq2SeqArguments, techniques_of
 
 # Settings which mean something for some tasks only: elsewhere they would do nothing, in silence.
@@ -192,10 +196,24 @@ class Config:
     model: ModelArguments
     data: DataArguments
     training: LabelSmoothingSeq2SeqArguments
+    card: CardArguments
 
 
 class Parser(HfArgumentParser):
     """Errors are exceptions in one sentence: the script prints them, and tests and other callers can catch them."""
+
+    def __init__(self, *kinds: Any, **options: Any) -> None:
+        super().__init__(*kinds, **options)
+        no = argparse.SUPPRESS  # it is no setting
+        self.add_argument("--help_all", nargs=0, action=ShowAll, dest=no, default=no, help="Every setting, in whole sentences.")
+        self.add_argument("--version", action="version", version=f"hf_ls {__version__}", help="Show the version.")
+        for action in self._actions:
+            if action.dest == "report_to":  # the Trainer takes a list, its parser one word
+                action.nargs = "+"
+
+    def format_help(self) -> str:
+        """A line a setting; `--help_all` says more."""
+        return show_help(self, everything=False)
 
     def parse_args_into_dataclasses(self, args: Any = None, *rest: Any, **options: Any) -> tuple[Any, ...]:
         """As transformers, whatever is refused on the way.
@@ -226,12 +244,13 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     contradict each other.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = Parser([RunArguments, ModelArguments, DataArguments, LabelSmoothingSeq2SeqArguments], allow_abbrev=False)  # type: ignore[list-item]
+    kinds = [RunArguments, ModelArguments, DataArguments, LabelSmoothingSeq2SeqArguments, CardArguments]
+    parser = Parser(kinds, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file of settings; the command line overrides it.")
     known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
     path, argv = _take_config(argv)
     nulls, argv = _take_nulls(argv)
-    from_file = yaml_arguments(Path(path), known - {"config", "help"}, nulls) if path else []
+    from_file = yaml_arguments(Path(path), known - {"config", "help", "help_all", "version"}, nulls) if path else []
     *parsed, _, rest = parser.parse_args_into_dataclasses(
         [*from_file, *argv], return_remaining_strings=True, look_for_args_file=False
     )

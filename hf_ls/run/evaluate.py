@@ -9,50 +9,65 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict
 from huggingface_hub import HfApi, hf_hub_download
 from rich.console import Console
-from rich.table import Table
 from transformers import AutoTokenizer
 
-from hf_ls.calibration.posthoc import compare_posthoc
 from hf_ls.common.errors import loading, uploading
 from hf_ls.common.files import write_atomically
 from hf_ls.common.models import IGNORE_INDEX, load_weights
 from hf_ls.common.text import hub_id, one_line
 from hf_ls.data.classification import EMBEDDED_DATASET, check_overlap, load_snippets, model_path, tokenise
 from hf_ls.data.labels import LabelMatch, match_labels, permutation_warning
+from hf_ls.data.predictions import read_predictions, splits_in
 from hf_ls.data.reading import check_texts, read_files, read_hub
 from hf_ls.data.sequences import tokenise_words
 from hf_ls.metrics.paired import differences
-from hf_ls.report.calibration_report import REPORT, SETTINGS, CalibrationReport, package_versions
-from hf_ls.report.card import check_card, write_card
+from hf_ls.report.build import Scored, calibration_report, posthoc, write_report_files
+from hf_ls.report.calibration_report import EVALUATED, REPORT, SETTINGS, CalibrationReport, package_versions
+from hf_ls.report.card import check_card
 from hf_ls.report.card_metadata import eval_results, with_results
 from hf_ls.report.facts import DatasetFacts, SmoothingFacts
-from hf_ls.report.plots import write_plots
-from hf_ls.report.sentences import regime, warnings
-from hf_ls.report.table import table
+from hf_ls.report.naming import CardArguments
+from hf_ls.report.sentences import regime, tempering, warnings
+from hf_ls.report.table import posthoc_table, table
 from hf_ls.run.config import Parser, about, nearest
 from hf_ls.run.launch import announce
 from hf_ls.run.outcome import OUTCOME, PREDICTIONS, evaluate_classes, evaluate_tokens
 from hf_ls.run.tasks import TASKS
 from hf_ls.trainer.arguments import LabelSmoothingArguments
 
-POSTHOC = "posthoc.json"
-ROW = "evaluated"
 _LONGEST = 512  # tokens, where the tokenizer names no limit or a larger one
 
 
 @dataclass
-class EvaluateArguments:
+class EvaluateArguments(CardArguments):
     """What `scripts/evaluate.py` can be told.
 
     Raises: ValueError for settings which contradict each other.
     """
 
-    model_name_or_path: str = field(metadata=about("Hub id or folder of a trained classifier."))
     output_dir: str = field(metadata=about("Where report, plots and card go; not the folder of the model."))
+    model_name_or_path: str | None = field(default=None, metadata=about("Hub id or folder of a trained classifier."))
+    predictions: str | None = field(
+        default=None,
+        metadata=about(
+            "In place of a model and data: probabilities or logits with their labels, of any library; npz, CSV, TSV, JSON, JSONL "
+            "or Parquet. A predictions.npz of a run has both splits."
+        ),
+    )
+    validation_predictions: str | None = field(
+        default=None, metadata=about("As predictions, of other examples: all post-hoc methods are fitted on these alone.")
+    )
+    label_names: list[str] = field(default_factory=list, metadata=about("With predictions: the classes in the order of columns."))
+    model_name: str | None = field(default=None, metadata=about("With predictions: the name of the model, for the card."))
+    hub_task: str | None = field(
+        default=None, metadata=about("With predictions: the task as the Hub calls it, e.g. image-classification, for the card.")
+    )
+    library: str | None = field(
+        default=None, metadata=about("With predictions: the library of the model as the Hub calls it, e.g. sklearn.")
+    )
     task: Literal["text-classification", "token-classification"] = field(
         default="text-classification", metadata=about("The task.")
     )
@@ -60,7 +75,6 @@ class EvaluateArguments:
     trust_remote_code: bool = field(default=False, metadata=about("Run code from the model's repository."))
     dataset_name: str | None = field(default=None, metadata=about(f"Hub id, or '{EMBEDDED_DATASET}' for the embedded data."))
     dataset_config_name: str | None = field(default=None, metadata=about("Configuration of the dataset on the Hub."))
-    dataset_id: str | None = field(default=None, metadata=about("Id on the Hub of the data in local files, for the card."))
     test_split: str = field(default="test", metadata=about("Split of dataset_name which is reported."))
     validation_split: str = field(default="validation", metadata=about("Split of dataset_name the temperature is fitted on."))
     test_file: str | None = field(default=None, metadata=about("Local CSV, TSV, JSON, JSONL or Parquet file to report."))
@@ -86,8 +100,10 @@ class EvaluateArguments:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_source()
         self.files = {split: path for split, path in (("validation", self.validation_file), ("test", self.test_file)) if path}
-        if bool(self.dataset_name) == bool(self.files):
+        if not self.predictions and bool(self.dataset_name) == bool(self.files):
             raise ValueError(f"expected dataset_name or test_file, got {self.dataset_name} and {self.files}; set one of them")
         if self.files and not self.test_file:
             raise ValueError("expected test_file beside validation_file, got none; name the file to report")
@@ -97,15 +113,17 @@ class EvaluateArguments:
             raise ValueError(
                 f"expected two splits, got {self.test_split} twice; validation_split: none leaves the temperature out"
             )
-        if os.path.realpath(self.output_dir) == os.path.realpath(self.model_name_or_path):
+        if self.model_name_or_path and os.path.realpath(self.output_dir) == os.path.realpath(self.model_name_or_path):
             raise ValueError("expected an output_dir beside the model, got its own folder; its report would be lost")
         trained = [name for name in (SETTINGS, OUTCOME) if Path(self.output_dir, name).exists()]
         if trained:
             raise ValueError(f"expected an output_dir beside that of a run, got one with {trained[0]}; its report would be lost")
-        if self.update_card and not (self.dataset_id or hub_id(self.dataset_name)):
-            source = self.dataset_name or Path(self.test_file or "").name
+        named = self.dataset_id or self.dataset_title or hub_id(self.dataset_name) or self.dataset_name == EMBEDDED_DATASET
+        if self.update_card and not named:
+            source = self.dataset_name or Path(self.test_file or self.predictions or "").name
             raise ValueError(
-                f"expected data with an id on the Hub to update a card, got {source!r}; set dataset_id, or write_card"
+                f"expected data with an id on the Hub or a title to update a card, got {source!r}; set dataset_id or "
+                "dataset_title, or write_card"
             )
         if self.update_card and not (Path(self.update_card).exists() or hub_id(self.update_card)):
             raise ValueError(f"expected update_card as a README.md, a folder or a Hub id, got {self.update_card!r}; check it")
@@ -118,13 +136,29 @@ class EvaluateArguments:
                 raise ValueError(f"expected {name} >= 1, got {value}; leave it out")
         self.labels = _mapping(self.label_map)
 
+    def _check_source(self) -> None:
+        """Refuse two sources of predictions, or none."""
+        if bool(self.model_name_or_path) == bool(self.predictions):
+            found = "both" if self.predictions else "neither"
+            raise ValueError(f"expected model_name_or_path or predictions, got {found}; set one of them")
+        if self.predictions:
+            given = ("dataset_name", "test_file", "validation_file", "text_pair_column", "max_length", "max_samples")
+            if unread := [name for name in given if getattr(self, name) is not None]:
+                raise ValueError(f"expected no {unread[0]} with predictions, got one; the predictions are all that is read")
+            if self.task == "token-classification":
+                raise ValueError("expected one label per row with predictions, got task token-classification; give the model")
+        elif unread := [
+            n for n in ("validation_predictions", "label_names", "model_name", "hub_task", "library") if getattr(self, n)
+        ]:
+            raise ValueError(f"expected predictions with {unread[0]}, got a model; drop it, or give predictions")
+
 
 def parse_evaluation(argv: Sequence[str] | None = None) -> EvaluateArguments:
     """Settings from the command line.
 
     Raises: ValueError for unknown ones and as `EvaluateArguments`.
     """
-    parser = Parser(EvaluateArguments, allow_abbrev=False)  # type: ignore[arg-type]
+    parser = Parser(EvaluateArguments, allow_abbrev=False)
     settings, *_, rest = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True, look_for_args_file=False)
     if rest:
         known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
@@ -135,14 +169,16 @@ def parse_evaluation(argv: Sequence[str] | None = None) -> EvaluateArguments:
 
 
 def evaluate(settings: EvaluateArguments) -> CalibrationReport | None:
-    """Measure a trained model and leave `calibration.json`, plots, `posthoc.json` and, if wanted, a card in output_dir.
+    """Measure a trained model, or predictions, and leave `calibration.json`, plots and, if wanted, a card in output_dir.
 
-    The report has a row of the model as it is, and with validation data one at the temperature fitted there. Returns it on the
-    main process, None on the others.
+    The report has a row of the model as it is, and with validation data one at the temperature fitted there and the post-hoc
+    methods. Returns it on the main process, None on the others.
 
     Raises: ValueError for a model without a trained head, and for labels of the data which the model does not have.
     """
-    task, folder = TASKS[settings.task], Path(settings.output_dir)
+    if settings.predictions:
+        return _evaluate_predictions(settings, settings.predictions)
+    task, folder, place = TASKS[settings.task], Path(settings.output_dir), settings.model_name_or_path or ""
     model, tokenizer = _load(settings)
     names = [one_line(model.config.id2label[i]) for i in range(model.config.num_labels)]
     raw, name, dataset_id = _read(settings)
@@ -168,14 +204,20 @@ def evaluate(settings: EvaluateArguments) -> CalibrationReport | None:
     epsilon = settings.epsilon
     if epsilon is None and known and known.published_row:
         epsilon = known.published_row.epsilon
-    rows = [replace(row, run=ROW, epsilon=epsilon) for row in outcome.rows]
+    rows = [replace(row, run=EVALUATED, epsilon=epsilon) for row in outcome.rows]
+    kept = _kept(folder)
+    if "test" in kept:
+        warning = permutation_warning(kept["test"].logits.argmax(1), kept["test"].labels, names)
+        if warning:
+            announce(f"Warning: {warning}")
     draws = {row.name: outcome.draws[old.name] for row, old in zip(rows, outcome.rows, strict=True)}
     report = CalibrationReport(
         task=task.hub_task,
-        model_name=settings.model_name_or_path if hub_id(settings.model_name_or_path) else Path(settings.model_name_or_path).name,
+        model_name=place if hub_id(place) else Path(place).name,
         base_model=known.base_model if known else None,
         dataset=DatasetFacts(
-            name=name, hub_id=dataset_id, config=settings.dataset_config_name, n=outcome.n, n_sequences=outcome.n_sequences,
+            name=settings.dataset_title or name, named=bool(settings.dataset_title) or settings.dataset_name == EMBEDDED_DATASET,
+            hub_id=dataset_id, config=settings.dataset_config_name, n=outcome.n, n_sequences=outcome.n_sequences,
             split=settings.test_split if settings.dataset_name else "test", class_counts=outcome.class_counts,
         ),
         label_names=names,
@@ -185,10 +227,12 @@ def evaluate(settings: EvaluateArguments) -> CalibrationReport | None:
         training=known.training if known else None,
         history={},
         versions=package_versions(),
-        published=ROW,
+        published=EVALUATED,
         differences=differences(draws),
+        posthoc=posthoc(kept["test"], kept["validation"]) if len(kept) == 2 else {},
+        hub=settings.hub,
     )  # fmt: skip
-    _show(report, settings, match, tokens)
+    _show(report, settings)
     return report
 
 
@@ -203,7 +247,8 @@ def update_card(report: CalibrationReport, target: str, *, token: str | None = N
     results = eval_results(report)
     if not results:
         raise ValueError(
-            f"expected data with an id on the Hub to update a card, got {report.dataset.name!r}; set dataset_id, or write_card"
+            "expected data with an id on the Hub or a title, and a task, to update a card, got "
+            f"{report.dataset.name!r} and {report.task}; set dataset_id or dataset_title (and hub_task), or write_card"
         )
     path = Path(target, "README.md") if Path(target).is_dir() else Path(target)
     if path.is_file():
@@ -243,7 +288,7 @@ def _load(settings: EvaluateArguments) -> tuple[Any, Any]:
 
     Raises: ValueError for adapters, and for a model some of whose weights would be random.
     """
-    place, task = model_path(settings.model_name_or_path), TASKS[settings.task]
+    place, task = model_path(settings.model_name_or_path or ""), TASKS[settings.task]
     if Path(place, "adapter_config.json").is_file():
         raise ValueError(f"expected a whole model, got adapters in {place}; merge them (merge_and_unload) and save that model")
     given = {"revision": settings.model_revision, "trust_remote_code": settings.trust_remote_code}
@@ -316,41 +361,60 @@ def _matched(settings: EvaluateArguments, raw: dict[str, Dataset], names: list[s
 
 def _known(settings: EvaluateArguments) -> CalibrationReport | None:
     """The report beside the weights, which says how they were trained."""
-    path = Path(settings.model_name_or_path, REPORT)
+    path = Path(settings.model_name_or_path or "", REPORT)
     return CalibrationReport.load(path) if path.is_file() else None
 
 
-def _show(report: CalibrationReport, settings: EvaluateArguments, match: LabelMatch, tokens: DatasetDict) -> None:
+def _kept(folder: Path) -> dict[str, Scored]:
+    """The predictions which `evaluate_classes` left, by split; none for tokens."""
+    if not (folder / PREDICTIONS).is_file():
+        return {}
+    files = {split: read_predictions(str(folder / PREDICTIONS), split) for split in splits_in(str(folder / PREDICTIONS))}
+    return {split: Scored.of(found.labels, logits=found.scores) for split, found in files.items()}
+
+
+def _evaluate_predictions(settings: EvaluateArguments, path: str) -> CalibrationReport:
+    """As `evaluate`, of the predictions in files."""
+    reported = read_predictions(path, settings.test_split, settings.label_column)
+    other, held_out = settings.validation_predictions, None
+    if other or settings.validation_split in splits_in(path):
+        held_out = read_predictions(other or path, settings.validation_split, settings.label_column)
+        if (held_out.kind, held_out.names) != (reported.kind, reported.names):
+            raise ValueError(
+                f"expected validation predictions of the same kind and classes, got {held_out.kind} of {held_out.names} beside "
+                f"{reported.kind} of {reported.names}; write both files alike"
+            )
+    scores = {"logits": reported.scores} if reported.kind == "logits" else {"probabilities": reported.scores}
+    report = calibration_report(
+        labels=reported.labels,
+        label_names=settings.label_names or reported.names,
+        label_map=settings.labels,
+        validation=None if held_out is None else (held_out.scores, held_out.labels),
+        model_name=settings.model_name or Path(path).stem,
+        dataset_name=settings.dataset_title,
+        dataset_id=settings.dataset_id,
+        task=settings.hub_task,
+        library=settings.library,
+        license=settings.license,
+        language=settings.language,
+        split=settings.test_split,
+        epsilon=settings.epsilon,
+        **scores,
+    )
+    _show(report, settings)
+    return report
+
+
+def _show(report: CalibrationReport, settings: EvaluateArguments) -> None:
     folder, console = Path(settings.output_dir), Console()
-    report.save(folder / REPORT)
+    write_report_files(report, folder, card=settings.write_card)
     console.print(table(report, console.width))
-    console.print(regime(report), markup=False, highlight=False)
+    texts = [regime(report), *([found] if (found := tempering(report)) else [])]
+    console.print(*texts, sep="\n", markup=False, highlight=False)
     for text in warnings(report):
         console.print(f"Warning: {text}", markup=False, highlight=False)
-    if (folder / PREDICTIONS).is_file() and not report.is_token_task:
-        with np.load(folder / PREDICTIONS, allow_pickle=False) as saved:
-            pairs = {split: (saved[f"logits_{split}"], saved[f"labels_{split}"]) for split in tokens}
-        warning = permutation_warning(pairs["test"][0].argmax(1), pairs["test"][1], report.label_names)
-        if warning:
-            console.print(f"Warning: {warning}", markup=False, highlight=False)
-        if "validation" in pairs:
-            found = compare_posthoc(pairs["validation"], pairs["test"])
-            finite = {name: {k: v if v != float("inf") else None for k, v in row.items()} for name, row in found.items()}
-            write_atomically(folder / POSTHOC, json.dumps(finite, indent=1, allow_nan=False) + "\n")
-            console.print(_posthoc_table(found))
-    write_plots(report, folder / "plots")
-    if settings.write_card:
-        write_card(report, folder)
+    if (methods := posthoc_table(report)) is not None:
+        console.print(methods)
     if settings.update_card:
         update_card(report, settings.update_card)
     console.print(f"Report and plots: {folder}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _posthoc_table(found: dict[str, dict[str, float | str]]) -> Table:
-    metrics = ("accuracy", "nll", "brier", "ece", "aurc")
-    made = Table("fitted on validation, measured on test", *metrics, box=None, title="Post-hoc methods", title_justify="left")
-    for name, row in found.items():
-        note = f"{name}: {row.get('chosen') or row.get('refused') or ''}".removesuffix(": ")
-        cells = (row.get(metric) for metric in metrics)
-        made.add_row(note, *(f"{cell:.3f}" if isinstance(cell, float) else "–" for cell in cells))
-    return made

@@ -9,6 +9,7 @@ from typing import Any
 
 from hf_ls.common.privacy import token_in_environment
 from hf_ls.report.calibration_report import CalibrationReport
+from hf_ls.report.facts import SmoothingFacts
 from hf_ls.run.config import Config
 from hf_ls.run.launch import announce
 from hf_ls.run.loading import Loaded, load
@@ -43,9 +44,14 @@ def finetune(config: Config, callbacks: Sequence[Any] = ()) -> CalibrationReport
             return None
         del model
         with recorded(config, manifest):
-            runs = {}
-            for one in _planned(config):
-                runs[run_name(one.training)] = _train_and_calibrate(one, loaded, manifest, callbacks)
+            runs, planned = {}, list(_planned(config))
+            for i, one in enumerate(planned, 1):
+                name = run_name(one.training)
+                if len(planned) > 1:
+                    announce(
+                        f"\n{i}/{len(planned)} {name} (ε = {SmoothingFacts(one.training.label_smoothing_factor).epsilon_text})"
+                    )
+                runs[name] = _train_and_calibrate(one, loaded, manifest, callbacks)
             if not config.training.should_save:
                 return None
             report = publish(config, loaded.data, runs)

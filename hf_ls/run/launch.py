@@ -6,8 +6,11 @@ import gc
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from accelerate import PartialState
+from transformers.utils import logging
 
 _RANKS = ("RANK", "WORLD_SIZE", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")  # gloo, NCCL
@@ -64,3 +67,17 @@ def announce(text: str) -> None:
     """Print on the main process."""
     if PartialState().is_main_process:
         print(text, flush=True)
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """No bars and reports of transformers, which says the same of a model each time it is loaded; errors still show."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -15,12 +15,12 @@ from zipfile import BadZipFile
 import numpy as np
 from datasets import Dataset, DatasetDict
 
-from hf_ls.calibration.temperature import NoFiniteTemperature, apply_temperature, fit_temperature
+from hf_ls.calibration.temperature import NoFiniteTemperature
 from hf_ls.common.errors import read_json
 from hf_ls.common.files import write_arrays, write_atomically
-from hf_ls.metrics.core import PredictionStatistics
-from hf_ls.metrics.paired import Draws, draws_as_arrays, draws_from_arrays, draws_of_examples, draws_of_tokens
+from hf_ls.metrics.paired import Draws, draws_as_arrays, draws_from_arrays, draws_of_tokens
 from hf_ls.metrics.text import draws_of_texts, signature, text_metrics
+from hf_ls.report.build import Scored, measure
 from hf_ls.report.calibration_report import CalibrationRow
 from hf_ls.run.launch import announce
 from hf_ls.trainer.arguments import LabelSmoothingArguments, smoothing_of
@@ -101,24 +101,17 @@ def evaluate_classes(trainer: Any, tokens: DatasetDict) -> Outcome:
         _save_predictions(Path(training.output_dir), logits, labels)
     if not logits:
         return Outcome(None, 0, None, num_classes, None, [], trainer.state.log_history)
-    split, name, epsilon = list(logits)[-1], run_name(training), _epsilon(training)
-    rows = [CalibrationRow.from_logits(name, epsilon, None, logits[split], labels[split])]
-    if split == "test" and "validation" in logits:  # a temperature is never judged on the data it was fitted on
-        try:
-            temperature = fit_temperature(logits["validation"], labels["validation"])
-            rows.append(CalibrationRow.from_logits(name, epsilon, temperature, logits[split], labels[split]))
-        except NoFiniteTemperature as error:
-            announce(f"{name}: no row with temperature, {error}")
-    counts = np.bincount(labels[split], minlength=num_classes).tolist()
-    draws = {
-        row.name: [
-            draws_of_examples(
-                PredictionStatistics.from_logits(apply_temperature(logits[split], row.temperature), labels[split]), labels[split]
-            )
-        ]
-        for row in rows
-    }
-    return Outcome(split, len(labels[split]), None, num_classes, counts, rows, trainer.state.log_history, draws)
+    split, name, predictions = (
+        list(logits)[-1],
+        run_name(training),
+        {s: Scored.of(labels[s], logits=logits[s]) for s in logits},
+    )
+    # A temperature is never judged on the data it was fitted on.
+    measured = measure(name, _epsilon(training), predictions[split], predictions.get("validation") if split == "test" else None)
+    if measured.untempered:
+        announce(f"{name}: no row with temperature, {measured.untempered}")
+    history = trainer.state.log_history
+    return Outcome(split, len(labels[split]), None, num_classes, measured.class_counts, measured.rows, history, measured.draws)
 
 
 def evaluate_tokens(trainer: Any, tokens: DatasetDict, texts: DatasetDict, metrics: list[str], *, has_classes: bool) -> Outcome:

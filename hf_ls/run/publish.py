@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,14 +20,14 @@ from hf_ls.common.errors import uploading
 from hf_ls.common.files import write_atomically
 from hf_ls.common.privacy import TEXTS, local_name, paths_here, without_paths
 from hf_ls.common.text import hub_id
-from hf_ls.data.classification import ClassificationData
+from hf_ls.data.classification import EMBEDDED_DATASET, ClassificationData
+from hf_ls.data.g2p import EMBEDDED_G2P
 from hf_ls.data.sequences import SequenceData
 from hf_ls.metrics.paired import differences
-from hf_ls.report.calibration_report import REPORT, SETTINGS, CalibrationReport, package_versions
-from hf_ls.report.card import write_card
+from hf_ls.report.build import write_report_files
+from hf_ls.report.calibration_report import SETTINGS, CalibrationReport, package_versions
 from hf_ls.report.facts import DatasetFacts, SmoothingFacts, TrainingFacts
 from hf_ls.report.pictures import PENULTIMATE, Penultimate, write_pictures
-from hf_ls.report.plots import write_plots
 from hf_ls.report.sentences import regime, verdict, warnings
 from hf_ls.report.table import group_table, table
 from hf_ls.run.config import Config
@@ -55,6 +56,7 @@ def publish(config: Config, data: ClassificationData | SequenceData, runs: dict[
     if config.run.bake_temperature and tempered is not None:
         published = tempered.name
         _bake(config, tempered.temperature)
+    folders = {name: folder_of(config) if run is main else folder_of(config) / "baseline" for name, run in runs.items()}
     report = CalibrationReport(
         task=task.hub_task,
         model_name=training.hub_model_id or folder_of(config).name,
@@ -68,9 +70,12 @@ def publish(config: Config, data: ClassificationData | SequenceData, runs: dict[
         versions=package_versions(),
         published=published,
         differences=differences({name: draws for run in runs.values() for name, draws in run.draws.items()}),
+        hub=config.card.hub,
     )
     folder = folder_of(config)
-    report.save(folder / REPORT)
+    pictures = pictures_of(report, folders, folder / "plots")
+    report = replace(report, pictures=[path.name for path in pictures])
+    write_report_files(report, folder)
     console = Console()
     console.print(table(report, console.width))
     if (groups := group_table(report)) is not None:
@@ -78,9 +83,6 @@ def publish(config: Config, data: ClassificationData | SequenceData, runs: dict[
     console.print(regime(report), verdict(report), sep="\n", markup=False, highlight=False)
     for text in warnings(report):
         console.print(f"Warning: {text}", markup=False, highlight=False)
-    write_plots(report, folder / "plots")
-    pictures_of(report, {name: folder if run is main else folder / "baseline" for name, run in runs.items()}, folder / "plots")
-    write_card(report, folder)
     console.print(f"Report, plots and card: {folder}", markup=False, highlight=False, soft_wrap=True)
     return report
 
@@ -166,8 +168,10 @@ def _bake(config: Config, temperature: float) -> None:
 def _dataset_facts(config: Config, data: ClassificationData | SequenceData, main: Outcome) -> DatasetFacts:
     sizes: dict[str, Any] = {f"n_{name}": len(part) for name, part in data.splits.items() if name != "test"}
     example = None if data.example is None else config.data.source_prefix + data.example + config.data.source_suffix
+    card, embedded = config.card, config.data.dataset_name in (EMBEDDED_DATASET, EMBEDDED_G2P)
     return DatasetFacts(
-        name=data.name, hub_id=data.hub_id, split=main.split, n=main.n, n_sequences=main.n_sequences,
+        name=card.dataset_title or data.name, named=bool(card.dataset_title) or embedded, hub_id=card.dataset_id or data.hub_id,
+        split=main.split, n=main.n, n_sequences=main.n_sequences,
         class_counts=main.class_counts, licence=data.licence, example=example, **sizes,
     )  # fmt: skip
 

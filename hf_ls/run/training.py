@@ -7,6 +7,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from hf_ls.data.sequences import token_counts
 from hf_ls.report.pictures import PENULTIMATE, penultimate
 from hf_ls.run.checkpoint import CheckpointMark, check_resumable, last_complete_checkpoint
 from hf_ls.run.config import Config
-from hf_ls.run.launch import announce
+from hf_ls.run.launch import announce, silenced
 from hf_ls.run.loading import Loaded, check_tokens, load_distillation_teacher, load_model
 from hf_ls.run.manifest import Manifest
 from hf_ls.run.outcome import write_metrics
@@ -42,15 +43,16 @@ def with_training(config: Config, **changes: Any) -> Config:
     return replace(config, training=training)
 
 
-def make_trainer(config: Config, loaded: Loaded, callbacks: Sequence[Any] = ()) -> Any:
-    """The Trainer of the task with a fresh model, always the same for the same seed.
+def make_trainer(config: Config, loaded: Loaded, callbacks: Sequence[Any] = (), *, quiet: bool = False) -> Any:
+    """The Trainer of the task with a fresh model, always the same for the same seed; quiet: it was loaded and reported before.
 
     It does not delete checkpoints, which `CheckpointMark` does once the new one is complete; not take SIGTERM, which
     `StopOnSignal` does; and not push all that is in the folder, whosever it is: `push` sends what may leave.
     """
     task, tokens, tokenizer = TASKS[config.run.task], loaded.tokens, loaded.tokenizer
     set_seed(config.training.seed)
-    model = load_model(config, loaded.data, tokenizer)
+    with silenced() if quiet else nullcontext():
+        model = load_model(config, loaded.data, tokenizer)
     trainer = task.trainer(
         model=model,
         args=with_training(config, save_total_limit=None, enable_jit_checkpoint=False, push_to_hub=False).training,
@@ -94,7 +96,7 @@ def train(config: Config, loaded: Loaded, manifest: Manifest, more: Sequence[Any
     stop = StopOnSignal()
     callbacks = [stop, CheckpointMark(smoothing_of(training), training.save_total_limit, manifest), *more]
     callbacks += [] if patience is None else [EarlyStopping(patience)]
-    trainer = make_trainer(config, loaded, callbacks)
+    trainer = make_trainer(config, loaded, callbacks, quiet=True)  # the rehearsal has loaded it
     if training.do_train:
         result = trainer.train(resume_from_checkpoint=checkpoint_of(config, trainer.model))
         check_trained(trainer, stop)

@@ -22,8 +22,7 @@ from hf_ls.common.models import output_embedding
 from hf_ls.common.privacy import TEXTS, paths_here
 from hf_ls.report.calibration_report import REPORT, CalibrationReport, package_versions
 from hf_ls.report.card import CardFacts, is_generated, model_card, render
-from hf_ls.report.card_metadata import HubFacts
-from hf_ls.report.facts import DatasetFacts, SmoothingFacts, TrainingFacts
+from hf_ls.report.facts import DatasetFacts, HubFacts, SmoothingFacts, TrainingFacts
 from hf_ls.trainer.criterion import ADAPTIVE, techniques
 
 logger = logging.getLogger(__name__)
@@ -42,7 +41,9 @@ def write_trainer_card(trainer: Any, given: Mapping[str, Any]) -> None:
         logger.warning("%s was written by hand and stays as it is; move it away for a generated card", path)
         return
     report = _report_of(trainer)
-    write_atomically(path, render(card_facts(trainer, given)) if report is None else model_card(report, _hub_facts(given)))
+    write_atomically(
+        path, render(card_facts(trainer, given)) if report is None else model_card(report, _hub_facts(given, report.hub))
+    )
 
 
 def warn_of_paths(trainer: Any, folder: str | os.PathLike[str] | None) -> None:
@@ -141,8 +142,10 @@ def _report_of(trainer: Any) -> CalibrationReport | None:
     return report if trainer.state.global_step in (0, steps) else None
 
 
-def _hub_facts(given: Mapping[str, Any]) -> HubFacts:
-    return HubFacts(given.get("license"), _listed(given.get("language")), _listed(given.get("tags")))
+def _hub_facts(given: Mapping[str, Any], known: HubFacts | None = None) -> HubFacts:
+    """What the caller says, else what the report knows."""
+    own, known = [_listed(given.get(name)) for name in ("language", "tags")], known or HubFacts()
+    return HubFacts(given.get("license") or known.license, own[0] or known.language, own[1] or known.tags, known.library)
 
 
 def _dataset(trainer: Any, given: Mapping[str, Any]) -> DatasetFacts | None:
@@ -156,6 +159,7 @@ def _dataset(trainer: Any, given: Mapping[str, Any]) -> DatasetFacts | None:
         hub_id=ids[0] if ids else None,
         config=configs[0] if configs else None,
         split=None if split is None else str(split),
+        named=bool(titles),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -12,7 +13,19 @@ import pytest
 
 from hf_ls.compare.cells import Cell
 from hf_ls.compare.comparison import Comparison, Variant
-from hf_ls.compare.page import Facts, _panel, _ticks, diagrams, forests, headline, html, print_comparison, rows, write_report
+from hf_ls.compare.page import (
+    COLUMNS,
+    Facts,
+    _panel,
+    _ticks,
+    diagrams,
+    forests,
+    headline,
+    html,
+    print_comparison,
+    rows,
+    write_report,
+)
 from hf_ls.compare.results import Predictions
 from hf_ls.compare.statistics import compare
 from hf_ls.metrics.core import ece
@@ -129,8 +142,27 @@ def test_the_verdict_comes_first_and_in_words(made):
     ]
     # The title of the page also has the headline, before everything.
     assert positions == sorted(positions)
-    for sentence in (*comparison.verdict.evidence, *comparison.verdict.caveats, "beware"):
+    compared = comparison.verdict.compared
+    sentences = [comparison.verdict.evidence[0], *comparison.verdict.evidence[1 + len(compared) :], *comparison.verdict.caveats]
+    for sentence in (*sentences, "beware"):
         assert " ".join(sentence.split()) in page.text
+    assert len(compared) >= 3  # a table of them, not as many like sentences
+    for sentence, (row, against, metric) in zip(comparison.verdict.evidence[1:], compared, strict=False):
+        found = next(c for c in comparison.contrasts if (c.set, c.row, c.against, c.metric) == ("test", row, against, metric))
+        assert (
+            f"{row} {dict(COLUMNS)[metric]}" in page.text
+            and f"{found.value:+.4f}" in page.text
+            and f"{found.value:+.4f}" in sentence
+        )
+        assert f"{found.low:+.4f} to {found.high:+.4f}" in page.text
+
+
+@pytest.mark.parametrize(("seeds", "shown"), [(1, False), (2, False), (3, True)])
+def test_no_interval_over_fewer_than_three_seeds(made, seeds, shown):
+    comparison, found = made
+    fewer = replace(comparison, seeds=comparison.seeds[:seeds])
+    assert any(cell["interval"] for row in rows(fewer, "test") for cell in row["cells"]) == shown
+    assert ("t interval over seeds" in Page(html(fewer, found, facts())).text) == shown
 
 
 def test_the_page_says_how_it_was_made(made):

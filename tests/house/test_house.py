@@ -152,12 +152,13 @@ def test_imports_go_in_one_direction():
 def test_packages_import_one_way():
     edges, late = picture(wanted_late=False), picture(wanted_late=True)
     assert {path.parent.name for path in ROOT.glob("hf_ls/*/__init__.py")} == set(MAY_IMPORT)
+    may = MAY_IMPORT | {"cli": set(MAY_IMPORT)}  # the command line stands above all packages
     wrong = [
         f"{name} -> {target}"
         for name in MODULES
         for target in sorted(edges[name] | late[name])
         if name.count(".") and target.count(".")
-        if target.split(".")[1] not in MAY_IMPORT[name.split(".")[1]] | {name.split(".")[1]}
+        if target.split(".")[1] not in may[name.split(".")[1]] | {name.split(".")[1]}
     ]
     assert not wrong
 

@@ -384,3 +384,26 @@ def test_other_tasks_are_refused() -> None:
         wrong = replace(report, task="text-classification") if report.is_token_task else report
         with pytest.raises(ValueError, match=r"expected a task of .*text-classification.*; set the Hub's name"):
             model_card(wrong)
+
+
+def test_pictures_which_were_drawn_are_linked_with_a_sentence_each():
+    plain = body(make_report())
+    assert "penultimate.png" not in plain
+    shown = body(make_report(pictures=["logit_gap.png", "penultimate.png"]))
+    for name in ("reliability", "confidence", "loss_curve", "calibration_steps", "logit_gap", "penultimate"):
+        after = shown.split(f"](plots/{name}.png)\n\n")[1].split("\n")[0]
+        assert len(after.split()) > 10 and after.endswith("."), name
+
+
+def test_the_time_of_this_run_is_not_that_of_all():
+    report = make_report()
+    history = {
+        run: [*records, {"step": 50, "train_runtime": 60.5 + i}] for i, (run, records) in enumerate(report.history.items())
+    }
+    training = replace(report.training, train_runtime_s=122.0)
+    text = body(replace(report, history=history, training=training))
+    assert (
+        "- training time of this run since its last start, seconds: 61.5" in text
+        and "each since its last start, seconds: 122" in text
+    )
+    assert "of this run" not in body(report)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -88,7 +88,9 @@ def test_the_verdict_follows_the_paired_difference_and_never_two_marginal_interv
 
 
 def test_a_report_without_differences_decides_nothing() -> None:
-    report = CalibrationReport.from_json(re.sub(r',\s*"differences": \[.*\]\s*}', "}", make_report().to_json(), flags=re.S))
+    fields = json.loads(make_report().to_json())
+    del fields["differences"]
+    report = CalibrationReport.from_json(json.dumps(fields))
     assert report.differences == []
     found = verdict(report)
     assert "only the interval of each row is known" in found and found.count("not decided (no paired difference)") == 2
@@ -96,7 +98,7 @@ def test_a_report_without_differences_decides_nothing() -> None:
 
 
 def test_verdict_without_a_pair_says_so() -> None:
-    assert "Nothing to compare" in verdict(make_report(rows=2))
+    assert "cannot be said: this table has one run only" in verdict(make_report(rows=2))
     plain = make_report()
     two = replace(plain, rows=[plain.rows[0], plain.rows[2]], published=None, training=TrainingFacts())
     assert "against the baseline, test split" in verdict(two)

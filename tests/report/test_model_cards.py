@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from places import ROOT
 
 from hf_ls.report.calibration_report import CalibrationReport
@@ -54,3 +55,17 @@ def test_every_picture_is_there_and_the_header_is_valid(name):
     assert card.data.library_name == "transformers" and "calibration" in card.data.tags
     shown = re.findall(r"!\[[^]]+\]\(([^)]+)\)", card.text)
     assert shown and all((folder / path).stat().st_size > 1000 for path in shown)
+
+
+@pytest.mark.parametrize("name", list(CARDS))
+def test_the_results_are_in_the_header_and_the_hubs_own_classes_accept_them(name):
+    """`eval_results` is read by huggingface_hub, which checks each result; written back, they are the same model-index."""
+    folder = ROOT / "model_cards" / name
+    report, data = CalibrationReport.load(folder / "calibration.json"), ModelCard.load(folder / "README.md").data
+    row = report.published_row
+    found = {result.metric_type: result for result in data.eval_results if "sequences" not in result.metric_name}
+    assert found["nll"].metric_value == row.value("nll") and found["brier_score"].metric_value == row.value("brier")
+    assert found["expected_calibration_error"].metric_value == row.value("ece")
+    assert {(r.dataset_type, r.dataset_split, r.verified) for r in data.eval_results} == {("local", "test", None)}
+    index = eval_results_to_model_index(data.model_name, data.eval_results)
+    assert model_index_to_eval_results(index) == (data.model_name, data.eval_results)

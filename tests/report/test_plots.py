@@ -55,10 +55,8 @@ def test_reliability_draws_bins_intervals_band_and_counts_of_every_row(report: C
     for ax, strip, row in zip(mains, strips, report.rows, strict=True):
         bins = {key: np.array(value, float) for key, value in row.reliability.items()}
         filled = bins["count"] > 0
-        errorbar = ax.containers[-1]
-        points, _, (bars,) = errorbar.lines
-        np.testing.assert_allclose(points.get_xdata(), bins["confidence"][filled])
-        np.testing.assert_allclose(points.get_ydata(), bins["accuracy"][filled])
+        bars, points = ax.collections
+        np.testing.assert_allclose(points.get_offsets(), np.stack([bins["confidence"], bins["accuracy"]], 1)[filled])
         low, high = wilson_interval(np.rint((bins["accuracy"] * bins["count"])[filled]), bins["count"][filled])
         ends = np.array([segment[:, 1] for segment in bars.get_segments()])
         np.testing.assert_allclose(ends, np.stack([low, high], 1), atol=1e-12)
@@ -83,34 +81,50 @@ def test_large_counts_are_written_short(report: CalibrationReport) -> None:
     row = report.rows[0]
     count = [0, 0, 0, 0, 0, 9_999, 10_000, 123_456, 4_000_000, *row.reliability["count"][9:]]
     many = replace(row, reliability=row.reliability | {"count": count})
-    shown = texts(reliability(replace(report, rows=[many], history={}, published=None)).axes[1])
+    data = replace(report.dataset, n=many.n, class_counts=[many.n, 0, 0])
+    shown = texts(reliability(replace(report, rows=[many], history={}, published=None, dataset=data)).axes[1])
     assert {"9999", "10k", "123k", "4M"} <= set(shown.split("\n"))
 
 
 def test_confidence_stacks_both_histograms_and_marks_the_two_means(report: CalibrationReport) -> None:
     for ax, row in zip(confidence(report).axes, report.rows, strict=True):
         wrong, right = (container.patches for container in ax.containers)
-        assert [p.get_height() for p in wrong] == row.histogram_incorrect
-        assert [p.get_height() for p in right] == row.histogram_correct
-        assert [p.get_y() for p in right] == row.histogram_incorrect
+        hits = np.rint(np.nan_to_num(np.array(row.reliability["accuracy"], float)) * row.reliability["count"])
+        assert [p.get_height() for p in wrong] == (row.reliability["count"] - hits).tolist()
+        assert [p.get_height() for p in right] == hits.tolist() and hits.sum() == pytest.approx(row.value("accuracy") * row.n)
+        assert [p.get_y() for p in right] == (row.reliability["count"] - hits).tolist()
         mean = row.value("accuracy") + row.value("signed_gap")
         assert [line.get_xdata()[0] for line in ax.lines] == [mean, row.value("accuracy")]
         assert f"mean confidence {mean:.3f}, accuracy {row.value('accuracy'):.3f}" in ax.get_title(loc="left")
 
 
-@pytest.mark.parametrize(("num_classes", "left"), [(2, 7 / 15), (3, 5 / 15), (40, 0.0)])
-def test_axis_starts_at_the_lowest_confidence_which_k_classes_allow(num_classes: int, left: float) -> None:
-    report = make_report(60, num_classes, rows=1)
-    assert reliability(report).axes[0].get_xlim() == pytest.approx((left, 1))
-    assert confidence(report).axes[0].get_xlim()[0] <= 1 / num_classes
+@pytest.mark.parametrize(("num_classes", "rows"), [(2, 1), (3, 4), (40, 1)])
+def test_axes_start_at_the_lowest_bin_with_a_prediction(num_classes: int, rows: int) -> None:
+    report = make_report(60, num_classes, rows=rows)
+    low = min(np.flatnonzero(row.reliability["count"])[0] for row in report.rows) / 15
+    for ax in [*reliability(report).axes, *confidence(report).axes]:
+        assert ax.get_xlim() == pytest.approx((low, 1))
+
+
+def test_bins_of_few_predictions_are_pale(report: CalibrationReport) -> None:
+    for ax, row in zip(reliability(report).axes[::2], report.rows, strict=True):
+        count = np.array([n for n in row.reliability["count"] if n])
+        alpha = ax.collections[-1].get_facecolors()[:, 3]
+        assert alpha[count.argmax()] == 1 and (np.argsort(alpha, kind="stable") == np.argsort(count, kind="stable")).all()
 
 
 def test_a_run_has_one_colour_in_all_plots(report: CalibrationReport) -> None:
-    of_bins = [ax.containers[-1].lines[0].get_color() for ax in reliability(report).axes[::2]]
+    of_bins = [matplotlib.colors.to_hex(ax.collections[-1].get_facecolors()[0]) for ax in reliability(report).axes[::2]]
     of_bars = [matplotlib.colors.to_hex(ax.containers[1].patches[0].get_facecolor()) for ax in confidence(report).axes]
     assert [c.lower() for c in of_bins] == of_bars and len(set(of_bars)) == 4
-    curves = {line.get_color() for line in loss_curve(report).axes[0].lines}
+    curves = {line.get_color().lower() for line in loss_curve(report).axes[0].lines}
     assert curves == {of_bins[0], of_bins[2]}
+
+
+def test_the_evaluations_have_an_axis_of_their_own(report: CalibrationReport) -> None:
+    training, evaluation = loss_curve(report).axes
+    values = [y for line in evaluation.lines for y in line.get_ydata()]
+    assert evaluation.get_ylim()[0] >= min(values) - 0.1 and evaluation.get_ylim() != training.get_ylim()
 
 
 def test_loss_curve_sets_the_smoothed_objective_apart(report: CalibrationReport) -> None:
@@ -225,8 +239,18 @@ def test_groups_draw_nll_and_ece_by_position_and_frequency_of_every_row(tokens: 
         assert [tick.split("\n")[1] for tick in ticks] == [str(group["n"]) for group in named]
     assert [tick.split("\n")[0] for tick in ticks[-2:]] == ["10k-99k", "100k-999k"]
     assert {axes[0, 0].get_ylabel(), axes[1, 0].get_ylabel()} == {"NLL, nats per token", "ECE"}
-    colours = [ax.containers[-1].lines[0].get_color() for ax in reliability(tokens).axes[::2]]
+    colours = [matplotlib.colors.to_hex(ax.collections[-1].get_facecolors()[0]).upper() for ax in reliability(tokens).axes[::2]]
     assert [line.get_color() for line in axes[0, 0].lines] == colours
+
+
+def test_groups_of_few_tokens_are_hollow(tokens: CalibrationReport) -> None:
+    row = tokens.rows[0]
+    position = [group for group in row.groups if group["kind"] == "position"]
+    changed = [group | {"n": 49 + i} for i, group in enumerate(position)]
+    figure = groups(replace(tokens, rows=[replace(row, groups=changed)], history={}, published=None))
+    (hollow,) = figure.axes[0].collections
+    np.testing.assert_allclose(hollow.get_offsets(), [[0, position[0]["nll"]]])
+    np.testing.assert_allclose(hollow.get_facecolors(), [[1, 1, 1, 1]])
 
 
 def test_a_group_which_a_row_lacks_leaves_a_gap(tokens: CalibrationReport) -> None:
@@ -260,8 +284,6 @@ def test_token_counts_stand_on_a_log_axis_which_holds_1_and_1e7(rows: int) -> No
         row,
         reliability=row.reliability
         | {"count": count, "accuracy": [0.0, *[None] * 13, 0.9], "confidence": [0.05, *[None] * 13, 0.97]},
-        histogram_correct=[*[0] * 19, n - 1],
-        histogram_incorrect=[1, *[0] * 19],
     )
     report = replace(report, rows=[huge], history={}, published=None, dataset=replace(report.dataset, n=n))
     strip = reliability(report).axes[1]
@@ -271,8 +293,9 @@ def test_token_counts_stand_on_a_log_axis_which_holds_1_and_1e7(rows: int) -> No
     assert ax.get_yscale() == "log" and ax.get_ylabel() == "tokens"
     assert ax.get_ylim()[0] < 1 and ax.get_ylim()[1] > 1e7
     wrong, right = (container.patches for container in ax.containers)
-    assert [p.get_height() for p in wrong] == huge.histogram_incorrect
-    assert [p.get_height() for p in right] == huge.histogram_correct
+    hits = np.rint(0.9 * (n - 1))
+    assert [p.get_height() for p in wrong] == [1, *[0] * 13, n - 1 - hits]
+    assert [p.get_height() for p in right] == [*[0] * 14, hits]
     for grey, coloured in zip(wrong, right, strict=True):  # side by side inside the bin
         assert coloured.get_y() == grey.get_y() and coloured.get_x() == pytest.approx(grey.get_x() + grey.get_width())
 
@@ -285,11 +308,9 @@ def test_nothing_leaves_the_picture(tokens: CalibrationReport) -> None:
             assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0, plot.__name__
 
 
-def test_axis_of_a_vocabulary_starts_at_zero_and_units_are_tokens(tokens: CalibrationReport) -> None:
-    assert reliability(tokens).axes[0].get_xlim() == (0, 1)
+def test_units_are_tokens(tokens: CalibrationReport) -> None:
     assert loss_curve(tokens).axes[0].get_ylabel() == "nats per token"
     assert loss_curve(make_report()).axes[0].get_ylabel() == "nats per example"
-    assert reliability(make_token_report("token-classification")).axes[0].get_xlim() == pytest.approx((1 / 15, 1))
 
 
 @pytest.mark.filterwarnings("error", "ignore:Glyph")

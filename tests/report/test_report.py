@@ -35,8 +35,6 @@ def test_row_holds_what_an_independent_count_finds() -> None:
     assert row.n == len(labels)
     assert row.value("accuracy") == correct.mean()
     assert row.value("accuracy") + row.value("signed_gap") == pytest.approx(confidence.mean(), abs=1e-12)
-    for histogram, part in ((row.histogram_correct, correct), (row.histogram_incorrect, ~correct)):
-        assert histogram == np.histogram(confidence[part], bins=20, range=(0, 1))[0].tolist()
     edges = np.array(row.reliability["edges"])
     for b in range(15):
         inside = (confidence > edges[b]) & (confidence <= edges[b + 1])
@@ -153,7 +151,6 @@ def test_row_of_tokens_holds_what_the_tokens_say() -> None:
     for metric, found in (tokens.metrics() | extra).items():
         assert row.metrics[metric] == found
     assert row.groups == tokens.groups() and {g["kind"] for g in row.groups} == {"end_of_sequence", "frequency", "position"}
-    assert sum(row.histogram_correct) == pytest.approx(row.value("accuracy") * row.n)
     with pytest.raises(ValueError, match=r"other metrics in extra than those of the tokens, got \['ece'\]"):
         CalibrationRow.from_tokens("x", 0.1, None, tokens, {"ece": {"value": 0.1}})
 

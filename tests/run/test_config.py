@@ -261,3 +261,22 @@ def test_the_best_model_is_chosen_by_a_metric_which_evaluations_give(tmp_path, t
     assert parse(tmp_path, "", *argv, known).training.metric_for_best_model == known
     with pytest.raises(ValueError, match=f"expected metric_for_best_model among .* got '{unknown}'"):
         parse(tmp_path, "", *argv, unknown)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--license Apache_2.0!", "as the Hub names it"),
+        ("--language english_us", "codes such as en"),
+        ("--dataset_id a/b/c", "use dataset_title"),
+        ("--dataset_title=\x20", "got blanks"),
+    ],
+)
+def test_what_the_hub_would_refuse_in_a_card_is_refused_before_the_training(line, message):
+    with pytest.raises(ValueError, match=message):
+        parse_config(["--dataset_name", "snippets", *(part.replace("\\x20", " ") for part in line.split())])
+
+
+def test_what_the_user_says_of_the_card_is_kept():
+    card = parse_config(["--dataset_name", "snippets", "--license", "mit", "--language", "en", "de"]).card
+    assert (card.hub.license, card.hub.language, card.dataset_id) == ("mit", ["en", "de"], None)

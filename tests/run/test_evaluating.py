@@ -27,9 +27,9 @@ import hf_ls
 from hf_ls.data.labels import match_labels, permutation_warning
 from hf_ls.metrics import ece, nll
 from hf_ls.metrics.probabilities import probabilities
-from hf_ls.report.calibration_report import REPORT, CalibrationReport
+from hf_ls.report.calibration_report import EVALUATED, REPORT, CalibrationReport
 from hf_ls.report.card_metadata import eval_results
-from hf_ls.run.evaluate import POSTHOC, ROW, EvaluateArguments, evaluate, parse_evaluation, update_card
+from hf_ls.run.evaluate import EvaluateArguments, evaluate, parse_evaluation, update_card
 
 NAMES = ("negative", "neutral", "positive")
 
@@ -73,7 +73,7 @@ def files(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
 
 def settings(model: Path, files: dict[str, Any], folder: Path, **changes: Any) -> EvaluateArguments:
     fields = {"test_file": files["test"][0], "validation_file": files["validation"][0], "use_cpu": True, "max_length": 32}
-    return EvaluateArguments(str(model), str(folder), **(fields | changes))
+    return EvaluateArguments(str(folder), str(model), **(fields | changes))
 
 
 def test_report_holds_the_numbers_of_the_model_on_the_data(
@@ -84,12 +84,12 @@ def test_report_holds_the_numbers_of_the_model_on_the_data(
     _, lines, ids = files["test"]
     logits = logits_of(model, lines)
     plain, tempered = report.rows
-    assert (plain.name, tempered.name) == (ROW, f"{ROW} + temperature") and tempered.temperature > 1.5
+    assert (plain.name, tempered.name) == (EVALUATED, f"{EVALUATED} + temperature") and tempered.temperature > 1.5
     assert plain.value("nll") == pytest.approx(nll(logits, ids), rel=1e-5)
     assert plain.value("accuracy") == pytest.approx((logits.argmax(1) == ids).mean())
     assert tempered.value("nll") < plain.value("nll") and report.dataset.class_counts == np.bincount(ids).tolist()
 
-    found = json.loads((tmp_path / POSTHOC).read_text())
+    found = report.posthoc
     assert found["temperature"]["nll"] == pytest.approx(tempered.value("nll"))
     assert {"vector scaling", "isotonic", "selective score"} < set(found)
     assert (tmp_path / "plots" / "reliability.png").is_file()
@@ -98,13 +98,18 @@ def test_report_holds_the_numbers_of_the_model_on_the_data(
 
 
 def test_nothing_is_claimed_about_a_training_which_nobody_saw(model: Path, files: dict[str, Any], tmp_path: Path) -> None:
-    report = evaluate(settings(model, files, tmp_path, write_card=True))
+    said = {"license": "mit", "language": ["en", "pt-BR"], "dataset_title": "Notes of 2026"}
+    report = evaluate(settings(model, files, tmp_path, write_card=True, **said))
     assert [row.epsilon for row in report.rows] == [None, None] and report.training is None and report.baseline is None
-    text = ModelCard.load(tmp_path / "README.md").text
+    card = ModelCard.load(tmp_path / "README.md")
+    text = card.text
+    assert (card.data.license, card.data.language) == ("mit", ["en", "pt-BR"]) and card.data.datasets is None
+    assert {(r.dataset_type, r.dataset_name) for r in card.data.eval_results} == {("local", "Notes of 2026")}
+    assert "weights beside" not in text and "this folder" not in text
     assert "not known: this model was not trained here" in text and "- base model: not known" in text
     assert "not trained here (whether label smoothing was used is not known)" in text
     assert "trained from scratch" not in text and "effective epsilon" not in text
-    assert "?" in next(line for line in text.splitlines() if line.startswith(f"| {ROW} |"))
+    assert "?" in next(line for line in text.splitlines() if line.startswith(f"| {EVALUATED} |"))
     said = evaluate(settings(model, files, tmp_path / "said", epsilon=0.1, write_card=True))
     text = ModelCard.load(tmp_path / "said" / "README.md").text
     assert said.rows[0].epsilon == 0.1 and "as its user says" in text and "prior: not known" in text
@@ -123,7 +128,7 @@ def test_the_report_beside_the_weights_says_how_they_were_trained(model: Path, f
 
 def test_without_validation_there_is_no_temperature(model: Path, files: dict[str, Any], tmp_path: Path) -> None:
     report = evaluate(settings(model, files, tmp_path, validation_file=None, epsilon=0.0))
-    assert [row.name for row in report.rows] == [ROW] and not (tmp_path / POSTHOC).exists()
+    assert [row.name for row in report.rows] == [EVALUATED] and report.posthoc == {}
 
 
 def test_labels_in_another_order_are_matched_by_name_and_it_is_said(model: Path, files: dict[str, Any], tmp_path: Path) -> None:
@@ -142,7 +147,7 @@ def test_permuted_ids_are_noticed(model: Path, tmp_path: Path, capsys: Any) -> N
     lines = texts(200, 7)
     shifted = (logits_of(model, lines).argmax(1) + 1) % 3
     path = write_csv(tmp_path / "test.csv", lines, shifted.tolist())
-    evaluate(EvaluateArguments(str(model), str(tmp_path / "out"), test_file=path, use_cpu=True, epsilon=0.0))
+    evaluate(EvaluateArguments(str(tmp_path / "out"), str(model), test_file=path, use_cpu=True, epsilon=0.0))
     output = " ".join(capsys.readouterr().out.split())
     assert "The data has ids without names, read as the model's: 0 = negative" in output
     assert "The labels look permuted: accuracy 0.000 as they are, 1.000 with" in output
@@ -162,8 +167,8 @@ def test_token_classification(tmp_path: Path) -> None:
         (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, part)))
     report = evaluate(
         EvaluateArguments(
-            str(folder),
             str(tmp_path / "out"),
+            str(folder),
             task="token-classification",
             test_file=str(tmp_path / "test.jsonl"),
             validation_file=str(tmp_path / "validation.jsonl"),
@@ -181,7 +186,7 @@ def test_token_classification(tmp_path: Path) -> None:
             )
             for row in rows[30:]
         ]  # fmt: skip
-    assert report.is_token_task and report.dataset.n_sequences == 30 and report.rows[0].name == ROW
+    assert report.is_token_task and report.dataset.n_sequences == 30 and report.rows[0].name == EVALUATED
     assert report.rows[0].value("nll") == pytest.approx(float(torch.cat(losses).mean()), rel=1e-4)
 
 
