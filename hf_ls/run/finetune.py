@@ -11,7 +11,7 @@ from hf_ls.common.privacy import token_in_environment
 from hf_ls.report.calibration_report import CalibrationReport
 from hf_ls.run.config import Config
 from hf_ls.run.launch import announce
-from hf_ls.run.loading import Loaded, load
+from hf_ls.run.loading import Loaded, load, looked_at
 from hf_ls.run.manifest import FOLDER, Manifest
 from hf_ls.run.outcome import OUTCOME, Outcome, evaluate_classes, evaluate_tokens, run_name
 from hf_ls.run.output import check_output, recorded
@@ -35,6 +35,8 @@ def finetune(config: Config, callbacks: Sequence[Any] = ()) -> CalibrationReport
         # Before anything is written: what cannot be had or made must not cost an earlier run, or leave a folder behind.
         model = rehearse(config, loaded)
         if config.run.dry_run:
+            for line in looked_at(config, loaded):
+                announce(line)
             announce(f"dry run: {loaded.sizes}; {type(model).__name__}, {model.num_parameters():,} weights; settings are sound")
             return None
         manifest = check_output(config, model)
