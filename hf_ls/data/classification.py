@@ -16,6 +16,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from hf_ls.data.guessing import guess_columns
 from hf_ls.data.labels import check_distinct, class_name, classes_of, folded
 from hf_ls.data.reading import check_texts, read_files, read_hub
+from hf_ls.data.soft_labels import LABEL, SOFT, with_soft_labels
 from hf_ls.data.splitting import Rows, named_splits, same_text, with_held_out
 from hf_ls.data.truncation import count_cut, warn_of
 
@@ -115,6 +116,8 @@ def load_classification(
     text_column: str | None = None,
     text_pair_column: str | None = None,
     label_column: str | None = None,
+    soft_label_columns: Sequence[str] = (),
+    soft_label_names: Sequence[str] = (),
     validation_fraction: float = 0.1,
     test_fraction: float = 0.0,
     seed: int = 0,
@@ -123,12 +126,18 @@ def load_classification(
 
     Columns which are not given are `text` and `label`, or guessed (`guessing`). A missing validation or test split is cut from
     train (`splitting.with_held_out`), never one from the other; a fraction of 0 cuts none. Labels become ids in the order of
-    `labels.classes_of`, and keep their text as name; labels of the other splits are found by `labels.folded`.
+    `labels.classes_of`, and keep their text as name; labels of the other splits are found by `labels.folded`. With
+    `soft_label_columns` labels come from these (`soft_labels.with_soft_labels`), and `label_column` is not read.
 
     Raises: ValueError for missing splits or columns, unknown file types, one class only, labels as `labels.classes_of`, and
     labels of a later split which train does not have.
     """
     raw, name, hub_id = read_splits(dataset_name, dataset_config, files)
+    names: tuple[str, ...] = ()
+    notes: list[str] = []
+    if soft_label_columns:
+        raw, names, notes = with_soft_labels(raw, soft_label_columns, soft_label_names)
+        label_column = LABEL
     found, guessed = guess_columns(raw["train"], {"text": text_column, "label": label_column})
     texts = [found["text"], *([text_pair_column] if text_pair_column else [])]
     columns = [*texts, found["label"]]
@@ -137,13 +146,16 @@ def load_classification(
     for split, part in raw.items():
         check_columns(part, split, columns, "text_column and label_column")
         check_texts(part, split, texts)
-    labelled, names = _integer_labels(raw.select_columns(columns), found["label"])
+    soft = [SOFT] if soft_label_columns else []
+    labelled = raw.select_columns([*columns, *soft])
+    if not soft:
+        labelled, names = _integer_labels(labelled, found["label"])
     ours = dict(zip(columns, ("text", "text_pair", "label") if text_pair_column else ("text", "label"), strict=True))
     labelled = labelled.rename_columns({theirs: name for theirs, name in ours.items() if theirs != name})
     fractions = {"test": test_fraction, "validation": validation_fraction}
     splits, cut = with_held_out(labelled, fractions, seed, _rows, "label")
-    notes = (*([guessed] if guessed else ()), *cut)
-    return ClassificationData(splits, names, name, hub_id, None, notes=notes, columns=ours)
+    said = (*([guessed] if guessed else ()), *notes, *cut)
+    return ClassificationData(splits, names, name, hub_id, None, notes=said, columns=ours)
 
 
 def read_splits(
@@ -229,7 +241,8 @@ def tokenise(splits: DatasetDict, tokenizer: Any, max_length: int) -> DatasetDic
         def whole(i: int) -> Any:
             return tokenizer(batch["text"][i], None if pairs is None else pairs[i], verbose=False)
 
-        return {**encoded, "labels": batch["label"], "cut": count_cut(encoded["input_ids"], max_length, whole)}
+        soft = {SOFT: batch[SOFT]} if SOFT in batch else {}
+        return {**encoded, **soft, "labels": batch["label"], "cut": count_cut(encoded["input_ids"], max_length, whole)}
 
     columns = splits["train"].column_names
     tokens = splits.map(encode, batched=True, remove_columns=columns, desc="tokenising")

@@ -54,7 +54,7 @@ class CalibrationRow:
             task.
         reliability: per bin what the diagram needs, None where a bin is empty.
         histogram_correct, histogram_incorrect: how many right and wrong predictions have a confidence in each of 20 bins (a, b].
-        groups: of tokens, as `TokenCalibration.groups`.
+        groups: of tokens, as `TokenCalibration.groups`. classes: of classifiers, as `metrics.classes.class_table`, a class each.
 
     Raises: ValueError for a missing metric or key; TypeError for a value which JSON cannot hold.
     """
@@ -68,6 +68,7 @@ class CalibrationRow:
     histogram_incorrect: list[int]
     groups: list[dict[str, Any]] = field(default_factory=list)
     tempered: bool = False
+    classes: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Make every value what JSON gives back, and check the shapes."""
@@ -323,6 +324,11 @@ class CalibrationReport:
         return next((row for row in self.rows if row.run != BASELINE and not row.tempered), None)
 
     @property
+    def challengers(self) -> list[CalibrationRow]:
+        """The rows of all runs beside the baseline, without temperature."""
+        return [row for row in self.rows if row.run != BASELINE and not row.tempered]
+
+    @property
     def published_row(self) -> CalibrationRow | None:
         """The row of the saved weights; a report of one row needs no `published` to name it."""
         if self.published is None:
@@ -340,7 +346,9 @@ class CalibrationReport:
 
     def smoothing_of(self, row: CalibrationRow) -> SmoothingFacts:
         """How the targets of the row's run were smoothed: the baseline's never are."""
-        return SmoothingFacts(epsilon=0.0) if row.run == BASELINE else self.smoothing
+        if row.run == BASELINE:
+            return SmoothingFacts(epsilon=0.0)
+        return self.smoothing if row.epsilon in (None, self.smoothing.epsilon) else SmoothingFacts(row.epsilon)
 
     def epsilon_text(self, row: CalibrationRow) -> str:
         """Epsilon of a row for tables and labels: "0.1", "0 → 0.4" with a schedule, "?" where it is not known."""

@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 GROUP_HEADINGS = ("tokens", "run", "n", "nll", "ece", "signed gap")
+SCORES = ("f1_macro", "f1_weighted", "balanced_accuracy", "soft_nll", "soft_brier", "entity_f1")
+SCORE_NOTE = (
+    "95 % intervals in brackets. f1 macro: mean F1 of the classes, each counting alike; f1 weighted: by how often a class is the "
+    "label; balanced accuracy: mean recall of the classes; 0 to 1, higher is better."
+)
+SOFT_NOTE = " soft nll (nats, at least the entropy of the soft labels) and soft brier (0 to 2): against them; lower is better."
+MOST_CLASSES = 30
 GROUP_NOTE = "A small n makes ece larger: compare it between runs, not between groups."
 _CLASS_NOTE = (
     "T: temperature. 95 % intervals in brackets; the one of ece is for the true error and may lie below the "
@@ -61,6 +68,61 @@ def group_cells(report: CalibrationReport) -> list[list[str]]:
         [group_label(*key), one_line(row.name), f"{group['n']:,}", *(_number(group, m) for m in ("nll", "ece", "signed_gap"))]
         for key, row, group in found
     ]
+
+
+def score_cells(report: CalibrationReport) -> list[list[str]]:
+    """The headings, then a line for each row, of the scores by class and against soft labels; empty where there are none."""
+    names = [name for name in SCORES if any(name in row.metrics for row in report.rows)]
+    if not names:
+        return []
+    lines = [[one_line(row.name), *(row.show(name) for name in names)] for row in report.rows]
+    return [["run", *(name.replace("_", " ") for name in names)], *lines]
+
+
+def class_cells(report: CalibrationReport) -> list[list[str]]:
+    """The headings, then a line for each class of the published row (else the last one): the least frequent classes first."""
+    row = report.published_row or report.rows[-1]
+    if not row.classes:
+        return []
+    order = sorted(range(len(row.classes)), key=lambda i: row.classes[i]["n"])
+
+    def number(value: float | None, signed: bool) -> str:
+        return "–" if value is None else format(value, "+.3f" if signed else ".3f")
+
+    keys = ("precision", "recall", "f1", "probability", "share", "signed_gap", "ece")
+    lines = [
+        [
+            one_line(report.label_names[i]),
+            f"{row.classes[i]['n']:,}",
+            *(number(row.classes[i][k], k == "signed_gap") for k in keys),
+        ]
+        for i in order[:MOST_CLASSES]
+    ]
+    return [["class", "n", *(key.replace("_", " ") for key in keys)], *lines]
+
+
+def class_note(report: CalibrationReport) -> str:
+    """How to read the table of classes."""
+    row = report.published_row or report.rows[-1]
+    more = len(row.classes) - MOST_CLASSES
+    cut = f" The {MOST_CLASSES} least frequent of {len(row.classes)} classes." if more > 0 else ""
+    return (
+        f"Row '{one_line(row.name)}'.{cut} n: labels of the class. probability: its mean over all examples; share: how often it "
+        "is the label; signed gap: the first less the second, above 0 where the class is given too much probability. ece: of that "
+        "probability, all examples. Of few labels every number is uncertain."
+    )
+
+
+def plain_table(title: str, lines: list[list[str]], caption: str) -> Table:
+    """Headings and lines for the console."""
+    from rich.text import Text
+
+    made = _empty(title, caption)
+    for i, heading in enumerate(lines[0]):
+        made.add_column(Text(heading), justify="right" if i else "left")
+    for line in lines[1:]:
+        made.add_row(*(Text(cell.replace(" [", "\n[")) for cell in line))
+    return made
 
 
 def group_label(kind: str, name: str) -> str:
@@ -146,3 +208,19 @@ def _row(report: CalibrationReport, row: CalibrationRow, metrics: list[str]) -> 
 def _number(group: dict[str, Any], metric: str) -> str:
     value = group[metric]
     return "–" if value is None else format(value, "+.3f" if metric == "signed_gap" else ".3f")
+
+
+def score_note(report: CalibrationReport) -> str:
+    """How to read the scores."""
+    return SCORE_NOTE + (SOFT_NOTE if any("soft_nll" in row.metrics for row in report.rows) else "")
+
+
+def more_tables(report: CalibrationReport) -> list[Table]:
+    """The tables for the console beneath the first: scores by class, the classes, the groups of tokens."""
+    found = []
+    if lines := score_cells(report):
+        found.append(plain_table("Scores by class", lines, score_note(report)))
+    if lines := class_cells(report):
+        found.append(plain_table("Calibration of each class", lines, class_note(report)))
+    groups = group_table(report)
+    return found + ([] if groups is None else [groups])

@@ -19,6 +19,7 @@ from hf_ls.data.classification import EMBEDDED_DATASET, EMBEDDED_MODEL
 from hf_ls.data.g2p import EMBEDDED_G2P
 from hf_ls.data.guessing import guess_task
 from hf_ls.data.reading import read_files
+from hf_ls.metrics.classes import CLASS_SCORES
 from hf_ls.metrics.text import TEXT_METRICS
 from hf_ls.trainer.arguments import LabelSmoothingSeq2SeqArguments, techniques_of
 
@@ -26,6 +27,9 @@ from hf_ls.trainer.arguments import LabelSmoothingSeq2SeqArguments, techniques_o
 _TASKS_OF = {
     "text_pair_column": ("text-classification",),
     "label_column": ("text-classification",),
+    "soft_label_columns": ("text-classification",),
+    "soft_label_names": ("text-classification",),
+    "soft_labels": ("text-classification",),
     "snippet_sources": ("text-classification",),
     "bake_temperature": ("text-classification",),
     "tokens_column": ("token-classification",),
@@ -42,11 +46,14 @@ _TASKS_OF = {
     "generation_config": ("seq2seq",),
     "sortish_sampler": ("seq2seq",),
 }
+_TASKS_OF["class_weight"] = ("text-classification", "token-classification")
 _TASKS_OF |= dict.fromkeys(("mixup_alpha", "mixup_per"), ("text-classification",))
 # What an evaluation during training gives, by which the best checkpoint can be chosen; signed_gap is best at 0, at neither end.
 _METRICS = ("loss", "nll", "brier", "ece", "accuracy")
+_SOFT_METRICS = ("soft_nll", "soft_brier")
 _METRICS_OF: dict[str, tuple[str, ...]] = dict.fromkeys(("seq2seq", "causal-lm"), ("perplexity", "eos_nll", "eos_ece"))
-_METRICS_OF["token-classification"] = ("perplexity",)
+_METRICS_OF["token-classification"] = ("perplexity", *CLASS_SCORES, "entity_f1")
+_METRICS_OF["text-classification"] = tuple(CLASS_SCORES)
 _GENERATED_METRICS = ("exact_match", "sequence_ece")
 # Smallest value, and the one which must not be reached; what is checked elsewhere is not here.
 _RANGES: dict[str, tuple[float, float]] = {
@@ -122,6 +129,11 @@ class DataArguments:
     text_column: str | None = field(default=None, metadata=about("Column with the text; `text`, or guessed and said."))
     text_pair_column: str | None = field(default=None, metadata=about("Column with a second text, for sentence pairs."))
     label_column: str | None = field(default=None, metadata=about("Column with one class per row; `label`, or guessed and said."))
+    soft_label_columns: list[str] = field(
+        default_factory=list,
+        metadata=about("Raters or teachers instead of label_column: a column of lists or mappings, or one of counts per class."),
+    )
+    soft_label_names: list[str] = field(default_factory=list, metadata=about("Names of the classes in such a list, in order."))
     source_column: str | None = field(
         default=None, metadata=about("seq2seq: column with the source; causal-lm: with the prompt.")
     )
@@ -188,6 +200,14 @@ class RunArguments:
         metadata=about("Quality of what seq2seq models generate: exact_match, word_error_rate, phoneme_error_rate, bleu, chrf."),
     )
     with_baseline: bool = field(default=False, metadata=about("First train the same model with epsilon = 0, for the comparison."))
+    class_weight: Literal["none", "balanced"] = field(
+        default="none",
+        metadata=about("balanced: an example of class k counts n / (K n_k) times in training, in the baseline too."),
+    )
+    soft_labels: Literal["train", "evaluate"] = field(
+        default="train",
+        metadata=about("With soft_label_columns: train on the distributions (labels in the runs beside it), or only measure."),
+    )
     bake_temperature: bool = field(
         default=False, metadata=about("Divide the saved classifier's weights by the temperature fitted on validation.")
     )
@@ -213,6 +233,11 @@ class Config:
     data: DataArguments
     training: LabelSmoothingSeq2SeqArguments
     notes: tuple[str, ...] = ()
+
+    @property
+    def trains_on_soft_labels(self) -> bool:
+        """Whether the published run learns distributions; the runs beside it learn labels."""
+        return bool(self.data.soft_label_columns) and self.run.soft_labels == "train"
 
 
 class Parser(HfArgumentParser):
@@ -276,7 +301,7 @@ def _filled_in(words: list[str], *, configured: bool) -> tuple[list[str], list[s
     if file is None:
         return [], []
     filled, notes = [], []
-    task = None if "task" in given else _guessed_task(file)
+    task = None if given.keys() & {"task", "soft_label_columns"} else _guessed_task(file)  # soft labels are of whole texts
     if task is not None:
         filled.append(f"--task={task}")
         notes.append(f"Task: {task}, guessed by the columns of {Path(file).name}; --task changes that")
@@ -426,6 +451,7 @@ def _check(config: Config) -> None:
         )
     metric = training.metric_for_best_model or ""
     known = [*_METRICS, *_METRICS_OF.get(run.task, ()), *(_GENERATED_METRICS if training.predict_with_generate else ())]
+    known += _SOFT_METRICS if config.data.soft_label_columns else ()
     if "test" in metric.replace("eval_", "").split("_") or "predict" in metric:
         raise ValueError(f"expected metric_for_best_model on validation, got {metric!r}; the test split is only ever reported on")
     if metric and metric.removeprefix("eval_") not in known:
@@ -437,7 +463,8 @@ def _check(config: Config) -> None:
         raise ValueError(
             "expected load_best_model_at_end with early_stopping_patience, got False; set it and metric_for_best_model"
         )
-    if run.with_baseline and not techniques_of(training):
+    _check_soft_labels(config)
+    if run.with_baseline and not techniques_of(training) and not config.trains_on_soft_labels:
         raise ValueError(
             "expected label_smoothing_factor > 0 with with_baseline, got 0, which is the baseline itself; set one of them"
         )
@@ -445,6 +472,19 @@ def _check(config: Config) -> None:
         for name in ("distillation_alpha", "distillation_temperature"):
             if getattr(training, name) != LabelSmoothingSeq2SeqArguments.__dataclass_fields__[name].default:
                 raise ValueError(f"expected distillation_teacher with {name}, got none; add --teacher, or drop {name}")
+
+
+def _check_soft_labels(config: Config) -> None:
+    training, alone = config.training, not config.run.with_baseline and not config.training.allow_combined_softening
+    if training.label_smoothing_soft_labels:
+        raise ValueError(
+            "expected soft_label_columns, which names the data too, got label_smoothing_soft_labels; use soft_label_columns"
+        )
+    if config.trains_on_soft_labels and alone and techniques_of(training):
+        raise ValueError(
+            f"expected one target-softening technique, got {techniques_of(training)[0]} and soft labels, which are soft already; "
+            "set label_smoothing_factor: 0, or with_baseline for a row of each, or allow_combined_softening for both at once"
+        )
 
 
 def _check_task(config: Config) -> None:

@@ -32,6 +32,7 @@ from hf_ls.data.sequences import (
     tokenise_seq2seq,
     tokenise_words,
 )
+from hf_ls.data.soft_labels import with_soft_labels
 from hf_ls.data.splitting import check_overlap, sample
 from hf_ls.run.config import Config, nearest
 from hf_ls.run.launch import announce
@@ -98,10 +99,14 @@ def load_data(config: Config) -> Data:
     data: Data
     if settings.dataset_name == EMBEDDED_DATASET:
         data = load_snippets(settings.snippet_sources)
+        if settings.soft_label_columns:
+            splits, names, notes = with_soft_labels(data.splits, settings.soft_label_columns, data.label_names)
+            data = replace(data, splits=splits, label_names=names, notes=tuple(notes))
     elif settings.dataset_name == EMBEDDED_G2P:
         data = load_g2p()
     elif task == "text-classification":
-        source |= {"text_pair_column": settings.text_pair_column, "label_column": settings.label_column}
+        read = ("text_pair_column", "label_column", "soft_label_columns", "soft_label_names")
+        source |= {name: getattr(settings, name) for name in read}
         data = load_classification(settings.dataset_name, **source)
     else:
         source |= {name: getattr(settings, name) for name in ("source_column", "target_column", "tokens_column", "tags_column")}

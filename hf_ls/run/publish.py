@@ -22,13 +22,13 @@ from hf_ls.common.text import hub_id
 from hf_ls.data.classification import ClassificationData
 from hf_ls.data.sequences import SequenceData
 from hf_ls.metrics.paired import differences
-from hf_ls.report.calibration_report import REPORT, SETTINGS, CalibrationReport, package_versions
+from hf_ls.report.calibration_report import BASELINE, REPORT, SETTINGS, CalibrationReport, package_versions
 from hf_ls.report.card import write_card
 from hf_ls.report.facts import DatasetFacts, SmoothingFacts, TrainingFacts
 from hf_ls.report.pictures import PENULTIMATE, Penultimate, write_pictures
 from hf_ls.report.plots import write_plots
 from hf_ls.report.sentences import regime, verdict, warnings
-from hf_ls.report.table import group_table, table
+from hf_ls.report.table import more_tables, table
 from hf_ls.run.config import Config
 from hf_ls.run.launch import announce
 from hf_ls.run.outcome import DRAWS, GENERATIONS, OUTCOME, PREDICTIONS, Outcome
@@ -36,6 +36,7 @@ from hf_ls.run.tasks import TASKS
 from hf_ls.trainer.arguments import LabelSmoothingArguments, criterion_of, smoothing_of, techniques_of
 from hf_ls.trainer.criterion import ADAPTIVE
 
+BESIDE = (BASELINE, "smoothed")  # folders of the runs which stand beside the published one
 _TEXTS = (".json", ".md", ".txt", ".jinja")
 
 
@@ -44,8 +45,10 @@ def folder_of(config: Config) -> Path:
     return Path(config.training.output_dir or "trainer_output")
 
 
-def publish(config: Config, data: ClassificationData | SequenceData, runs: dict[str, Outcome]) -> CalibrationReport | None:
-    """One report of all runs and all files made of it; None when nothing was evaluated.
+def publish(
+    config: Config, data: ClassificationData | SequenceData, runs: dict[str, Outcome], folders: Mapping[str, Path]
+) -> CalibrationReport | None:
+    """One report of all runs and all files made of it; None when nothing was evaluated. folders: of each run.
 
     Raises: ValueError for adapters with `bake_temperature`, and as `write_card`.
     """
@@ -75,13 +78,13 @@ def publish(config: Config, data: ClassificationData | SequenceData, runs: dict[
     report.save(folder / REPORT)
     console = Console()
     console.print(table(report, console.width))
-    if (groups := group_table(report)) is not None:
-        console.print(groups)
+    for found in more_tables(report):
+        console.print(found)
     console.print(regime(report), verdict(report), sep="\n", markup=False, highlight=False)
     for text in warnings(report):
         console.print(f"Warning: {text}", markup=False, highlight=False)
     write_plots(report, folder / "plots")
-    pictures_of(report, {name: folder if run is main else folder / "baseline" for name, run in runs.items()}, folder / "plots")
+    pictures_of(report, folders, folder / "plots")
     write_card(report, folder)
     console.print(f"Report, plots and card: {folder}", markup=False, highlight=False, soft_wrap=True)
     return report
@@ -146,7 +149,7 @@ def push(config: Config, names: Sequence[str]) -> None:
 
 def _is_public(name: str) -> bool:
     top, last = name.split("/")[0], name.rsplit("/", 1)[-1]
-    here = top == "baseline" or top.startswith((f"{PREFIX_CHECKPOINT_DIR}-", "_", ".")) or last.endswith(f"_{GENERATIONS}")
+    here = top in BESIDE or top.startswith((f"{PREFIX_CHECKPOINT_DIR}-", "_", ".")) or last.endswith(f"_{GENERATIONS}")
     return not here and last not in (PREDICTIONS, DRAWS, OUTCOME, PENULTIMATE, SETTINGS, TRAINING_ARGS_NAME)
 
 
@@ -200,6 +203,7 @@ def _training_facts(config: Config, runs: dict[str, Outcome]) -> TrainingFacts:
         objective=training.label_smoothing_objective,
         objective_params=criterion_of(training, smoothing_of(training)).params,
         techniques=techniques_of(training),
+        class_weight="balanced: n / (K n_k)" if config.run.class_weight == "balanced" else None,
         teacher=Path(training.distillation_teacher).name if training.distillation_teacher else None,  # not a path here
         max_length=config.data.max_length,
         model_config_overrides=config.model.overrides,
