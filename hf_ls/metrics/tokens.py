@@ -80,8 +80,9 @@ class TokenCalibration:
         self._cells = StreamingCalibration()
         self._groups = np.zeros((2, len(_GROUPS), _WIDTH))  # sums, and what their rounding lost
         self._entity_sums = np.zeros(_ENTITIES)
-        self._replicates = np.zeros((self.repetitions, _WIDTH + _ENTITIES))  # of whole blocks
-        self._pending = np.zeros((0, _WIDTH + _ENTITIES))  # sequences of the block which is not full yet
+        self._width = _WIDTH + (0 if entities is None else _ENTITIES)
+        self._replicates = np.zeros((self.repetitions, self._width))  # of whole blocks
+        self._pending = np.zeros((0, self._width))  # sequences of the block which is not full yet
         self._sequences = self._blocks = 0
 
     def __len__(self) -> int:
@@ -97,7 +98,8 @@ class TokenCalibration:
         """Add S sequences: items float64 [S, T, 4] of `statistics.item_statistics`, labels [S, T] (token ids).
 
         An item is confidence (0 to 1), correct (0 or 1), nll (nats) and brier (0 to 2), or NaN four times where it is
-        ignored; labels there may hold anything. predictions [S, T]: the predicted classes. Sequences without a token count for nothing.
+        ignored; labels there may hold anything. predictions [S, T]: the predicted classes. Sequences without a token count for
+        nothing.
 
         Raises:
             TypeError: not numeric, or labels not integers.
@@ -127,7 +129,7 @@ class TokenCalibration:
         _add(self._groups, groups)
 
         count = int(sequence[-1]) + 1
-        rows = np.pad(_sums(sequence, count, *numbers), ((0, 0), (0, _ENTITIES)))
+        rows = np.pad(_sums(sequence, count, *numbers), ((0, 0), (0, self._width - _WIDTH)))
         if self._entities is not None and predicted is not None:
             ends = np.searchsorted(sequence, np.arange(count + 1))
             rows[:, _WIDTH:] = [self._entities(tokens[a:b], predicted[a:b]) for a, b in pairwise(ends)]
@@ -290,9 +292,10 @@ class TokenCalibration:
     def groups(self) -> list[dict[str, Any]]:
         """Return {"kind", "name", "n", "accuracy", "nll", "perplexity", "brier", "ece", "signed_gap"} of each group.
 
-        Kinds: "word" (labelled O or otherwise, or predicted other than O; of token classification), "end_of_sequence" (the label is that token, or another), "frequency" (how often the label was a training
-        label, by decades) and "position" (rank among the tokens of its sequence, from 1, by powers of two). Groups
-        without tokens are left out. The ece of a small group is biased upward more than that of the whole.
+        Kinds: "word" (of token classification: labelled O or otherwise, or predicted other than O), "end_of_sequence" (the label
+        is that token, or another), "frequency" (how often the label was a training label, by decades) and "position" (rank among
+        the tokens of its sequence, from 1, by powers of two). Groups without tokens are left out. The ece of a small group is
+        biased upward more than that of the whole.
         """
         table = []
         for (kind, name), sums in zip(_GROUPS, self._groups[0] + self._groups[1], strict=True):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 GROUP_HEADINGS = ("tokens", "run", "n", "nll", "ece", "signed gap")
-SCORES = ("f1_macro", "f1_weighted", "balanced_accuracy", "soft_nll", "soft_brier", "entity_f1")
+SCORES = ("f1_macro", "f1_weighted", "balanced_accuracy", "soft_nll", "soft_brier")
 SCORE_NOTE = (
     "95 % intervals in brackets. f1 macro: mean F1 of the classes, each counting alike; f1 weighted: by how often a class is the "
     "label; balanced accuracy: mean recall of the classes; 0 to 1, higher is better."
@@ -108,8 +108,8 @@ def class_note(report: CalibrationReport) -> str:
     cut = f" The {MOST_CLASSES} least frequent of {len(row.classes)} classes." if more > 0 else ""
     return (
         f"Row '{one_line(row.name)}'.{cut} n: labels of the class. probability: its mean over all examples; share: how often it "
-        "is the label; signed gap: the first less the second, above 0 where the class is given too much probability. ece: of that "
-        "probability, all examples. Of few labels every number is uncertain."
+        "is the label; signed gap: the first less the second, above 0 where the class is given too much probability. ece: of "
+        "that probability, all examples. Of few labels every number is uncertain."
     )
 
 
@@ -127,7 +127,12 @@ def plain_table(title: str, lines: list[list[str]], caption: str) -> Table:
 
 def group_label(kind: str, name: str) -> str:
     """A group of tokens in words: "position 2-3"."""
-    words = {"position": f"position {name}", "frequency": f"seen {name} times in training", "end_of_sequence": name}
+    words = {
+        "word": f"words {name}",
+        "position": f"position {name}",
+        "frequency": f"seen {name} times in training",
+        "end_of_sequence": name,
+    }
     return one_line(words.get(kind, f"{kind} {name}"))
 
 

@@ -52,7 +52,7 @@ def make_trainer(config: Config, loaded: Loaded, callbacks: Sequence[Any] = ()) 
     """
     task, tokens, tokenizer = TASKS[config.run.task], loaded.tokens, loaded.tokenizer
     set_seed(config.training.seed)
-    model = load_model(config, loaded.data, tokenizer)
+    model, balanced = load_model(config, loaded.data, tokenizer), config.run.class_weight == "balanced"
     trainer = task.trainer(
         model=model,
         args=with_training(config, save_total_limit=None, enable_jit_checkpoint=False, push_to_hub=False).training,
@@ -62,9 +62,7 @@ def make_trainer(config: Config, loaded: Loaded, callbacks: Sequence[Any] = ()) 
         processing_class=tokenizer,
         callbacks=list(callbacks),
         teacher=load_distillation_teacher(config, tokenizer),
-        class_weight=balanced_weights(tokens["train"], model.config.num_labels)
-        if config.run.class_weight == "balanced"
-        else None,
+        class_weight=balanced_weights(tokens["train"], model.config.num_labels) if balanced else None,
     )
     if task.per_token and not task.has_classes:
         trainer.token_counts = token_counts(tokens["train"], model.config.get_text_config().vocab_size)
