@@ -129,17 +129,24 @@ class TokenCalibration:
         _add(self._groups, groups)
 
         count = int(sequence[-1]) + 1
-        rows = np.pad(_sums(sequence, count, *numbers), ((0, 0), (0, self._width - _WIDTH)))
-        if self._entities is not None and predicted is not None:
-            ends = np.searchsorted(sequence, np.arange(count + 1))
-            rows[:, _WIDTH:] = [self._entities(tokens[a:b], predicted[a:b]) for a, b in pairwise(ends)]
-            self._entity_sums += rows[:, _WIDTH:].sum(axis=0)
+        rows = _sums(sequence, count, *numbers)
+        if self._entities is not None:
+            rows = np.concatenate([rows, self._entity_counts(sequence, tokens, predicted, count)], axis=1)
         pending = np.concatenate([self._pending, rows])
         for block in range(len(pending) // _BLOCK):
             self._replicates += self._weighted(self._blocks, pending[block * _BLOCK : (block + 1) * _BLOCK])
             self._blocks += 1
         self._pending = pending[len(pending) // _BLOCK * _BLOCK :].copy()
         self._sequences += count
+
+    def _entity_counts(self, sequence: Integers, tokens: Integers, predicted: Integers | None, count: int) -> Floats:
+        """How many entities of each sequence [count, 3] are right, there and predicted, added to the whole too."""
+        found = np.zeros((count, _ENTITIES))
+        if self._entities is not None and predicted is not None:
+            ends = np.searchsorted(sequence, np.arange(count + 1))
+            found[:] = [self._entities(tokens[a:b], predicted[a:b]) for a, b in pairwise(ends)]
+        self._entity_sums += found.sum(axis=0)
+        return found
 
     def _kept(self, items: ArrayLike, labels: ArrayLike) -> tuple[Floats, Integers, Integers, Integers]:
         """Return of the n kept tokens: items [n, 4], label, sequence among those with tokens, rank from 1 within it."""
