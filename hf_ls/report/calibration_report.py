@@ -265,7 +265,11 @@ class CalibrationReport:
 
     def to_json(self) -> str:
         """The report as JSON text; a number which is not finite (an empty bin, a diverged loss) is null."""
-        return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
+        fields = dataclasses.asdict(self)
+        for row in fields["rows"]:
+            if not row["classes"]:  # of tokens, and of reports which were written before there were any
+                del row["classes"]
+        return json.dumps(fields, indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Self:

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 from places import ROOT
+from tiny_run import save_tiny_model
 
 from hf_ls.run.config import OWN_DATA, parse_config
 from hf_ls.run.finetune import finetune
+from hf_ls.run.loading import load
 
 
 def write_csv(path: Path, header: list[str], rows: list[tuple]) -> str:
@@ -83,3 +85,80 @@ def test_what_is_given_is_not_filled_in(tmp_path):
     config = parse_config(["--train_file", path, "--output_dir", "out", "--label_smoothing_factor", "0.2", "--use_cpu", "true"])
     assert config.training.label_smoothing_factor == 0.2 and config.run.with_baseline
     assert "label_smoothing_factor" not in config.notes[1]
+
+
+def rated(path: Path) -> str:
+    rows = [
+        {"text": f"{('bad', 'meh', 'good')[i % 3]} thing {i}", "votes": {"neg": 5 - i % 3, "pos": 1 + 2 * (i % 3)}}
+        for i in range(120)
+    ]
+    path.write_text(json.dumps(rows))
+    return str(path)
+
+
+def test_raters_are_a_third_row_and_all_rows_are_measured_against_them(tmp_path, capsys):
+    tiny = save_tiny_model(tmp_path / "tiny", num_labels=2)
+    folder = tmp_path / "out"
+    argv = ["--train_file", rated(tmp_path / "a.json"), "--soft_label_columns", "votes", "--output_dir", str(folder)]
+    report = finetune(parse_config([*argv, "--model_name_or_path", tiny, "--num_train_epochs", "1", "--use_cpu", "true"]))
+    runs = ["baseline", "smoothed", "soft labels"]
+    assert list(dict.fromkeys(row.run for row in report.rows)) == runs and report.published == "soft labels"
+    assert [row.epsilon for row in report.challengers] == [0.1, 0.0]
+    assert report.training.techniques == ["soft labels"]
+    assert all({"soft_nll", "soft_brier", "f1_macro"} <= row.metrics.keys() for row in report.rows)
+    assert report.difference("soft_nll", report.challengers[1], report.baseline).low is not None
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "soft labels" in card and "soft nll" in card and "The classes:" in card
+    assert "Soft labels over 2 classes from votes" in capsys.readouterr().out
+    assert (folder / "smoothed" / "outcome.json").is_file() and not (folder / "soft labels").exists()
+
+
+def test_soft_labels_and_smoothing_at_once_must_be_asked_for(tmp_path):
+    argv = [
+        "--train_file",
+        rated(tmp_path / "a.json"),
+        "--soft_label_columns",
+        "votes",
+        "--output_dir",
+        "out",
+        "--do_train",
+        "--use_cpu",
+        "true",
+    ]
+    with pytest.raises(ValueError, match=r"one target-softening technique, got label smoothing .* and soft labels"):
+        parse_config([*argv, "--label_smoothing_factor", "0.1"])
+    parse_config([*argv, "--label_smoothing_factor", "0.1", "--allow_combined_softening"])
+    parse_config([*argv, "--label_smoothing_factor", "0.1", "--soft_labels", "evaluate"])
+    parse_config([*argv, "--metric_for_best_model", "soft_nll"])
+    with pytest.raises(ValueError, match="soft_label_columns, which names the data too"):
+        parse_config([*argv[:2], *argv[4:], "--label_smoothing_soft_labels"])
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "greater"),
+    [("text-classification", "f1_macro", True), ("text-classification", "balanced_accuracy", True)]
+    + [
+        ("token-classification", "entity_f1", True),
+        ("token-classification", "f1_weighted", True),
+        ("text-classification", "nll", False),
+    ],
+)
+def test_scores_by_class_choose_the_best_checkpoint(tmp_path, task, metric, greater):
+    argv = ["--train_file", "a.jsonl", "--output_dir", "out", "--task", task, "--do_train", "--use_cpu", "true"]
+    more = ["--load_best_model_at_end", "--eval_strategy", "epoch", "--save_strategy", "epoch", "--metric_for_best_model", metric]
+    assert parse_config([*argv, *more]).training.greater_is_better is greater
+
+
+def test_rare_classes_weigh_more_in_both_runs(tmp_path):
+    from hf_ls.run import training
+
+    rows = [(f"text {i}", "rare" if i % 8 == 0 else "usual") for i in range(80)]
+    path = write_csv(tmp_path / "a.csv", ["text", "label"], rows)
+    config = parse_config(
+        ["--train_file", path, "--output_dir", str(tmp_path / "out"), "--class_weight", "balanced", "--use_cpu", "true"]
+    )
+    loaded = load(config)
+    labels = loaded.tokens["train"]["labels"][:]
+    share = [labels.count(k) / len(labels) for k in range(2)]
+    trainer = training.make_trainer(training.with_training(config, output_dir=str(tmp_path / "out")), loaded)
+    assert trainer.class_weight.tolist() == pytest.approx([1 / (2 * s) for s in share])
