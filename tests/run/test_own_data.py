@@ -136,10 +136,9 @@ def test_soft_labels_and_smoothing_at_once_must_be_asked_for(tmp_path):
 
 @pytest.mark.parametrize(
     ("task", "metric", "greater"),
-    [("text-classification", "f1_macro", True), ("text-classification", "balanced_accuracy", True)]
-    + [
-        ("token-classification", "entity_f1", True),
-        ("token-classification", "f1_weighted", True),
+    [
+        *(("text-classification", "f1_macro", True), ("text-classification", "balanced_accuracy", True)),
+        *(("token-classification", "entity_f1", True), ("token-classification", "f1_weighted", True)),
         ("text-classification", "nll", False),
     ],
 )
