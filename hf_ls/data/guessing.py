@@ -55,7 +55,7 @@ def guess_columns(part: Dataset, given: Mapping[str, str | None]) -> tuple[dict[
     Raises: ValueError where the columns do not tell.
     """
     found = {kind: column for kind, column in given.items() if column is not None}
-    guessed = {}
+    guessed: dict[str, str] = {}
     for kind in (kind for kind in _NAMES if kind in given and kind not in found):
         column = _NAMES[kind][0] if _NAMES[kind][0] in part.column_names else _guess(part, kind, set(found.values()))
         if column is None:
