@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hf_ls.losses.cross_entropy import SmoothedCrossEntropy as SmoothedCrossEntropy
     from hf_ls.losses.cross_entropy import smoothed_cross_entropy as smoothed_cross_entropy
     from hf_ls.losses.linear import linear_smoothed_cross_entropy as linear_smoothed_cross_entropy
+    from hf_ls.losses.linear import linear_soft_target_cross_entropy as linear_soft_target_cross_entropy
     from hf_ls.losses.objectives import Objective as Objective
     from hf_ls.losses.smoothing import Schedule as Schedule
     from hf_ls.losses.smoothing import Smoothing as Smoothing
@@ -43,6 +44,7 @@ _HOME = {
     "Objective": "losses.objectives",
     "OnlineLabelSmoothing": "losses.adaptive",
     "linear_smoothed_cross_entropy": "losses.linear",
+    "linear_soft_target_cross_entropy": "losses.linear",
     "SmoothedCrossEntropy": "losses.cross_entropy",
     "smoothed_cross_entropy": "losses.cross_entropy",
     "LabelSmoothingArguments": "trainer.arguments",

@@ -18,7 +18,7 @@ from hf_ls.data.classification import EMBEDDED_DATASET, ClassificationData, load
 from hf_ls.data.labels import folded
 from hf_ls.data.reading import read_files
 from hf_ls.run.config import Config
-from hf_ls.run.loading import load_data
+from hf_ls.run.loading import capped, load_data
 
 logger = logging.getLogger(__name__)
 
@@ -117,9 +117,7 @@ def read_labelled(path: Path, config: Config, data: ClassificationData) -> Datas
     Raises: ValueError for a missing or unreadable file, missing columns, and unknown labels.
     """
     rows = read_files({"train": str(path)})["train"]
-    settings = config.data
-    names = {settings.text_column: "text", settings.label_column: "label"}
-    names |= {settings.text_pair_column: "text_pair"} if settings.text_pair_column else {}
+    names = dict(data.columns) or {config.data.text_column or "text": "text", config.data.label_column or "label": "label"}
     absent = [column for column in names if column not in rows.column_names]
     if absent:
         raise ValueError(f"expected columns {sorted(names)} in {path}, got no {absent}; name them as in the training data")
@@ -149,7 +147,7 @@ def _in_domain(config: Config, ood_sources: Sequence[str]) -> ClassificationData
         if unknown or not kept:
             raise ValueError(f"expected some, not all, of the sources {known} in ood_sources, got {list(ood_sources)}; choose")
         config = replace(config, data=replace(config.data, snippet_sources=kept))
-    data = load_data(config)
+    data = capped(config, load_data(config))
     if not isinstance(data, ClassificationData):
         raise ValueError("expected one label per text, got sequences; compare text-classification")
     return data

@@ -6,18 +6,19 @@ import gzip
 import hashlib
 import importlib.util
 import json
-import logging
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 
+from hf_ls.data.guessing import guess_columns
 from hf_ls.data.labels import check_distinct, class_name, classes_of, folded
 from hf_ls.data.reading import check_texts, read_files, read_hub
-
-logger = logging.getLogger(__name__)
+from hf_ls.data.soft_labels import LABEL, SOFT, with_soft_labels
+from hf_ls.data.splitting import Rows, named_splits, same_text, with_held_out
+from hf_ls.data.truncation import count_cut, warn_of
 
 EMBEDDED_DATASET = "snippets"
 EMBEDDED_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -30,6 +31,7 @@ class ClassificationData:
     """Splits with an integer `label` column, and what is known about where they come from.
 
     example: an input which a card may show; None for data which may be private.
+    notes: what was guessed or cut, a sentence each. columns: theirs -> ours.
     """
 
     splits: DatasetDict
@@ -38,6 +40,8 @@ class ClassificationData:
     hub_id: str | None
     licence: str | None
     example: str | None = None
+    notes: tuple[str, ...] = ()
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 def model_path(name: str) -> str:
@@ -109,73 +113,88 @@ def load_classification(
     *,
     dataset_config: str | None = None,
     files: dict[str, str] | None = None,
-    text_column: str = "text",
+    text_column: str | None = None,
     text_pair_column: str | None = None,
-    label_column: str = "label",
+    label_column: str | None = None,
+    soft_label_columns: Sequence[str] = (),
+    soft_label_names: Sequence[str] = (),
     validation_fraction: float = 0.1,
+    test_fraction: float = 0.0,
     seed: int = 0,
 ) -> ClassificationData:
     """Train, validation and test splits of a dataset on the Hub or in local CSV, JSON or Parquet files.
 
-    Without a validation split one is cut from train, never from test. Labels become ids in the order of `labels.classes_of`,
-    and keep their text as name; labels of the other splits are found by `labels.folded`.
+    Columns which are not given are `text` and `label`, or guessed (`guessing`). A missing validation or test split is cut from
+    train (`splitting.with_held_out`), never one from the other; a fraction of 0 cuts none. Labels become ids in the order of
+    `labels.classes_of`, and keep their text as name; labels of the other splits are found by `labels.folded`. With
+    `soft_label_columns` labels come from these (`soft_labels.with_soft_labels`), and `label_column` is not read.
 
     Raises: ValueError for missing splits or columns, unknown file types, one class only, labels as `labels.classes_of`, and
     labels of a later split which train does not have.
     """
-    splits, name, hub_id = read_splits(dataset_name, dataset_config, files, validation_fraction, seed)
-    texts = [text_column, *([text_pair_column] if text_pair_column else [])]
-    columns = [*texts, label_column]
+    raw, name, hub_id = read_splits(dataset_name, dataset_config, files)
+    names: tuple[str, ...] = ()
+    notes: list[str] = []
+    if soft_label_columns:
+        raw, names, notes = with_soft_labels(raw, soft_label_columns, soft_label_names)
+        label_column = LABEL
+    found, guessed = guess_columns(raw["train"], {"text": text_column, "label": label_column})
+    texts = [found["text"], *([text_pair_column] if text_pair_column else [])]
+    columns = [*texts, found["label"]]
     if len(set(columns)) < len(columns):
         raise ValueError(f"expected different columns for texts and labels, got {columns}; set text_column and label_column")
-    for split, part in splits.items():
-        absent = [column for column in columns if column not in part.column_names]
-        if absent:
-            raise ValueError(f"expected columns {columns} in {split}, got {part.column_names}; set text_column and label_column")
-        if not len(part):
-            raise ValueError(f"expected examples in {split}, got none; check the file")
+    for split, part in raw.items():
+        check_columns(part, split, columns, "text_column and label_column")
         check_texts(part, split, texts)
-    labelled, names = _integer_labels(splits.select_columns(columns), label_column)
+    soft = [SOFT] if soft_label_columns else []
+    labelled = raw.select_columns([*columns, *soft])
+    if not soft:
+        labelled, names = _integer_labels(labelled, found["label"])
     ours = dict(zip(columns, ("text", "text_pair", "label") if text_pair_column else ("text", "label"), strict=True))
     labelled = labelled.rename_columns({theirs: name for theirs, name in ours.items() if theirs != name})
-    return ClassificationData(labelled, names, name, hub_id, None)
+    fractions = {"test": test_fraction, "validation": validation_fraction}
+    splits, cut = with_held_out(labelled, fractions, seed, _rows, "label")
+    said = (*([guessed] if guessed else ()), *notes, *cut)
+    return ClassificationData(splits, names, name, hub_id, None, notes=said, columns=ours)
 
 
 def read_splits(
-    dataset_name: str | None, dataset_config: str | None, files: dict[str, str] | None, fraction: float, seed: int
+    dataset_name: str | None, dataset_config: str | None, files: dict[str, str] | None
 ) -> tuple[DatasetDict, str, str | None]:
-    """Train, validation and perhaps test from the Hub or local files as they are, the name of the data, and its Hub id.
+    """The splits from the Hub or local files as they are, under their usual names, the name of the data, and its Hub id.
 
-    Raises: ValueError as `read_files` and `read_hub`, and for data without a train split or too small to be cut.
+    Raises: ValueError as `read_files`, `read_hub` and `named_splits`, and for one row of which no validation split can be cut.
     """
     if files:
-        return with_validation(read_files(files), fraction, seed), ", ".join(Path(path).name for path in files.values()), None
-    if dataset_name:
-        loaded = read_hub(dataset_name, dataset_config)
-        return with_validation(loaded, fraction, seed), dataset_name, None if Path(dataset_name).exists() else dataset_name
-    raise ValueError(
-        f"expected dataset_name or train_file, got neither; use dataset_name: {EMBEDDED_DATASET} for the embedded data"
-    )
+        splits, name, hub_id = named_splits(read_files(files)), ", ".join(Path(path).name for path in files.values()), None
+    elif dataset_name:
+        splits, name = named_splits(read_hub(dataset_name, dataset_config)), dataset_name
+        hub_id = None if Path(dataset_name).exists() else dataset_name
+    else:
+        raise ValueError(
+            f"expected dataset_name or train_file, got neither; use dataset_name: {EMBEDDED_DATASET} for the embedded data"
+        )
+    if "validation" not in splits and len(splits["train"]) < 2:
+        raise ValueError(f"expected 2 rows or more to cut a validation split from, got {len(splits['train'])} in train; add some")
+    return splits, name, hub_id
 
 
-def with_validation(loaded: DatasetDict, fraction: float, seed: int) -> DatasetDict:
-    """The splits by their usual names, validation cut from train where there is none.
+def check_columns(part: Dataset, split: str, columns: Sequence[str], settings: str) -> None:
+    """Refuse a split without these columns, or without rows.
 
-    Raises: ValueError without a train split, and for one row to be cut.
+    Raises: ValueError.
     """
-    names = {"validation": ("validation", "valid", "dev", "val"), "test": ("test",), "train": ("train",)}
-    found = {split: next((alias for alias in aliases if alias in loaded), None) for split, aliases in names.items()}
-    if found["train"] is None:
-        raise ValueError(f"expected a train split, got {sorted(loaded)}; name it 'train' or pass --train_file")
-    splits = {split: loaded[alias] for split, alias in found.items() if alias}
-    if "validation" not in splits:
-        if len(splits["train"]) < 2:
-            raise ValueError(
-                f"expected 2 rows or more to cut a validation split from, got {len(splits['train'])} in train; add some"
-            )
-        cut = splits["train"].train_test_split(test_size=fraction, seed=seed)
-        splits |= {"train": cut["train"], "validation": cut["test"]}
-    return DatasetDict(splits)
+    if any(column not in part.column_names for column in columns):
+        raise ValueError(f"expected columns {list(columns)} in {split}, got {part.column_names}; set {settings}")
+    if not len(part):
+        raise ValueError(f"expected examples in {split}, got none; check the file")
+
+
+def _rows(part: Dataset) -> Rows:
+    columns = [column for column in ("text", "text_pair") if column in part.column_names]
+    return Rows(
+        [str(label) for label in part["label"]], [same_text(*row) for row in zip(*(part[c] for c in columns), strict=True)]
+    )
 
 
 def _integer_labels(splits: DatasetDict, column: str) -> tuple[DatasetDict, tuple[str, ...]]:
@@ -196,7 +215,7 @@ def _integer_labels(splits: DatasetDict, column: str) -> tuple[DatasetDict, tupl
         if hidden:
             # Benchmarks hide their test labels as -1; nothing can be reported on such a split.
             splits = DatasetDict({split: part for split, part in splits.items() if split not in hidden})
-        if not {"train", "validation"} <= set(splits):
+        if {"train", "validation"} & set(hidden):
             raise ValueError(f"expected labels in train and validation, got -1 labels in {hidden}; choose a labelled split")
         return splits, names
     classes = classes_of(splits["train"].unique(column), f"train, column {column!r}")
@@ -212,35 +231,19 @@ def _integer_labels(splits: DatasetDict, column: str) -> tuple[DatasetDict, tupl
     return splits.map(lambda row: {column: ids[folded(row[column])]}, features=features, desc="labels"), names
 
 
-def check_overlap(splits: DatasetDict) -> None:
-    """Refuse to select on the test data, and warn about test examples which training has seen.
-
-    Raises: ValueError when more than half of the test examples are in validation.
-    """
-    if "test" not in splits:
-        return
-    columns = [column for column in ("text", "text_pair") if column in splits["test"].column_names]
-
-    def rows(split: str) -> list[tuple]:
-        return list(zip(*(splits[split][column] for column in columns), strict=True))
-
-    test = rows("test")
-    shared = {split: sum(row in known for row in test) for split in ("train", "validation") for known in [set(rows(split))]}
-    if shared["validation"] > len(test) / 2:
-        raise ValueError(
-            f"expected a validation split apart from test, got {shared['validation']} of {len(test)} test examples in it; "
-            "selecting on test makes the reported numbers worthless: give another validation_file or none"
-        )
-    if shared["train"]:
-        logger.warning("%d of %d test examples are also in train; the reported numbers are too good", shared["train"], len(test))
-
-
 def tokenise(splits: DatasetDict, tokenizer: Any, max_length: int) -> DatasetDict:
-    """Token ids and a `labels` column for each split; padding is left to the collator."""
+    """Token ids and a `labels` column for each split; padding is left to the collator. Cut texts are counted in a warning."""
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
-        encoded = tokenizer(batch["text"], batch.get("text_pair"), truncation=True, max_length=max_length)
-        return {**encoded, "labels": batch["label"]}
+        pairs = batch.get("text_pair")
+        encoded = tokenizer(batch["text"], pairs, truncation=True, max_length=max_length)
+
+        def whole(i: int) -> Any:
+            return tokenizer(batch["text"][i], None if pairs is None else pairs[i], verbose=False)
+
+        soft = {SOFT: batch[SOFT]} if SOFT in batch else {}
+        return {**encoded, **soft, "labels": batch["label"], "cut": count_cut(encoded["input_ids"], max_length, whole)}
 
     columns = splits["train"].column_names
-    return splits.map(encode, batched=True, remove_columns=columns, desc="tokenising")
+    tokens = splits.map(encode, batched=True, remove_columns=columns, desc="tokenising")
+    return warn_of(tokens, "cut", f"texts lose what is beyond {max_length} tokens; raise max_length")

@@ -6,6 +6,8 @@ What comes out are rows of `input_ids`, `attention_mask` and `labels`, which `Da
 from __future__ import annotations
 
 import logging
+from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -13,9 +15,12 @@ import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, LargeList, List, Value
 
 from hf_ls.common.models import IGNORE_INDEX
-from hf_ls.data.classification import check_overlap, read_splits
+from hf_ls.data.classification import check_columns, read_splits
+from hf_ls.data.guessing import guess_columns
 from hf_ls.data.labels import check_distinct, class_name, classes_of, folded
 from hf_ls.data.reading import check_length, check_text_type
+from hf_ls.data.splitting import Rows, check_overlap, same_text, with_held_out
+from hf_ls.data.truncation import count_cut, warn_of
 from hf_ls.losses.priors import count_labels
 
 logger = logging.getLogger(__name__)
@@ -28,8 +33,8 @@ class SequenceData:
     """Splits with the columns of a task, and what is known about where they come from.
 
     Columns: `source` and `target` (seq2seq, or prompt and completion), `text` (causal-lm), `tokens` and `tags`
-    (token-classification; `label_names` are those of the tags, and empty for the other tasks). `example` as in
-    `ClassificationData`.
+    (token-classification; `label_names` are those of the tags, and empty for the other tasks). `example` and `notes` as
+    in `ClassificationData`.
     """
 
     splits: DatasetDict
@@ -38,6 +43,7 @@ class SequenceData:
     hub_id: str | None
     licence: str | None
     example: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def load_sequences(
@@ -46,53 +52,74 @@ def load_sequences(
     *,
     dataset_config: str | None = None,
     files: dict[str, str] | None = None,
-    text_column: str = "text",
+    text_column: str | None = None,
     source_column: str | None = None,
     target_column: str | None = None,
-    tokens_column: str = "tokens",
-    tags_column: str = "ner_tags",
+    tokens_column: str | None = None,
+    tags_column: str | None = None,
     validation_fraction: float = 0.1,
+    test_fraction: float = 0.0,
     seed: int = 0,
 ) -> SequenceData:
     """Train, validation and test splits of a dataset on the Hub or in local CSV, JSON or Parquet files.
 
-    seq2seq reads `source_column` and `target_column` ("source" and "target" if not given); causal-lm the same two as prompt and
-    completion if given, else `text_column`; token-classification a list of words and a list of tags per row. A dot reaches into
-    a column of mappings: "translation.en". Without a validation split one is cut from train, never from test.
+    seq2seq reads `source_column` and `target_column`; causal-lm the same two as prompt and completion, or `text_column`;
+    token-classification a list of words and a list of tags per row. Columns which are not given are guessed (`guessing`); a dot
+    reaches into a column of mappings: "translation.en". A missing validation or test split is cut as in `load_classification`.
 
     Raises: ValueError for an unknown task, missing splits or columns, columns of another type, empty rows, rows with another
     number of tags than words, fewer than two tags, and tags of a later split which train does not have.
     """
     if task not in get_args(SequenceTask):
         raise ValueError(f"expected a task among {get_args(SequenceTask)}, got {task!r}; text-classification has its own loader")
-    if task == "token-classification":
-        columns = {"tokens": tokens_column, "tags": tags_column}
-    elif task == "causal-lm" and source_column is None and target_column is None:
-        columns = {"text": text_column}
-    else:
-        columns = {"source": source_column or "source", "target": target_column or "target"}
+    raw, name, hub_id = read_splits(dataset_name, dataset_config, files)
+    given = {
+        "token-classification": {"tokens": tokens_column, "tags": tags_column},
+        "seq2seq": {"source": source_column, "target": target_column},
+        "causal-lm": _of_language_model(raw["train"], text_column, source_column, target_column),
+    }[task]
+    raw = raw.flatten() if any("." in (column or "") for column in given.values()) else raw
+    columns, guessed = guess_columns(raw["train"], given)
+    settings = " and ".join(f"{kind}_column" for kind in columns)
     if len(set(columns.values())) < len(columns):
-        raise ValueError(
-            f"expected two columns, got {columns} from one; set {' and '.join(f'{name}_column' for name in columns)}"
-        )
-    splits, name, hub_id = read_splits(dataset_name, dataset_config, files, validation_fraction, seed)
-    if any("." in column for column in columns.values()):
-        splits = splits.flatten()
-    for split, part in splits.items():
-        absent = [column for column in columns.values() if column not in part.column_names]
-        if absent:
-            settings = " and ".join(f"{column}_column" for column in columns)
-            raise ValueError(f"expected columns {list(columns.values())} in {split}, got {part.column_names}; set {settings}")
-        if not len(part):
-            raise ValueError(f"expected examples in {split}, got none; check the file")
-    renamed = {old: new for new, old in columns.items() if old != new}
-    splits = splits.select_columns(list(columns.values()))
+        raise ValueError(f"expected two columns, got {columns} from one; set {settings}")
+    for split, part in raw.items():
+        check_columns(part, split, list(columns.values()), settings)
+        if task == "token-classification":
+            _check_tag_columns(part, split, columns["tokens"], columns["tags"])
+    names: tuple[str, ...] = ()
+    splits = raw.select_columns(list(columns.values()))
+    splits = splits if task == "token-classification" else _checked_text(splits, drop_empty="text" in columns)
+    splits = splits.rename_columns({old: new for new, old in columns.items() if old != new})
     if task == "token-classification":
-        for split, part in splits.items():
-            _check_tag_columns(part, split, tokens_column, tags_column)
-        return SequenceData(*_integer_tags(splits.rename_columns(renamed), tags_column), name, hub_id, None)
-    checked = _checked_text(splits, drop_empty="text" in columns)
-    return SequenceData(checked.rename_columns(renamed), (), name, hub_id, None)
+        splits, names = _integer_tags(splits, columns["tags"])
+    fractions = {"test": test_fraction, "validation": validation_fraction}
+    splits, cut = with_held_out(splits, fractions, seed, _rows, "the rarest tag of each row" if names else None)
+    return SequenceData(splits, names, name, hub_id, None, notes=(*([guessed] if guessed else ()), *cut))
+
+
+def _of_language_model(train: Dataset, text: str | None, source: str | None, target: str | None) -> dict[str, str | None]:
+    """Which columns causal-lm reads: the given ones, `text`, prompts and completions by their names, or the texts there are."""
+    if source is not None or target is not None:
+        return {"source": source, "target": target}
+    if text is None and "text" not in train.column_names:
+        with suppress(ValueError):
+            pair: dict[str, str | None] = {"source": None, "target": None}
+            guess_columns(train, pair)
+            return pair
+    return {"text": text}
+
+
+def _rows(part: Dataset) -> Rows:
+    """By the rarest tag of each row, so that rare ones are in every split; other tasks have one stratum."""
+    if "tags" not in part.column_names:
+        column = "source" if "source" in part.column_names else "text"
+        return Rows(["" for _ in range(len(part))], [same_text(text) for text in part[column]])
+    counts = Counter(tag for tags in part["tags"] for tag in tags)
+    return Rows(
+        [str(min(tags, key=lambda tag: counts[tag], default="")) for tags in part["tags"]],
+        [same_text(*words) for words in part["tokens"]],
+    )
 
 
 def _checked_text(splits: DatasetDict, drop_empty: bool) -> DatasetDict:
@@ -207,18 +234,13 @@ def tokenise_seq2seq(
         sources = [source_prefix + text + source_suffix for text in batch["source"]]
         encoded = tokenizer(sources, truncation=True, max_length=max_length)
         labels = tokenizer(text_target=batch["target"], truncation=True, max_length=target_length)["input_ids"]
-        cut_sources = _cut(encoded["input_ids"], max_length, lambda i: tokenizer(sources[i], verbose=False))
-        cut_targets = _cut(labels, target_length, lambda i: tokenizer(text_target=batch["target"][i], verbose=False))
+        cut_sources = count_cut(encoded["input_ids"], max_length, lambda i: tokenizer(sources[i], verbose=False))
+        cut_targets = count_cut(labels, target_length, lambda i: tokenizer(text_target=batch["target"][i], verbose=False))
         return {**encoded, "labels": labels, "cut_sources": cut_sources, "cut_targets": cut_targets}
 
     tokens = splits.map(encode, batched=True, remove_columns=splits["train"].column_names, desc="tokenising")
-    tokens = _announce(tokens, "cut_sources", f"sources lose what is beyond {max_length} tokens; raise max_length")
-    return _announce(tokens, "cut_targets", f"targets lose what is beyond {target_length} tokens; raise max_target_length")
-
-
-def _cut(rows: list[list[int]], limit: int, encode: Any) -> list[int]:
-    """1 for each row which truncation has shortened, else 0: only rows at the limit need a second look."""
-    return [int(len(ids) == limit and len(encode(i)["input_ids"]) > limit) for i, ids in enumerate(rows)]
+    tokens = warn_of(tokens, "cut_sources", f"sources lose what is beyond {max_length} tokens; raise max_length")
+    return warn_of(tokens, "cut_targets", f"targets lose what is beyond {target_length} tokens; raise max_target_length")
 
 
 def _with_labels(tokens: DatasetDict, wanted: str, got: str) -> DatasetDict:
@@ -230,15 +252,6 @@ def _with_labels(tokens: DatasetDict, wanted: str, got: str) -> DatasetDict:
         if not any(label != IGNORE_INDEX for labels in part["labels"] for label in labels):
             raise ValueError(f"expected {wanted} in {split}, got {got}")
     return tokens
-
-
-def _announce(tokens: DatasetDict, column: str, message: str) -> DatasetDict:
-    """Warn about what a column counts (a column, because a cached `map` does not run its function), and drop it."""
-    for split, part in tokens.items():
-        count = sum(part[column])
-        if count:
-            logger.warning("%s: %d %s", split, count, message)
-    return tokens.remove_columns([column])
 
 
 def tokenise_causal(
@@ -290,12 +303,12 @@ def tokenise_causal(
     if "text" in columns:
         tokens = splits.map(documents, batched=True, remove_columns=columns, desc="tokenising")
         whole = {split: np.flatnonzero(~np.array(part["lost"], dtype=bool)) for split, part in tokens.items()}
-        tokens = _announce(tokens, "lost", "documents are left out, because the tokenizer makes no token of them")
+        tokens = warn_of(tokens, "lost", "documents are left out, because the tokenizer makes no token of them")
         tokens = DatasetDict({split: part.select(whole[split]) for split, part in tokens.items()})
         return _with_labels(tokens, "documents of more than one token", "none; use the tokenizer of the model")
     tokens = splits.map(completions, batched=True, remove_columns=columns, desc="tokenising")
-    tokens = _announce(tokens, "cut", f"rows lose the end of their completion beyond {max_length} tokens; raise max_length")
-    tokens = _announce(
+    tokens = warn_of(tokens, "cut", f"rows lose the end of their completion beyond {max_length} tokens; raise max_length")
+    tokens = warn_of(
         tokens, "lost", f"rows count for nothing, because their prompt alone fills {max_length} tokens; raise max_length"
     )
     return _with_labels(tokens, f"completions within max_length={max_length}", "prompts which fill it; raise max_length")
@@ -331,9 +344,7 @@ def tokenise_words(splits: DatasetDict, tokenizer: Any, max_length: int) -> Data
         return {**encoded, "labels": labels, "lost": lost}
 
     tokens = splits.map(encode, batched=True, remove_columns=splits["train"].column_names, desc="tokenising")
-    tokens = _announce(
-        tokens, "lost", f"words are beyond {max_length} tokens or have none and count for nothing; raise max_length"
-    )
+    tokens = warn_of(tokens, "lost", f"words are beyond {max_length} tokens or have none and count for nothing; raise max_length")
     return _with_labels(
         tokens, f"words with a tag within max_length={max_length}", "none; raise max_length or check the tokenizer"
     )

@@ -62,6 +62,29 @@ def smoothed_terms(logits: Tensor, labels: Tensor, smoothing: Smoothing, *, igno
     return SmoothedTerms(nll.reshape(labels.shape), term.reshape(labels.shape))
 
 
+def soft_target_terms(
+    logits: Tensor, labels: Tensor, targets: Tensor, smoothing: Smoothing, *, ignore_index: int = -100
+) -> SmoothedTerms:
+    """The hard NLL of each label, and what its target distribution costs beyond that; nats.
+
+    Their sum is −Σ_k t_k·log p_k with t = (1−ε)·q + ε·u: lse(z) − Σ_k t_k·z_k. Shapes: logits [..., K], labels [...], the targets
+    q [..., K]; rows which are ignored by their label may hold anything.
+
+    >>> q = torch.tensor([[0.75, 0.25, 0.0]])
+    >>> soft_target_terms(torch.tensor([[2.0, 0.5, -1.0]]), torch.tensor([0]), q, Smoothing(0.0))
+    SmoothedTerms(nll=tensor([0.2413]), smoothing_term=tensor([0.3750]))
+
+    Raises: as `smoothed_terms`; ValueError for targets of another shape or which are no distributions, and with ε > 0 for
+    convention "wrong" or a prior [K, K].
+    """
+    nll = smoothed_terms(logits, labels, Smoothing(0.0), ignore_index=ignore_index).nll
+    if targets.shape != logits.shape:
+        raise ValueError(f"expected soft labels {tuple(logits.shape)}, one value per logit, got {tuple(targets.shape)}")
+    kept = labels != ignore_index
+    losses, _ = _soft_target_losses(logits[kept], targets[kept], smoothing, None, smooth_soft_targets=True)
+    return SmoothedTerms(nll, nll.new_zeros(nll.shape).masked_scatter(kept, losses - nll[kept]))
+
+
 def smoothed_cross_entropy(
     logits: Tensor,
     labels: Tensor,
@@ -234,28 +257,36 @@ def _soft_target_losses(
             f"expected epsilon = 0 with soft targets, got {smoothing.epsilon}: they are smoothed already; set epsilon=0 or "
             "say smooth_soft_targets=True"
         )
-    if (smoothing.convention != "all" and smoothing.epsilon) or (smoothing.prior is not None and smoothing.prior.dim() == 2):
-        shape = "no prior" if smoothing.prior is None else f"a prior {tuple(smoothing.prior.shape)}"
-        raise ValueError(
-            f"expected convention='all' and a prior [K] over soft targets, got {smoothing.convention!r} and {shape}, which need "
-            "a single label; change it"
-        )
     z = logits if logits.dtype == torch.float64 else logits.float()
     q = targets.to(z.dtype)
-    total = q.sum(-1)
-    wrong = ~((q >= 0).all(-1) & ((total - 1).abs() < 1e-3))
-    refuse(
-        wrong,
-        "soft targets >= 0 summing to 1 in each row",
-        lambda: f"a row with sum {float(total[wrong][0]):g} and minimum {float(q[wrong][0].min()):g}",
-        "divide the counts by their sum",
-    )
+    check_soft_targets(q, smoothing)
     if smoothing.epsilon:
         prior = smoothing.prior_for(torch.zeros((), dtype=torch.long, device=z.device), z.shape[-1], z.dtype)
         q = (1 - smoothing.epsilon) * q + smoothing.epsilon * prior
     losses = z.logsumexp(-1) * q.sum(-1) - (z.masked_fill(q == 0, 0) * q).sum(-1)
     check_finite(losses)
     return losses, torch.ones_like(losses)
+
+
+def check_soft_targets(targets: Tensor, smoothing: Smoothing) -> None:
+    """Refuse soft targets [..., K] which are no distributions, and a smoothing which needs a single label.
+
+    Raises: ValueError.
+    """
+    if (smoothing.convention != "all" and smoothing.epsilon) or (smoothing.prior is not None and smoothing.prior.dim() == 2):
+        shape = "no prior" if smoothing.prior is None else f"a prior {tuple(smoothing.prior.shape)}"
+        raise ValueError(
+            f"expected convention='all' and a prior [K] over soft targets, got {smoothing.convention!r} and {shape}, which need "
+            "a single label; change it"
+        )
+    total = targets.sum(-1)
+    wrong = ~((targets >= 0).all(-1) & ((total - 1).abs() < 1e-3))
+    refuse(
+        wrong,
+        "soft targets >= 0 summing to 1 in each row",
+        lambda: f"a row with sum {float(total[wrong][0]):g} and minimum {float(targets[wrong][0].min()):g}",
+        "divide the counts by their sum",
+    )
 
 
 def check_no_probabilities(logits: Tensor) -> None:

@@ -16,6 +16,7 @@ from hf_ls.losses import _checks
 from hf_ls.losses._checks import Reduction, check_finite, check_options, check_range, check_weights, class_ids
 from hf_ls.losses._chunks import KeptRows, Needs, RowsAndGradients, chunk_loop, scaled_sum
 from hf_ls.losses._rows import RowLoss, RowObjective, exact_dtype
+from hf_ls.losses.cross_entropy import check_soft_targets
 from hf_ls.losses.smoothing import Smoothing
 
 if TYPE_CHECKING:
@@ -348,3 +349,67 @@ def check_tensors(
                 f"expected token_weight {tuple(labels.shape)} >= 0, got {tuple(token_weight.shape)}; one weight per label"
             )
         check_weights("token_weight", token_weight)
+
+
+def linear_soft_target_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    smoothing: Smoothing | float = 0.0,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    token_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    num_items_in_batch: Tensor | float | None = None,
+    chunk_rows: int | None = None,
+) -> Tensor:
+    """Cross entropy of the logits hidden·weightᵀ + bias against a distribution per item, in nats, without building the logits.
+
+    loss = lse(z) − ⟨t, z⟩ with t = (1−ε)·q + ε·u: the normaliser, and a part which is linear in the hidden states,
+    ⟨t, z⟩ = s·(h·(Wᵀt) + ⟨t, b⟩). A soft-cap would bend it: such a head needs its logits, and `smoothed_cross_entropy`.
+    Shapes: hidden [..., d], weight [K, d], bias [K], targets q [..., K] whose rows sum to 1.
+
+    Args: as in `linear_smoothed_cross_entropy`; smoothing: ε > 0 smooths targets which are soft already.
+
+    >>> hidden, weight = torch.eye(2), torch.tensor([[2.0, 0.1], [0.5, 1.8], [-1.0, 0.2]])
+    >>> round(linear_soft_target_cross_entropy(hidden, weight, torch.tensor([[0.8, 0.2, 0.0], [0.0, 0.5, 0.5]])).item(), 6)
+    0.833354
+
+    Raises: ValueError for targets of another shape or which are no distributions, with ε > 0 for convention "wrong" or a prior
+    [K, K], and as `linear_smoothed_cross_entropy`.
+    """
+    smoothing = smoothing if isinstance(smoothing, Smoothing) else Smoothing(smoothing)
+    if targets.shape != (*hidden.shape[:-1], weight.shape[0]):
+        raise ValueError(
+            f"expected targets {(*hidden.shape[:-1], weight.shape[0])} for hidden {tuple(hidden.shape)} and weight "
+            f"{tuple(weight.shape)}, got {tuple(targets.shape)}; one distribution per hidden state"
+        )
+    check_soft_targets(targets, smoothing)
+    dtype, epsilon = matmul_dtype(hidden, weight), smoothing.epsilon
+    top = targets.argmax(-1)
+    hard = linear_smoothed_terms(
+        hidden, weight, top, RowLoss(Smoothing(0.0), logit_scale=logit_scale), bias=bias, token_weight=token_weight,
+        reduction=reduction, num_items_in_batch=num_items_in_batch, chunk_rows=chunk_rows,
+    ).loss  # fmt: skip
+    q, head = targets.reshape(-1, targets.shape[-1]).to(dtype), weight.to(dtype)
+    # z_top − ⟨t, z⟩ is a difference of two rows of the head, times the hidden state.
+    mean, offset = q @ head, None if bias is None else q @ bias.to(dtype)
+    if epsilon:
+        prior = smoothing.prior_for(top.reshape(-1), weight.shape[0], dtype)
+        mean = (1 - epsilon) * mean + epsilon * (prior @ head)
+        offset = None if bias is None or offset is None else (1 - epsilon) * offset + epsilon * (prior @ bias.to(dtype))
+    exact = exact_dtype(dtype)
+    row = nn.functional.embedding(top.reshape(-1), head)
+    more = (hidden.reshape(-1, hidden.shape[-1]).to(exact) * (row - mean).to(exact)).sum(-1)
+    if bias is not None and offset is not None:
+        more = more + (bias.to(exact)[top.reshape(-1)] - offset.to(exact))
+    more = logit_scale * more
+    weights = more.new_ones(more.shape) if token_weight is None else token_weight.reshape(-1).to(exact)
+    if reduction == "none":
+        return hard + (more * weights).reshape(top.shape)
+    total = (more * weights).sum()
+    if reduction == "mean":
+        count = weights.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=more.device)
+        total = total / count.clamp_min(torch.finfo(exact).tiny).to(exact)
+    return hard + total

@@ -107,6 +107,22 @@ def draws_of_examples(stats: PredictionStatistics, labels: Any, *, repetitions: 
     )
 
 
+def poisson_means(values: Floats, repetitions: int, seed: int) -> Floats:
+    """The means of the columns of values [n, m] when its rows are drawn anew [R, m], with the weights of `Resamples`."""
+    n = len(values)
+    count, sums = np.zeros(repetitions), np.zeros((repetitions, values.shape[1]))
+    for block, start in enumerate(range(0, n, _UNITS)):
+        weights = unit_weights(seed, block, repetitions, min(_UNITS, n - start))
+        count += weights.sum(axis=1)
+        sums += weights @ values[start : start + _UNITS]
+    return sums[count > 0] / count[count > 0, None]
+
+
+def unit_weights(seed: int, block: int, repetitions: int, width: int) -> Floats:
+    """How often each unit of a block counts in each replicate [R, width], Poisson(1)."""
+    return np.random.default_rng((seed, block)).poisson(1.0, size=(repetitions, width)).astype(np.float64)
+
+
 def draws_of_tokens(tokens: TokenCalibration) -> Draws:
     """The draws of accuracy, nll, brier and ece, whole sequences drawn; the number of tokens in each draw tells the examples."""
     count, values, draws = tokens.draws()
@@ -205,7 +221,7 @@ class Resamples:
         for block, (start, end) in enumerate(pairwise(ends)):
             rows = order[start:end]
             local, width = unit[rows] - block * _UNITS, min(_UNITS, self.units - block * _UNITS)
-            weights = np.random.default_rng((seed, block)).poisson(1.0, size=(repetitions, width)).astype(np.float64)
+            weights = unit_weights(seed, block, repetitions, width)
             count += weights @ np.bincount(local, minlength=width)
             for model, (stats, influence) in enumerate(zip(cells, ranking, strict=True)):
                 sums[model] += weights @ _per_unit(stats, influence, rows, local, width)

@@ -7,6 +7,8 @@ Source: Hanley and MacGibbon 2006; Oza and Russell 2001; Cameron, Gelbach and Mi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,18 +24,22 @@ from hf_ls.metrics.validation import Floats, Integers, as_array, check_count
 # Float64 holds counts exactly up to 2**53.
 _COUNT, _CORRECT, _NLL, _BRIER, _GAP = 0, 1, 2, 3, slice(4, 4 + N_BINS)
 _WIDTH = 4 + N_BINS
+_ENTITIES = 3  # right, there, predicted: behind the others per sequence and replicate
 _BLOCK = 256  # sequences that share one matrix product and one generator
 _TAILS = [0.025, 0.975]
 
 _DECADES = 10 ** np.arange(19, dtype=np.int64)  # int64 ends below 10**19
 _FREQUENCIES = ["0", *(f"{low}-{10 * low - 1}" for low in map(int, _DECADES))]
 _POSITIONS = ["1", *(f"{2**k}-{2 ** (k + 1) - 1}" for k in range(1, 32))]
+_WORDS = ("labelled O", "labelled otherwise", "predicted other than O")
 _GROUPS = (
-    [("end_of_sequence", name) for name in ("end of sequence", "other tokens")]
+    [("word", name) for name in _WORDS]
+    + [("end_of_sequence", name) for name in ("end of sequence", "other tokens")]
     + [("frequency", name) for name in _FREQUENCIES]
     + [("position", name) for name in _POSITIONS]
 )
-_FIRST_FREQUENCY, _FIRST_POSITION = 2, 2 + len(_FREQUENCIES)
+_FIRST_EOS = len(_WORDS)
+_FIRST_FREQUENCY, _FIRST_POSITION = _FIRST_EOS + 2, _FIRST_EOS + 2 + len(_FREQUENCIES)
 
 
 class TokenCalibration:
@@ -41,6 +47,9 @@ class TokenCalibration:
 
     eos_token_id: the end-of-sequence token, reported apart; None for no such groups.
     token_counts: occurrences [V] of each token id as a training label, for the frequency groups; None for none.
+    outside_id: the class `O` of words which are part of no entity; entities: (labels [t], predictions [t]) of one sequence ->
+    how many entities are found right, are there, and are predicted; both for token classification, whose `update` is then told
+    the predictions.
     repetitions: bootstrap replicates. seed: of their weights.
 
     The weights of the n-th sequence depend on n and `seed` alone, so that neither the split into batches nor the padding
@@ -56,19 +65,24 @@ class TokenCalibration:
         *,
         eos_token_id: int | None = None,
         token_counts: ArrayLike | None = None,
+        outside_id: int | None = None,
+        entities: Callable[[Integers, Integers], tuple[int, int, int]] | None = None,
         repetitions: int = 1000,
         seed: int = 0,
     ) -> None:
         """Start with no tokens."""
         self.eos_token_id = None if eos_token_id is None else check_count(eos_token_id, "eos_token_id", least=0)
         self.token_counts = None if token_counts is None else _check_token_counts(token_counts)
+        self.outside_id, self._entities = outside_id, entities
         self.repetitions = check_count(repetitions, "repetitions")
         self.seed = check_count(seed, "seed", least=0)
         self._frequency = None if self.token_counts is None else np.searchsorted(_DECADES, self.token_counts, side="right")
         self._cells = StreamingCalibration()
         self._groups = np.zeros((2, len(_GROUPS), _WIDTH))  # sums, and what their rounding lost
-        self._replicates = np.zeros((self.repetitions, _WIDTH))  # of whole blocks
-        self._pending = np.zeros((0, _WIDTH))  # sequences of the block which is not full yet
+        self._entity_sums = np.zeros(_ENTITIES)
+        self._width = _WIDTH + (0 if entities is None else _ENTITIES)
+        self._replicates = np.zeros((self.repetitions, self._width))  # of whole blocks
+        self._pending = np.zeros((0, self._width))  # sequences of the block which is not full yet
         self._sequences = self._blocks = 0
 
     def __len__(self) -> int:
@@ -80,11 +94,12 @@ class TokenCalibration:
         """The number of sequences with at least one token."""
         return self._sequences
 
-    def update(self, items: ArrayLike, labels: ArrayLike) -> None:
+    def update(self, items: ArrayLike, labels: ArrayLike, predictions: ArrayLike | None = None) -> None:
         """Add S sequences: items float64 [S, T, 4] of `statistics.item_statistics`, labels [S, T] (token ids).
 
         An item is confidence (0 to 1), correct (0 or 1), nll (nats) and brier (0 to 2), or NaN four times where it is
-        ignored; labels there may hold anything. Sequences without a token count for nothing.
+        ignored; labels there may hold anything. predictions [S, T]: the predicted classes. Sequences without a token count for
+        nothing.
 
         Raises:
             TypeError: not numeric, or labels not integers.
@@ -101,18 +116,37 @@ class TokenCalibration:
         position = _FIRST_POSITION + np.frexp(rank)[1] - 1  # frexp is an exact floor(log2) + 1
         groups = _sums(position, len(_GROUPS), *numbers)
         if self.eos_token_id is not None:
-            groups += _sums(np.where(tokens == self.eos_token_id, 0, 1), len(_GROUPS), *numbers)
+            groups += _sums(_FIRST_EOS + np.where(tokens == self.eos_token_id, 0, 1), len(_GROUPS), *numbers)
         if self._frequency is not None:
             groups += _sums(_FIRST_FREQUENCY + self._frequency[tokens], len(_GROUPS), *numbers)
+        predicted = (
+            None if predictions is None else as_array(predictions)[~np.isnan(as_array(items)).all(axis=2)].astype(np.int64)
+        )
+        if self.outside_id is not None and predicted is not None:
+            groups += _sums(np.where(tokens == self.outside_id, 0, 1), len(_GROUPS), *numbers)
+            chosen = predicted != self.outside_id
+            groups += _sums(np.full(chosen.sum(), 2), len(_GROUPS), *(part[chosen] for part in numbers))
         _add(self._groups, groups)
 
         count = int(sequence[-1]) + 1
-        pending = np.concatenate([self._pending, _sums(sequence, count, *numbers)])
+        rows = _sums(sequence, count, *numbers)
+        if self._entities is not None:
+            rows = np.concatenate([rows, self._entity_counts(sequence, tokens, predicted, count)], axis=1)
+        pending = np.concatenate([self._pending, rows])
         for block in range(len(pending) // _BLOCK):
             self._replicates += self._weighted(self._blocks, pending[block * _BLOCK : (block + 1) * _BLOCK])
             self._blocks += 1
         self._pending = pending[len(pending) // _BLOCK * _BLOCK :].copy()
         self._sequences += count
+
+    def _entity_counts(self, sequence: Integers, tokens: Integers, predicted: Integers | None, count: int) -> Floats:
+        """How many entities of each sequence [count, 3] are right, there and predicted, added to the whole too."""
+        found = np.zeros((count, _ENTITIES))
+        if self._entities is not None and predicted is not None:
+            ends = np.searchsorted(sequence, np.arange(count + 1))
+            found[:] = [self._entities(tokens[a:b], predicted[a:b]) for a, b in pairwise(ends)]
+        self._entity_sums += found.sum(axis=0)
+        return found
 
     def _kept(self, items: ArrayLike, labels: ArrayLike) -> tuple[Floats, Integers, Integers, Integers]:
         """Return of the n kept tokens: items [n, 4], label, sequence among those with tokens, rank from 1 within it."""
@@ -222,6 +256,26 @@ class TokenCalibration:
         ends["ece"] = np.array(ece_interval(own, share, noise, null, seed=self.seed))
         return ends
 
+    def entity_f1(self) -> dict[str, float] | None:
+        """2·right / (there + predicted), 0 to 1, higher is better, with its 95 % interval over sequences; None without entities.
+
+        An entity is right where its words and its type are.
+        """
+        right, there, predicted = self._entity_sums
+        if not there + predicted:
+            return None
+        found = {"value": float(2 * right / (there + predicted))}
+        drawn = self._entity_draws()
+        if self._sequences > 1 and len(drawn):
+            low, high = np.quantile(drawn, _TAILS)
+            found |= {"low": float(low), "high": float(high)}
+        return found
+
+    def _entity_draws(self) -> Floats:
+        sums = self._all_replicates()
+        right, both = sums[:, _WIDTH], sums[:, _WIDTH + 1] + sums[:, _WIDTH + 2]
+        return 2 * right[both > 0] / both[both > 0]
+
     def draws(self) -> tuple[Floats, dict[str, float], dict[str, Floats]]:
         """Return the number of tokens [R] in each replicate which holds one, and accuracy, nll, brier and ece: values, and [R].
 
@@ -237,15 +291,18 @@ class TokenCalibration:
         values, draws = {"accuracy": known["accuracy"]}, {"accuracy": sums[:, _CORRECT] / sums[:, _COUNT]}
         for name, column in (("nll", _NLL), ("brier", _BRIER)):
             values[name], draws[name] = float(total[column] / total[_COUNT]), sums[:, column] / sums[:, _COUNT]
+        if (entities := self.entity_f1()) is not None and len(drawn := self._entity_draws()) == len(sums):
+            values["entity_f1"], draws["entity_f1"] = entities["value"], drawn
         values["ece"], draws["ece"] = known["ece"], np.abs(sums[:, _GAP]).sum(axis=1) / sums[:, _COUNT]
         return sums[:, _COUNT], values, draws
 
     def groups(self) -> list[dict[str, Any]]:
         """Return {"kind", "name", "n", "accuracy", "nll", "perplexity", "brier", "ece", "signed_gap"} of each group.
 
-        Kinds: "end_of_sequence" (the label is that token, or another), "frequency" (how often the label was a training
-        label, by decades) and "position" (rank among the tokens of its sequence, from 1, by powers of two). Groups
-        without tokens are left out. The ece of a small group is biased upward more than that of the whole.
+        Kinds: "word" (of token classification: labelled O or otherwise, or predicted other than O), "end_of_sequence" (the label
+        is that token, or another), "frequency" (how often the label was a training label, by decades) and "position" (rank among
+        the tokens of its sequence, from 1, by powers of two). Groups without tokens are left out. The ece of a small group is
+        biased upward more than that of the whole.
         """
         table = []
         for (kind, name), sums in zip(_GROUPS, self._groups[0] + self._groups[1], strict=True):

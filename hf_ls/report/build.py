@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from hf_ls.calibration.posthoc import compare_posthoc
 from hf_ls.calibration.temperature import apply_temperature, fit_temperature
+from hf_ls.metrics.classes import class_scores, class_table
 from hf_ls.metrics.core import PredictionStatistics
 from hf_ls.metrics.paired import Draws, differences, draws_of_examples
 from hf_ls.metrics.validation import Floats, Integers, as_array, check_labels, check_logits, check_probabilities
@@ -29,6 +30,7 @@ from hf_ls.report.plots import write_plots
 class Scored:
     """What a model says of one set of examples, and what is right: logits [n, K], labels [n].
 
+    soft: distributions over the classes [n, K] beside the labels, such as the votes of raters; None without any.
     clip: None for logits of a model. For logarithms of probabilities, −inf where one is 0, the machine epsilon of the precision
     they came in, at which `log_loss` of scikit-learn clips them; nothing is clipped here.
     """
@@ -36,9 +38,10 @@ class Scored:
     logits: Floats
     labels: Integers
     clip: float | None = None
+    soft: Floats | None = None
 
     @classmethod
-    def of(cls, labels: Any, *, logits: Any = None, probabilities: Any = None) -> Self:
+    def of(cls, labels: Any, *, logits: Any = None, probabilities: Any = None, soft: Any = None) -> Self:
         """Check them; the logits of probabilities are their logarithms, so that a softmax gives them back.
 
         Raises: ValueError for neither or both; TypeError, ValueError as `check_logits`, `check_probabilities`, `check_labels`.
@@ -48,10 +51,11 @@ class Scored:
             raise ValueError(f"expected logits or probabilities, got {found}; give one of them, [n, K]")
         matrix = check_logits(logits) if probabilities is None else check_probabilities(probabilities)
         target = check_labels(labels, *matrix.shape)
+        distributions = None if soft is None else check_probabilities(soft).astype(np.float64)
         if probabilities is None:
-            return cls(matrix.astype(np.float64), target)
+            return cls(matrix.astype(np.float64), target, soft=distributions)
         with np.errstate(divide="ignore"):
-            return cls(np.log(matrix.astype(np.float64)), target, float(np.finfo(matrix.dtype).eps))
+            return cls(np.log(matrix.astype(np.float64)), target, float(np.finfo(matrix.dtype).eps), distributions)
 
 
 @dataclass(frozen=True)
@@ -88,9 +92,11 @@ def measure(run: str, epsilon: float | None, reported: Scored, validation: Score
     rows, draws = [], {}
     for temperature in temperatures:
         row = CalibrationRow.from_logits(run, epsilon, temperature, z, labels, clip=clip)
-        stats = PredictionStatistics.from_logits(apply_temperature(z, row.temperature), labels, impossible=clip is not None)
-        rows.append(row)
-        draws[row.name] = [draws_of_examples(stats, labels)]
+        scaled = apply_temperature(z, row.temperature)
+        stats = PredictionStatistics.from_logits(scaled, labels, impossible=clip is not None)
+        scores, of_classes = class_scores(scaled, labels, reported.soft)
+        rows.append(replace(row, metrics={**row.metrics, **scores}, classes=class_table(scaled, labels)))
+        draws[row.name] = [draws_of_examples(stats, labels), of_classes]
     return Measured(rows, draws, np.bincount(labels, minlength=z.shape[1]).tolist(), untempered)
 
 

@@ -36,7 +36,7 @@ CLASS_METRICS = ("accuracy", "nll", "brier", "ece", "signed_gap", "aurc")
 TOKEN_METRICS = ("accuracy", "nll", "perplexity", "brier", "ece", "signed_gap")
 # What `metrics` and the Trainer measure; every other metric of a token row is the quality of the task.
 _CALIBRATION_METRICS = {*CLASS_METRICS, *TOKEN_METRICS, "mce", "rmsce_debiased", "smooth_ece", "sequence_ece"}
-_CALIBRATION_METRICS |= {"ece_equal_mass", "ece_classwise"}
+_CALIBRATION_METRICS |= {"ece_equal_mass", "ece_classwise", "f1_macro", "f1_weighted", "balanced_accuracy"}
 _OPTIONAL = ("published", "differences", "posthoc", "pictures", "hub", "predictions")  # of a report
 _GROUP_KEYS = ("kind", "name", "n", "accuracy", "nll", "perplexity", "brier", "ece", "signed_gap")
 _RELIABILITY_KEYS = ("edges", "count", "confidence", "accuracy", "band_low", "band_high")
@@ -52,9 +52,9 @@ class CalibrationRow:
         temperature: which the logits were divided by; 1.0 without temperature scaling. tempered: whether that was done.
         metrics: what `metrics.summarise` returns, each {"value", "low", "high"} with the 95 % interval where one is sound ("ece"
             also "null" and "null_q95", an infinite "nll" "impossible" and "clipped", BLEU and chrF "signature"). A row of
-            tokens also has "perplexity" and the quality of its task.
+            classes also has the scores of `metrics.classes`; a row of tokens "perplexity" and the quality of its task.
         reliability: per bin of confidence (a, b] what the diagrams need, None where a bin is empty.
-        groups: of tokens, as `TokenCalibration.groups`.
+        groups: of tokens, as `TokenCalibration.groups`. classes: of classifiers, as `metrics.classes.class_table`, a class each.
 
     Raises: ValueError for a missing metric or key; TypeError for a value which JSON cannot hold.
     """
@@ -66,6 +66,7 @@ class CalibrationRow:
     reliability: Mapping[str, Sequence[float | None]]
     groups: list[dict[str, Any]] = field(default_factory=list)
     tempered: bool = False
+    classes: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Make every value what JSON gives back, and check the shapes."""
@@ -266,7 +267,11 @@ class CalibrationReport:
 
     def to_json(self) -> str:
         """The report as JSON text; a number which is not finite (an empty bin, a diverged loss) is null."""
-        return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
+        fields = dataclasses.asdict(self)
+        for row in fields["rows"]:
+            if not row["classes"]:  # of tokens, and of reports which were written before there were any
+                del row["classes"]
+        return json.dumps(fields, indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -325,6 +330,11 @@ class CalibrationReport:
         return next((row for row in self.rows if row.run != BASELINE and not row.tempered), None)
 
     @property
+    def challengers(self) -> list[CalibrationRow]:
+        """The rows of all runs beside the baseline, without temperature."""
+        return [row for row in self.rows if row.run != BASELINE and not row.tempered]
+
+    @property
     def published_row(self) -> CalibrationRow | None:
         """The row of the saved weights; a report of one row needs no `published` to name it."""
         if self.published is None:
@@ -342,7 +352,9 @@ class CalibrationReport:
 
     def smoothing_of(self, row: CalibrationRow) -> SmoothingFacts:
         """How the targets of the row's run were smoothed: the baseline's never are."""
-        return SmoothingFacts(epsilon=0.0) if row.run == BASELINE else self.smoothing
+        if row.run == BASELINE:
+            return SmoothingFacts(epsilon=0.0)
+        return self.smoothing if row.epsilon in (None, self.smoothing.epsilon) else SmoothingFacts(row.epsilon)
 
     def epsilon_text(self, row: CalibrationRow) -> str:
         """Epsilon of a row for tables and labels: "0.1", "0 → 0.4" with a schedule, "?" where it is not known."""

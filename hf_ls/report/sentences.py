@@ -13,7 +13,10 @@ from hf_ls.metrics.paired import Finding
 from hf_ls.report.calibration_report import CalibrationReport, CalibrationRow
 
 _WORDING: dict[Finding, str] = {"better": "{who} is better", "worse": "{who} is worse", "none": "no difference shown"}
-_TITLES = {"nll": "NLL", "ece": "ECE", "bleu": "BLEU", "chrf": "chrF", "accuracy": "token accuracy"}
+_TITLES = {
+    "nll": "NLL", "ece": "ECE", "bleu": "BLEU", "chrf": "chrF", "accuracy": "token accuracy",
+    "soft_nll": "NLL against the soft labels",
+}  # fmt: skip
 
 
 def regime(report: CalibrationReport) -> str:
@@ -60,10 +63,14 @@ def verdict(report: CalibrationReport) -> str:
 
     A metric differs only if the interval of the paired difference over the same examples leaves 0 out.
     """
-    baseline, smoothed = report.baseline, report.smoothed
-    if baseline is None or smoothed is None:
+    baseline = report.baseline
+    if baseline is None or report.smoothed is None:
         alone = "no run without label smoothing was trained beside it" if baseline is None else "this table has one run only"
         return f"Whether label smoothing helped cannot be said: {alone}."
+    return "\n\n".join(_verdict(report, baseline, row) for row in report.challengers)
+
+
+def _verdict(report: CalibrationReport, baseline: CalibrationRow, smoothed: CalibrationRow) -> str:
     unlearnt = [row for row in (baseline, smoothed) if not learnt(report, row)]
     if len(unlearnt) == 2:
         rows = f"rows '{one_line(baseline.name)}' and '{one_line(smoothed.name)}'"
@@ -73,7 +80,8 @@ def verdict(report: CalibrationReport) -> str:
         quality = [metric for metric in smoothed.quality if metric in baseline.metrics] or ["accuracy"]
         rival, metrics = baseline, [*quality, "nll", "ece"]
     else:
-        rival, metrics = tempered[0] or baseline, ["nll", "ece"]
+        rival = tempered[0] or baseline
+        metrics = ["nll", "ece", *(["soft_nll"] if "soft_nll" in smoothed.metrics and "soft_nll" in rival.metrics else [])]
     label = "the baseline" if rival is baseline else "temperature scaling of the baseline"
     who = f"Smoothing (epsilon {smoothed.epsilon:g})" if smoothed.epsilon else f"Training with {one_line(smoothed.name)}"
     unit = "sequences" if report.is_token_task else "examples"

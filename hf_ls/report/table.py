@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 
 GROUP_HEADINGS = ("tokens", "run", "n", "nll", "ece", "signed gap")
 POSTHOC_METRICS = ("accuracy", "nll", "brier", "ece", "aurc")
-POSTHOC_NOTE = "Fitted on the validation data alone, measured on the same examples as the table above; no intervals."
+_SCORES = ("f1_macro", "f1_weighted", "balanced_accuracy", "soft_nll", "soft_brier")
+_SCORE_NOTE = (
+    "95 % intervals in brackets. f1 macro: mean F1 of the classes, each counting alike; f1 weighted: by how often a class is the "
+    "label; balanced accuracy: mean recall of the classes; 0 to 1, higher is better."
+)
+_SOFT_NOTE = " soft nll (nats, at least the entropy of the soft labels) and soft brier (0 to 2): against them; lower is better."
+_MOST_CLASSES = 30
 GROUP_NOTE = "A small n makes ece larger: compare it between runs, not between groups."
 _CLASS_NOTE = (
     "T: temperature. 95 % intervals in brackets; the one of ece is for the true error and may lie below the "
@@ -79,16 +85,80 @@ def posthoc_cells(report: CalibrationReport) -> list[list[str]]:
     return [["post-hoc method", *POSTHOC_METRICS], *lines] if lines else []
 
 
-def posthoc_refusals(report: CalibrationReport) -> list[str]:
-    """Which post-hoc methods could not be fitted, and why, a sentence each."""
+def posthoc_note(report: CalibrationReport) -> str:
+    """How to read the post-hoc methods, and which could not be fitted, and why, a sentence each."""
     refused = {name: one_line(str(row["refused"])) for name, row in report.posthoc.items() if "refused" in row}
     # What came in place of what was expected: the rest of such a sentence is for who calls the method.
-    return [f"No {name}: {text.partition(', got ')[2].partition(';')[0] or text}." for name, text in refused.items()]
+    reasons = [f"No {name}: {text.partition(', got ')[2].partition(';')[0] or text}." for name, text in refused.items()]
+    return " ".join(["Fitted on the validation data alone, measured on the reported examples; no intervals.", *reasons])
+
+
+def score_cells(report: CalibrationReport) -> list[list[str]]:
+    """The headings, then a line for each row, of the scores by class and against soft labels; empty where there are none."""
+    names = [name for name in _SCORES if any(name in row.metrics for row in report.rows)]
+    if not names:
+        return []
+    lines = [[one_line(row.name), *(row.show(name) for name in names)] for row in report.rows]
+    return [["run", *(name.replace("_", " ") for name in names)], *lines]
+
+
+def score_note(report: CalibrationReport) -> str:
+    """How to read the scores."""
+    return _SCORE_NOTE + (_SOFT_NOTE if any("soft_nll" in row.metrics for row in report.rows) else "")
+
+
+def class_cells(report: CalibrationReport) -> list[list[str]]:
+    """The headings, then a line for each class of the published row (else the last one): the least frequent classes first."""
+    row = report.published_row or report.rows[-1]
+    if not row.classes:
+        return []
+    order = sorted(range(len(row.classes)), key=lambda i: row.classes[i]["n"])
+
+    def number(value: float | None, signed: bool) -> str:
+        return "–" if value is None else format(value, "+.3f" if signed else ".3f")
+
+    keys = ("precision", "recall", "f1", "probability", "share", "signed_gap", "ece")
+    lines = [
+        [
+            one_line(report.label_names[i]),
+            f"{row.classes[i]['n']:,}",
+            *(number(row.classes[i][k], k == "signed_gap") for k in keys),
+        ]
+        for i in order[:_MOST_CLASSES]
+    ]
+    return [["class", "n", *(key.replace("_", " ") for key in keys)], *lines]
+
+
+def class_note(report: CalibrationReport) -> str:
+    """How to read the table of classes."""
+    row = report.published_row or report.rows[-1]
+    more = len(row.classes) - _MOST_CLASSES
+    cut = f" The {_MOST_CLASSES} least frequent of {len(row.classes)} classes." if more > 0 else ""
+    return (
+        f"Row '{one_line(row.name)}'.{cut} n: labels of the class. probability: its mean over all examples; share: how often it "
+        "is the label; signed gap: the first less the second, above 0 where the class is given too much probability. ece: of "
+        "that probability, all examples. Of few labels every number is uncertain."
+    )
+
+
+def more_cells(report: CalibrationReport) -> list[tuple[str, list[list[str]], str]]:
+    """Title, lines and note of each table beneath the first which the report has something for."""
+    known = (
+        ("Post-hoc methods", posthoc_cells(report), posthoc_note(report)),
+        ("Scores by class", score_cells(report), score_note(report)),
+        ("Each class", class_cells(report), class_note(report)),
+    )
+    return [(title, lines, caption) for title, lines, caption in known if lines]
 
 
 def group_label(kind: str, name: str) -> str:
     """A group of tokens in words: "position 2-3"."""
-    words = {"position": f"position {name}", "frequency": f"seen {name} times in training", "end_of_sequence": name}
+    words = {
+        "word": f"words {name}",
+        "position": f"position {name}",
+        "frequency": f"seen {name} times in training",
+        "end_of_sequence": name,
+    }
     return one_line(words.get(kind, f"{kind} {name}"))
 
 
@@ -147,19 +217,20 @@ def group_table(report: CalibrationReport) -> Table | None:
     return made
 
 
-def posthoc_table(report: CalibrationReport) -> Table | None:
-    """The console table of the post-hoc methods; None without validation data."""
+def more_tables(report: CalibrationReport) -> list[Table]:
+    """The tables for the console beneath the first."""
     from rich.text import Text
 
-    lines = posthoc_cells(report)
-    if not lines:
-        return None
-    made = _empty("Post-hoc methods", " ".join([POSTHOC_NOTE, *posthoc_refusals(report)]))
-    for i, heading in enumerate(lines[0]):
-        made.add_column(Text(heading), justify="right" if i else "left")
-    for line in lines[1:]:
-        made.add_row(*map(Text, line))
-    return made
+    found = []
+    for title, lines, caption in more_cells(report):
+        made = _empty(title, caption)
+        for i, heading in enumerate(lines[0]):
+            made.add_column(Text(heading), justify="right" if i else "left")
+        for line in lines[1:]:
+            made.add_row(*(Text(cell.replace(" [", "\n[")) for cell in line))
+        found.append(made)
+    groups = group_table(report)
+    return found if groups is None else [*found, groups]
 
 
 def _posthoc_cell(row: Mapping[str, float | str | None], metric: str) -> str:

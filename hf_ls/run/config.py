@@ -20,6 +20,9 @@ from hf_ls.common.errors import did_you_mean, settling
 from hf_ls.common.help import ShowAll, show_help
 from hf_ls.data.classification import EMBEDDED_DATASET, EMBEDDED_MODEL
 from hf_ls.data.g2p import EMBEDDED_G2P
+from hf_ls.data.guessing import guess_task
+from hf_ls.data.reading import read_files
+from hf_ls.metrics.classes import CLASS_SCORES
 from hf_ls.metrics.text import TEXT_METRICS
 from hf_ls.report.naming import CardArguments
 from hf_ls.trainer.arguments import LabelSmoothingSeq2SeqArguments, techniques_of
@@ -28,6 +31,9 @@ from hf_ls.trainer.arguments import LabelSmoothingSeq2SeqArguments, techniques_o
 _TASKS_OF = {
     "text_pair_column": ("text-classification",),
     "label_column": ("text-classification",),
+    "soft_label_columns": ("text-classification",),
+    "soft_label_names": ("text-classification",),
+    "soft_labels": ("text-classification",),
     "snippet_sources": ("text-classification",),
     "bake_temperature": ("text-classification",),
     "tokens_column": ("token-classification",),
@@ -44,11 +50,14 @@ _TASKS_OF = {
     "generation_config": ("seq2seq",),
     "sortish_sampler": ("seq2seq",),
 }
+_TASKS_OF["class_weight"] = ("text-classification", "token-classification")
 _TASKS_OF |= dict.fromkeys(("mixup_alpha", "mixup_per"), ("text-classification",))
 # What an evaluation during training gives, by which the best checkpoint can be chosen; signed_gap is best at 0, at neither end.
 _METRICS = ("loss", "nll", "brier", "ece", "accuracy")
+_SOFT_METRICS = ("soft_nll", "soft_brier")
 _METRICS_OF: dict[str, tuple[str, ...]] = dict.fromkeys(("seq2seq", "causal-lm"), ("perplexity", "eos_nll", "eos_ece"))
-_METRICS_OF["token-classification"] = ("perplexity",)
+_METRICS_OF["token-classification"] = ("perplexity", *CLASS_SCORES, "entity_f1")
+_METRICS_OF["text-classification"] = tuple(CLASS_SCORES)
 _GENERATED_METRICS = ("exact_match", "sequence_ece")
 # Smallest value, and the one which must not be reached; what is checked elsewhere is not here.
 _RANGES: dict[str, tuple[float, float]] = {
@@ -61,6 +70,13 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("eval_accumulation_steps", "save_total_limit", "lora_r", "lora_alpha"), (1, math.inf)),
     **dict.fromkeys(("generation_max_length", "generation_num_beams", "dataloader_prefetch_factor"), (1, math.inf)),
 }
+# What `--train_file x.csv --output_dir y` alone means: the settings of configs/own-data.yaml.
+OWN_DATA = {
+    "label_smoothing_factor": "0.1", "with_baseline": "true", "do_train": "true", "do_eval": "true", "do_predict": "true",
+    "per_device_train_batch_size": "32", "per_device_eval_batch_size": "128", "num_train_epochs": "4", "learning_rate": "5e-5",
+    "warmup_steps": "0.1", "weight_decay": "0.01", "train_sampling_strategy": "group_by_length", "logging_steps": "20",
+    "eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": "1", "report_to": "none",
+}  # fmt: skip
 _DATASET_TASKS = {EMBEDDED_DATASET: ("text-classification",), EMBEDDED_G2P: ("seq2seq", "causal-lm")}
 
 
@@ -114,18 +130,32 @@ class DataArguments:
     train_file: str | None = field(default=None, metadata=about("Local CSV, TSV, JSON, JSONL or Parquet file."))
     validation_file: str | None = field(default=None, metadata=about("As train_file; cut from train when missing."))
     test_file: str | None = field(default=None, metadata=about("As train_file; only ever reported on."))
-    text_column: str = field(default="text", metadata=about("Column with the text."))
+    text_column: str | None = field(default=None, metadata=about("Column with the text; `text`, or guessed and said."))
     text_pair_column: str | None = field(default=None, metadata=about("Column with a second text, for sentence pairs."))
-    label_column: str = field(default="label", metadata=about("Column with one class per row."))
+    label_column: str | None = field(default=None, metadata=about("Column with one class per row; `label`, or guessed and said."))
+    soft_label_columns: list[str] = field(
+        default_factory=list,
+        metadata=about("Raters or teachers instead of label_column: a column of lists or mappings, or one of counts per class."),
+    )
+    soft_label_names: list[str] = field(default_factory=list, metadata=about("Names of the classes in such a list, in order."))
     source_column: str | None = field(
         default=None, metadata=about("seq2seq: column with the source; causal-lm: with the prompt.")
     )
     target_column: str | None = field(default=None, metadata=about("seq2seq: column with the target; causal-lm: the completion."))
     source_prefix: str = field(default="", metadata=about("Text before each source, such as T5's task prefix."))
     source_suffix: str = field(default="", metadata=about("Text after each source, such as the blank before a completion."))
-    tokens_column: str = field(default="tokens", metadata=about("token-classification: column with the list of words."))
-    tags_column: str = field(default="ner_tags", metadata=about("token-classification: column with one tag per word."))
-    validation_fraction: float = field(default=0.1, metadata=about("Share of train to cut when there is no validation split."))
+    tokens_column: str | None = field(
+        default=None, metadata=about("token-classification: column with the list of words; `tokens`, or guessed and said.")
+    )
+    tags_column: str | None = field(
+        default=None, metadata=about("token-classification: column with one tag per word; `ner_tags`, or guessed and said.")
+    )
+    validation_fraction: float = field(
+        default=0.1, metadata=about("Share of train which is held out when there is no validation split, stratified.")
+    )
+    test_fraction: float = field(
+        default=0.1, metadata=about("The same when there is no test split; 0 for no test: validation is reported then.")
+    )
     max_length: int = field(default=128, metadata=about("Tokens kept of each example."))
     max_target_length: int | None = field(default=None, metadata=about("Tokens kept of each target; as max_length if not given."))
     max_train_samples: int | None = field(
@@ -150,6 +180,8 @@ class DataArguments:
             raise ValueError(f"expected different files per split, got {self.files}; never select or train on the test data")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"expected 0 < validation_fraction < 1, got {self.validation_fraction}; 0.1 is a usual value")
+        if not 0 <= self.test_fraction < 1:
+            raise ValueError(f"expected 0 <= test_fraction < 1, got {self.test_fraction}; 0.1 is a usual value, 0 for no test")
         if self.snippet_sources and self.dataset_name != EMBEDDED_DATASET:
             raise ValueError(
                 f"expected snippet_sources only with dataset_name: {EMBEDDED_DATASET}, got {self.dataset_name}; drop it"
@@ -172,6 +204,14 @@ class RunArguments:
         metadata=about("Quality of what seq2seq models generate: exact_match, word_error_rate, phoneme_error_rate, bleu, chrf."),
     )
     with_baseline: bool = field(default=False, metadata=about("First train the same model with epsilon = 0, for the comparison."))
+    class_weight: Literal["none", "balanced"] = field(
+        default="none",
+        metadata=about("balanced: an example of class k counts n / (K n_k) times in training, in the baseline too."),
+    )
+    soft_labels: Literal["train", "evaluate"] = field(
+        default="train",
+        metadata=about("With soft_label_columns: train on the distributions (labels in the runs beside it), or only measure."),
+    )
     bake_temperature: bool = field(
         default=False, metadata=about("Divide the saved classifier's weights by the temperature fitted on validation.")
     )
@@ -190,13 +230,19 @@ class RunArguments:
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of one run."""
+    """All settings of one run; notes: which of them were filled in, a sentence each."""
 
     run: RunArguments
     model: ModelArguments
     data: DataArguments
     training: LabelSmoothingSeq2SeqArguments
     card: CardArguments
+    notes: tuple[str, ...] = ()
+
+    @property
+    def trains_on_soft_labels(self) -> bool:
+        """Whether the published run learns distributions; the runs beside it learn labels."""
+        return bool(self.data.soft_label_columns) and self.run.soft_labels == "train"
 
 
 class Parser(HfArgumentParser):
@@ -251,15 +297,59 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     path, argv = _take_config(argv)
     nulls, argv = _take_nulls(argv)
     from_file = yaml_arguments(Path(path), known - {"config", "help", "help_all", "version"}, nulls) if path else []
+    filled, notes = _filled_in([*from_file, *argv], configured=path is not None)
+    from_file = [*filled, *from_file]
     *parsed, _, rest = parser.parse_args_into_dataclasses(
         [*from_file, *argv], return_remaining_strings=True, look_for_args_file=False
     )
     if rest:
         name = rest[0].split("=")[0]  # without the value, which may be a secret
         raise ValueError(f"expected known settings, got {name}{nearest(name, known)}; see --help")
-    config = Config(*parsed)
+    run, model, data, training, card = parsed
+    config = Config(run, model, data, training, card, tuple(notes))
     _check(config)
     return config
+
+
+def _filled_in(words: list[str], *, configured: bool) -> tuple[list[str], list[str]]:
+    """Settings for a file of one's own which nobody has given, as arguments, and a sentence about each kind of them.
+
+    Its task is guessed by its columns. Where neither a config nor what to do is given, all is done that `OWN_DATA` says.
+    """
+    given = {word.lstrip("-").split("=")[0]: word for word in words if word.startswith("--")}
+    file = next((_value(words, name) for name in ("train_file",) if name in given), None)
+    if file is None:
+        return [], []
+    filled, notes = [], []
+    task = None if given.keys() & {"task", "soft_label_columns"} else _guessed_task(file)  # soft labels are of whole texts
+    if task is not None:
+        filled.append(f"--task={task}")
+        notes.append(f"Task: {task}, guessed by the columns of {Path(file).name}; --task changes that")
+    if not configured and not given.keys() & {"do_train", "do_eval", "do_predict"}:
+        missing = {name: value for name, value in OWN_DATA.items() if name not in given}
+        filled += [f"--{name}={value}" for name, value in missing.items()]
+        shown = ", ".join(f"{name}: {value}" for name, value in missing.items())
+        notes.append(f"No config and no do_train: what configs/own-data.yaml says is done ({shown})")
+    return filled, notes
+
+
+def _value(words: Sequence[str], name: str) -> str | None:
+    """The last value of a setting among arguments."""
+    found = None
+    for word, following in zip(words, [*words[1:], None], strict=True):
+        if word.startswith(f"--{name}="):
+            found = word.split("=", 1)[1]
+        elif word == f"--{name}":
+            found = following
+    return found
+
+
+def _guessed_task(file: str) -> str | None:
+    """The task of a file; None where it does not tell, or cannot be read: the loader says why."""
+    try:
+        return guess_task(read_files({"train": file})["train"])
+    except (ValueError, OSError):
+        return None
 
 
 def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
@@ -381,6 +471,7 @@ def _check(config: Config) -> None:
         )
     metric = training.metric_for_best_model or ""
     known = [*_METRICS, *_METRICS_OF.get(run.task, ()), *(_GENERATED_METRICS if training.predict_with_generate else ())]
+    known += _SOFT_METRICS if config.data.soft_label_columns else ()
     if "test" in metric.replace("eval_", "").split("_") or "predict" in metric:
         raise ValueError(f"expected metric_for_best_model on validation, got {metric!r}; the test split is only ever reported on")
     if metric and metric.removeprefix("eval_") not in known:
@@ -392,7 +483,8 @@ def _check(config: Config) -> None:
         raise ValueError(
             "expected load_best_model_at_end with early_stopping_patience, got False; set it and metric_for_best_model"
         )
-    if run.with_baseline and not techniques_of(training):
+    _check_soft_labels(config)
+    if run.with_baseline and not techniques_of(training) and not config.trains_on_soft_labels:
         raise ValueError(
             "expected label_smoothing_factor > 0 with with_baseline, got 0, which is the baseline itself; set one of them"
         )
@@ -400,6 +492,19 @@ def _check(config: Config) -> None:
         for name in ("distillation_alpha", "distillation_temperature"):
             if getattr(training, name) != LabelSmoothingSeq2SeqArguments.__dataclass_fields__[name].default:
                 raise ValueError(f"expected distillation_teacher with {name}, got none; add --teacher, or drop {name}")
+
+
+def _check_soft_labels(config: Config) -> None:
+    training, alone = config.training, not config.run.with_baseline and not config.training.allow_combined_softening
+    if training.label_smoothing_soft_labels:
+        raise ValueError(
+            "expected soft_label_columns, which names the data too, got label_smoothing_soft_labels; use soft_label_columns"
+        )
+    if config.trains_on_soft_labels and alone and techniques_of(training):
+        raise ValueError(
+            f"expected one target-softening technique, got {techniques_of(training)[0]} and soft labels, which are soft already; "
+            "set label_smoothing_factor: 0, or with_baseline for a row of each, or allow_combined_softening for both at once"
+        )
 
 
 def _check_task(config: Config) -> None:

@@ -18,11 +18,12 @@ from hf_ls.common.errors import loading, uploading
 from hf_ls.common.files import write_atomically
 from hf_ls.common.models import IGNORE_INDEX, load_weights
 from hf_ls.common.text import hub_id, one_line
-from hf_ls.data.classification import EMBEDDED_DATASET, check_overlap, load_snippets, model_path, tokenise
+from hf_ls.data.classification import EMBEDDED_DATASET, load_snippets, model_path, tokenise
 from hf_ls.data.labels import LabelMatch, match_labels, permutation_warning
 from hf_ls.data.predictions import read_predictions, splits_in
 from hf_ls.data.reading import check_texts, read_files, read_hub
 from hf_ls.data.sequences import tokenise_words
+from hf_ls.data.splitting import check_overlap, sample
 from hf_ls.metrics.paired import differences
 from hf_ls.report.build import Scored, calibration_report, posthoc, write_report_files
 from hf_ls.report.calibration_report import EVALUATED, REPORT, SETTINGS, CalibrationReport, package_versions
@@ -31,7 +32,7 @@ from hf_ls.report.card_metadata import eval_results, with_results
 from hf_ls.report.facts import DatasetFacts, SmoothingFacts
 from hf_ls.report.naming import CardArguments
 from hf_ls.report.sentences import regime, tempering, warnings
-from hf_ls.report.table import posthoc_table, table
+from hf_ls.report.table import more_tables, table
 from hf_ls.run.config import Parser, about, nearest
 from hf_ls.run.launch import announce
 from hf_ls.run.outcome import OUTCOME, PREDICTIONS, evaluate_classes, evaluate_tokens
@@ -91,7 +92,7 @@ class EvaluateArguments(CardArguments):
         default=None, metadata=about("Label smoothing the model was trained with, 0 for none; left out where it is not known.")
     )
     max_length: int | None = field(default=None, metadata=about("Tokens kept of each example; the model's limit, at most 512."))
-    max_samples: int | None = field(default=None, metadata=about("Use only the first so many examples of each split."))
+    max_samples: int | None = field(default=None, metadata=about("Use only a random sample of so many examples of each split."))
     batch_size: int = field(default=32, metadata=about("Examples per forward pass."))
     use_cpu: bool = field(default=False, metadata=about("Do not use a GPU."))
     write_card: bool = field(default=False, metadata=about("Write README.md into output_dir."))
@@ -184,7 +185,7 @@ def evaluate(settings: EvaluateArguments) -> CalibrationReport | None:
     raw, name, dataset_id = _read(settings)
     splits, match = _matched(settings, raw, names)
     if settings.task == "text-classification":
-        check_overlap(DatasetDict({"train": splits["test"].select([]), "validation": splits["test"].select([])} | splits))
+        check_overlap(splits)
     announce(match.sentence)
     limit = settings.max_length or min(tokenizer.model_max_length, _LONGEST)
     encode = tokenise_words if task.per_token else tokenise
@@ -335,7 +336,9 @@ def _matched(settings: EvaluateArguments, raw: dict[str, Dataset], names: list[s
         absent = [column for column in (*columns, label) if column not in part.column_names]
         if absent or not len(part):
             raise ValueError(f"expected examples with {[*columns, label]} in {split}, got {part.column_names}; set the columns")
-        kept[split] = part.select(range(min(len(part), settings.max_samples or len(part))))
+        kept[split] = sample(part, settings.max_samples, 0)
+        if len(kept[split]) < len(part):
+            announce(f"{split}: {len(kept[split]):,} of {len(part):,} rows are used, a random sample, because of max_samples")
         feature = part.features[label]
         feature = getattr(feature, "feature", feature)
         data_names = feature.names if isinstance(feature, ClassLabel) else data_names
@@ -413,8 +416,8 @@ def _show(report: CalibrationReport, settings: EvaluateArguments) -> None:
     console.print(*texts, sep="\n", markup=False, highlight=False)
     for text in warnings(report):
         console.print(f"Warning: {text}", markup=False, highlight=False)
-    if (methods := posthoc_table(report)) is not None:
-        console.print(methods)
+    for more in more_tables(report):
+        console.print(more)
     if settings.update_card:
         update_card(report, settings.update_card)
     console.print(f"Report and plots: {folder}", markup=False, highlight=False, soft_wrap=True)

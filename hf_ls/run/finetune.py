@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from hf_ls.common.privacy import token_in_environment
-from hf_ls.report.calibration_report import CalibrationReport
+from hf_ls.report.calibration_report import BASELINE, CalibrationReport
 from hf_ls.report.facts import SmoothingFacts
 from hf_ls.run.config import Config
 from hf_ls.run.launch import announce
-from hf_ls.run.loading import Loaded, load
+from hf_ls.run.loading import Loaded, load, looked_at
 from hf_ls.run.manifest import FOLDER, Manifest
 from hf_ls.run.outcome import OUTCOME, Outcome, evaluate_classes, evaluate_tokens, run_name
 from hf_ls.run.output import check_output, recorded
 from hf_ls.run.publish import folder_of, publish, push
 from hf_ls.run.tasks import TASKS
 from hf_ls.run.training import checkpoint_of, rehearse, save_model, save_penultimate, train, with_training
-from hf_ls.trainer.arguments import without_smoothing
+from hf_ls.trainer.arguments import techniques_of, without_smoothing
 
 
 def finetune(config: Config, callbacks: Sequence[Any] = ()) -> CalibrationReport | None:
@@ -37,6 +37,8 @@ def finetune(config: Config, callbacks: Sequence[Any] = ()) -> CalibrationReport
         model = rehearse(config, loaded)
         manifest = check_output(config, model)
         if config.run.dry_run:
+            for line in looked_at(config, loaded):
+                announce(line)
             for one in _planned(config):
                 if _finished(one) is None and one.training.do_train:
                     checkpoint_of(one, model)
@@ -54,9 +56,10 @@ def finetune(config: Config, callbacks: Sequence[Any] = ()) -> CalibrationReport
                 runs[name] = _train_and_calibrate(one, loaded, manifest, callbacks)
             if not config.training.should_save:
                 return None
-            report = publish(config, loaded.data, runs)
+            folders = {run_name(one.training): folder_of(one) for one in planned}
+            report = publish(planned[-1], loaded.data, runs, folders)
             if config.training.push_to_hub:
-                push(config, manifest.files())
+                push(config, manifest.files(), folders.values())
             return report
 
 
@@ -71,11 +74,19 @@ def _check_asked(config: Config) -> None:
 
 
 def _planned(config: Config) -> Iterator[Config]:
-    """The settings of each run, the baseline first."""
+    """The settings of each run, the baseline first; before one on soft labels, label smoothing on the hard ones."""
+    training = config.training
     if config.run.with_baseline:
-        plain = replace(config, training=without_smoothing(config.training))
-        yield with_training(plain, output_dir=str(folder_of(config) / "baseline"), push_to_hub=False)
-    yield config
+        plain = replace(config, training=without_smoothing(training))
+        yield with_training(plain, output_dir=str(folder_of(config) / BASELINE), push_to_hub=False)
+    if not config.trains_on_soft_labels:
+        yield config
+        return
+    if config.run.with_baseline and techniques_of(training):
+        yield with_training(config, output_dir=str(folder_of(config) / run_name(training)), push_to_hub=False)
+    both = training.allow_combined_softening
+    kept = training if both else without_smoothing(training)
+    yield with_training(replace(config, training=kept), label_smoothing_soft_labels=True)
 
 
 def _finished(config: Config) -> Outcome | None:

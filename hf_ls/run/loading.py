@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-from datasets import Dataset, DatasetDict
+from datasets import DatasetDict
 from transformers import AutoConfig, AutoTokenizer
 
 from hf_ls.common.errors import loading
@@ -16,7 +16,6 @@ from hf_ls.common.text import one_line
 from hf_ls.data.classification import (
     EMBEDDED_DATASET,
     ClassificationData,
-    check_overlap,
     load_classification,
     load_snippets,
     model_path,
@@ -24,6 +23,7 @@ from hf_ls.data.classification import (
 )
 from hf_ls.data.g2p import EMBEDDED_G2P, g2p_tokenizer, load_g2p
 from hf_ls.data.labels import absent_classes
+from hf_ls.data.preview import preview
 from hf_ls.data.sequences import (
     SequenceData,
     check_sequence_overlap,
@@ -32,7 +32,10 @@ from hf_ls.data.sequences import (
     tokenise_seq2seq,
     tokenise_words,
 )
-from hf_ls.run.config import Config, DataArguments, nearest
+from hf_ls.data.soft_labels import with_soft_labels
+from hf_ls.data.splitting import check_overlap, sample
+from hf_ls.run.config import Config, nearest
+from hf_ls.run.launch import announce
 from hf_ls.run.tasks import TASKS
 from hf_ls.trainer.distillation import load_teacher
 
@@ -45,11 +48,15 @@ Data = ClassificationData | SequenceData
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a run is made of before any model: data, tokenizer, and token ids and labels of each split."""
+    """What a run is made of before any model: data, tokenizer, and token ids and labels of each split.
+
+    available: how many rows each split had before its cap.
+    """
 
     data: Data
     tokenizer: Any
     tokens: DatasetDict
+    available: Mapping[str, int]
 
     @property
     def sizes(self) -> str:
@@ -62,47 +69,73 @@ def load(config: Config) -> Loaded:
 
     Raises: ValueError as `load_data`, `load_tokenizer` and `load_tokens`.
     """
+    for note in config.notes:
+        announce(note)
     with config.training.main_process_first(desc="data"):
-        data = load_data(config)
+        whole = load_data(config)
+    for note in whole.notes:
+        announce(note)
+    data = capped(config, whole)
     tokenizer = load_tokenizer(config)
     with config.training.main_process_first(desc="tokens"):
-        return Loaded(data, tokenizer, load_tokens(config, data, tokenizer))
+        tokens = load_tokens(config, data, tokenizer)
+    return Loaded(data, tokenizer, tokens, {split: len(part) for split, part in whole.splits.items()})
 
 
 def load_data(config: Config) -> Data:
-    """The splits which the settings name, cut to `max_*_samples`, and warnings: test examples seen in training, absent classes.
-
-    A cut is a random sample by the seed, since a user's file may be sorted by label or by date. The embedded data is in a fixed
-    shuffled order: its first rows are a sample already, the same for every seed.
+    """The splits which the settings name, whole, and warnings about texts which two of them share.
 
     Raises: ValueError as `load_classification` and `load_sequences`, and when most of the test split is the validation split.
     """
     settings, task = config.data, config.run.task
-    seed = config.training.seed if config.training.data_seed is None else config.training.data_seed
     source: dict[str, Any] = {
         "dataset_config": settings.dataset_config_name,
         "files": settings.files,
         "text_column": settings.text_column,
         "validation_fraction": settings.validation_fraction,
-        "seed": seed,
+        "test_fraction": settings.test_fraction,
+        "seed": _data_seed(config),
     }
     data: Data
     if settings.dataset_name == EMBEDDED_DATASET:
         data = load_snippets(settings.snippet_sources)
+        if settings.soft_label_columns:
+            splits, names, notes = with_soft_labels(data.splits, settings.soft_label_columns, data.label_names)
+            data = replace(data, splits=splits, label_names=names, notes=tuple(notes))
     elif settings.dataset_name == EMBEDDED_G2P:
         data = load_g2p()
     elif task == "text-classification":
-        source |= {"text_pair_column": settings.text_pair_column, "label_column": settings.label_column}
+        read = ("text_pair_column", "label_column", "soft_label_columns", "soft_label_names")
+        source |= {name: getattr(settings, name) for name in read}
         data = load_classification(settings.dataset_name, **source)
     else:
         source |= {name: getattr(settings, name) for name in ("source_column", "target_column", "tokens_column", "tags_column")}
         data = load_sequences(task, settings.dataset_name, **source)
     (check_overlap if task == "text-classification" else check_sequence_overlap)(data.splits)
-    fixed = settings.dataset_name in (EMBEDDED_DATASET, EMBEDDED_G2P)
-    cut = {split: _sample(part, split, settings, None if fixed else seed) for split, part in data.splits.items()}
-    data = replace(data, splits=DatasetDict(cut))
+    return data
+
+
+def capped(config: Config, data: Data) -> Data:
+    """The data with at most `max_*_samples` rows a split, and warnings: what a cap leaves out, classes without a row.
+
+    A cap is a random sample by the seed, since a user's file may be sorted by label or by date. The embedded data is in a fixed
+    shuffled order: its first rows are a sample already, the same for every seed.
+    """
+    seed = None if config.data.dataset_name in (EMBEDDED_DATASET, EMBEDDED_G2P) else _data_seed(config)
+    kept = {}
+    for split, part in data.splits.items():
+        kept[split] = sample(part, getattr(config.data, _CAPS[split]), seed)
+        if seed is not None and len(kept[split]) < len(part):
+            logger.warning(
+                "%s: %d of %d rows are used, a random sample, because of %s", split, len(kept[split]), len(part), _CAPS[split]
+            )
+    data = replace(data, splits=DatasetDict(kept))
     _warn_of_absent_classes(data)
     return data
+
+
+def _data_seed(config: Config) -> int:
+    return config.training.seed if config.training.data_seed is None else config.training.data_seed
 
 
 def _warn_of_absent_classes(data: Data) -> None:
@@ -119,18 +152,6 @@ def _warn_of_absent_classes(data: Data) -> None:
                 shown,
                 consequence,
             )
-
-
-def _sample(part: Dataset, split: str, settings: DataArguments, seed: int | None) -> Dataset:
-    """At most as many rows as the split's cap, in the order of the file: a random sample by `seed`, or the first without one."""
-    cap = _CAPS[split]
-    limit = getattr(settings, cap)
-    if limit is None or limit >= len(part):
-        return part
-    if seed is None:
-        return part.select(range(limit))
-    logger.warning("%s: %d of %d rows are used, a random sample, because of %s", split, limit, len(part), cap)
-    return part.select(np.sort(np.random.default_rng(seed).permutation(len(part))[:limit]))
 
 
 def load_tokenizer(config: Config) -> Any:
@@ -158,6 +179,18 @@ def load_tokens(config: Config, data: Data, tokenizer: Any) -> DatasetDict:
     if task == "causal-lm":
         return tokenise_causal(data.splits, tokenizer, settings.max_length, **affixes)
     return tokenise_seq2seq(data.splits, tokenizer, settings.max_length, max_target_length=settings.max_target_length, **affixes)
+
+
+def looked_at(config: Config, loaded: Loaded) -> list[str]:
+    """The lines which a dry run shows of the data."""
+    settings = config.data
+    limits = dict.fromkeys(set(loaded.data.splits["train"].column_names) & {"text", "tokens", "source"}, settings.max_length)
+    if config.run.task == "seq2seq":
+        limits["target"] = settings.max_target_length or settings.max_length
+    return preview(
+        loaded.data.splits, loaded.tokens, loaded.data.label_names, loaded.tokenizer, loaded.available, limits,
+        (settings.source_prefix, settings.source_suffix),
+    )  # fmt: skip
 
 
 def load_distillation_teacher(config: Config, tokenizer: Any) -> Any:

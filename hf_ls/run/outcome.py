@@ -18,6 +18,8 @@ from datasets import Dataset, DatasetDict
 from hf_ls.calibration.temperature import NoFiniteTemperature
 from hf_ls.common.errors import read_json
 from hf_ls.common.files import write_arrays, write_atomically
+from hf_ls.data.soft_labels import SOFT
+from hf_ls.metrics.classes import CLASS_SCORES
 from hf_ls.metrics.paired import Draws, draws_as_arrays, draws_from_arrays, draws_of_tokens
 from hf_ls.metrics.text import draws_of_texts, signature, text_metrics
 from hf_ls.report.build import Scored, measure
@@ -76,6 +78,8 @@ class Outcome:
 
 def run_name(training: LabelSmoothingArguments) -> str:
     """The name of a run's row: what it trains on, "baseline" being the plain cross entropy in every step."""
+    if training.label_smoothing_soft_labels:
+        return "soft labels"
     if training.label_smoothing_objective != "smoothed_ce":
         return training.label_smoothing_objective
     smoothing = smoothing_of(training)
@@ -92,20 +96,18 @@ def _epsilon(training: LabelSmoothingArguments) -> float | None:
 def evaluate_classes(trainer: Any, tokens: DatasetDict) -> Outcome:
     """One label per example: logits of both splits, kept in `predictions.npz`; T fitted on validation, rows on test."""
     training, num_classes = trainer.args, trainer.model.config.num_labels
-    logits, labels = {}, {}
+    logits, labels, soft = {}, {}, {}
     for split, prefix in _wanted(training, tokens):
         output = trainer.predict(tokens[split], metric_key_prefix=prefix)
         write_metrics(trainer, prefix, output.metrics)
         logits[split], labels[split] = np.asarray(output.predictions, np.float64), np.asarray(output.label_ids)
+        soft[split] = np.asarray(tokens[split][SOFT]) if SOFT in tokens[split].column_names else None
     if training.should_save:
         _save_predictions(Path(training.output_dir), logits, labels)
     if not logits:
         return Outcome(None, 0, None, num_classes, None, [], trainer.state.log_history)
-    split, name, predictions = (
-        list(logits)[-1],
-        run_name(training),
-        {s: Scored.of(labels[s], logits=logits[s]) for s in logits},
-    )
+    split, name = list(logits)[-1], run_name(training)
+    predictions = {s: Scored.of(labels[s], logits=logits[s], soft=soft[s]) for s in logits}
     # A temperature is never judged on the data it was fitted on.
     measured = measure(name, _epsilon(training), predictions[split], predictions.get("validation") if split == "test" else None)
     if measured.untempered:
@@ -131,7 +133,7 @@ def evaluate_tokens(trainer: Any, tokens: DatasetDict, texts: DatasetDict, metri
     for split, prefix in _wanted(training, tokens):
         output = _predict(trainer, tokens[split], prefix, loss_only=not generating)
         reported, of_texts = trainer.token_calibration, []
-        extra: dict[str, Any] = {}
+        extra = _token_scores(trainer)
         if generating:
             generated, references = _decode(trainer, output.predictions), texts[split]["target"]
             extra.update(text_metrics(generated, references, metrics, seed=training.seed))
@@ -154,12 +156,20 @@ def evaluate_tokens(trainer: Any, tokens: DatasetDict, texts: DatasetDict, metri
             trainer.temperature = temperature
             _predict(trainer, tokens[split], prefix, loss_only=True)
             trainer.temperature = 1.0
+            extra |= _token_scores(trainer)
             extra.pop("sequence_ece", None)  # of untempered probabilities; what greedy search writes is the same at every T
             rows.append(CalibrationRow.from_tokens(name, epsilon, temperature, trainer.token_calibration, extra))
             draws[rows[-1].name] = [draws_of_tokens(trainer.token_calibration), *of_texts]
     if reported is None:
         return Outcome(None, 0, None, num_classes, None, [], trainer.state.log_history)
     return Outcome(split, len(reported), reported.sequences, num_classes, counts, rows, trainer.state.log_history, draws)
+
+
+def _token_scores(trainer: Any) -> dict[str, Any]:
+    """Scores beside the calibration of tokens, of token classification; none for language models."""
+    entities, counts = trainer.token_calibration.entity_f1(), trainer.class_counts
+    found: dict[str, Any] = {} if entities is None else {"entity_f1": entities}
+    return found | ({} if counts is None else {name: {"value": float(score(counts))} for name, score in CLASS_SCORES.items()})
 
 
 def _predict(trainer: Any, tokens: Dataset, prefix: str, *, loss_only: bool) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,7 @@ from hf_ls.report.calibration_report import SETTINGS, CalibrationReport, package
 from hf_ls.report.facts import DatasetFacts, SmoothingFacts, TrainingFacts
 from hf_ls.report.pictures import PENULTIMATE, Penultimate, write_pictures
 from hf_ls.report.sentences import regime, verdict, warnings
-from hf_ls.report.table import group_table, table
+from hf_ls.report.table import more_tables, table
 from hf_ls.run.config import Config
 from hf_ls.run.launch import announce
 from hf_ls.run.outcome import DRAWS, GENERATIONS, OUTCOME, PREDICTIONS, Outcome
@@ -43,8 +43,10 @@ def folder_of(config: Config) -> Path:
     return Path(config.training.output_dir or "trainer_output")
 
 
-def publish(config: Config, data: ClassificationData | SequenceData, runs: dict[str, Outcome]) -> CalibrationReport | None:
-    """One report of all runs and all files made of it; None when nothing was evaluated.
+def publish(
+    config: Config, data: ClassificationData | SequenceData, runs: dict[str, Outcome], folders: Mapping[str, Path]
+) -> CalibrationReport | None:
+    """One report of all runs and all files made of it; None when nothing was evaluated. folders: of each run.
 
     Raises: ValueError for adapters with `bake_temperature`, and as `write_card`.
     """
@@ -56,7 +58,6 @@ def publish(config: Config, data: ClassificationData | SequenceData, runs: dict[
     if config.run.bake_temperature and tempered is not None:
         published = tempered.name
         _bake(config, tempered.temperature)
-    folders = {name: folder_of(config) if run is main else folder_of(config) / "baseline" for name, run in runs.items()}
     report = CalibrationReport(
         task=task.hub_task,
         model_name=training.hub_model_id or folder_of(config).name,
@@ -78,8 +79,8 @@ def publish(config: Config, data: ClassificationData | SequenceData, runs: dict[
     write_report_files(report, folder)
     console = Console()
     console.print(table(report, console.width))
-    if (groups := group_table(report)) is not None:
-        console.print(groups)
+    for found in more_tables(report):
+        console.print(found)
     console.print(regime(report), verdict(report), sep="\n", markup=False, highlight=False)
     for text in warnings(report):
         console.print(f"Warning: {text}", markup=False, highlight=False)
@@ -116,11 +117,11 @@ def check_push(config: Config) -> None:
         HfApi(token=get_token()).create_repo(name, private=training.hub_private_repo, exist_ok=True)
 
 
-def push(config: Config, names: Sequence[str]) -> None:
+def push(config: Config, names: Sequence[str], folders: Collection[Path]) -> None:
     """Upload those of the run's files which are for others, in one commit, without paths of this machine.
 
-    names: of files in the run's folder. Predictions, settings, checkpoints, the baseline and pickles stay here, as does a text
-    from which a path cannot be taken.
+    names: of files in the run's folder. folders: of all runs. Predictions, settings, checkpoints, the other runs and pickles
+    stay here, as does a text from which a path cannot be taken.
 
     Raises: ValueError for no token, a refused one, no connection.
     """
@@ -129,8 +130,8 @@ def push(config: Config, names: Sequence[str]) -> None:
     model, data = config.model, config.data
     given = (model.model_name_or_path, model.tokenizer_name, training.distillation_teacher, data.dataset_name)
     paths = paths_here(folder, *given, *data.files.values())
-    operations = []
-    for found in sorted(filter(_is_public, names)):
+    operations, beside = [], {run.name for run in folders if run != folder}
+    for found in sorted(name for name in names if name.split("/")[0] not in beside and _is_public(name)):
         content = (folder / found).read_bytes() if (folder / found).suffix in TEXTS else None
         text = None if content is None else without_paths(content.decode(), paths)
         if content is not None and text is None:
@@ -146,7 +147,7 @@ def push(config: Config, names: Sequence[str]) -> None:
 
 def _is_public(name: str) -> bool:
     top, last = name.split("/")[0], name.rsplit("/", 1)[-1]
-    here = top == "baseline" or top.startswith((f"{PREFIX_CHECKPOINT_DIR}-", "_", ".")) or last.endswith(f"_{GENERATIONS}")
+    here = top.startswith((f"{PREFIX_CHECKPOINT_DIR}-", "_", ".")) or last.endswith(f"_{GENERATIONS}")
     return not here and last not in (PREDICTIONS, DRAWS, OUTCOME, PENULTIMATE, SETTINGS, TRAINING_ARGS_NAME)
 
 
@@ -202,6 +203,7 @@ def _training_facts(config: Config, runs: dict[str, Outcome]) -> TrainingFacts:
         objective=training.label_smoothing_objective,
         objective_params=criterion_of(training, smoothing_of(training)).params,
         techniques=techniques_of(training),
+        class_weight="balanced: n / (K n_k)" if config.run.class_weight == "balanced" else None,
         teacher=Path(training.distillation_teacher).name if training.distillation_teacher else None,  # not a path here
         max_length=config.data.max_length,
         model_config_overrides=config.model.overrides,

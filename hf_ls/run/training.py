@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
@@ -22,6 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from hf_ls.common.errors import settling
 from hf_ls.common.files import TEMPORARY_FOLDER, move, tell, temporary_name, write_atomically
 from hf_ls.data.sequences import token_counts
+from hf_ls.losses.priors import count_labels
 from hf_ls.report.pictures import PENULTIMATE, penultimate
 from hf_ls.run.checkpoint import CheckpointMark, check_resumable, last_complete_checkpoint
 from hf_ls.run.config import Config
@@ -53,6 +55,7 @@ def make_trainer(config: Config, loaded: Loaded, callbacks: Sequence[Any] = (), 
     set_seed(config.training.seed)
     with silenced() if quiet else nullcontext():
         model = load_model(config, loaded.data, tokenizer)
+    balanced = config.run.class_weight == "balanced"
     trainer = task.trainer(
         model=model,
         args=with_training(config, save_total_limit=None, enable_jit_checkpoint=False, push_to_hub=False).training,
@@ -62,10 +65,18 @@ def make_trainer(config: Config, loaded: Loaded, callbacks: Sequence[Any] = (), 
         processing_class=tokenizer,
         callbacks=list(callbacks),
         teacher=load_distillation_teacher(config, tokenizer),
+        class_weight=balanced_weights(tokens["train"], model.config.num_labels) if balanced else None,
     )
     if task.per_token and not task.has_classes:
         trainer.token_counts = token_counts(tokens["train"], model.config.get_text_config().vocab_size)
     return trainer
+
+
+def balanced_weights(train: Dataset, num_classes: int) -> torch.Tensor:
+    """n / (K·n_k) for each of the K classes with labels, float32 [K], so that each weighs alike; 1 for one without."""
+    counts = count_labels(train.select_columns(["labels"]).with_format("numpy"), num_classes)
+    weights = counts.sum() / ((counts > 0).sum() * counts.clamp_min(1))
+    return torch.where(counts > 0, weights, 1.0).float()
 
 
 def rehearse(config: Config, loaded: Loaded) -> Any:

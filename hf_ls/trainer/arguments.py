@@ -57,6 +57,10 @@ class LabelSmoothingArguments(TrainingArguments):
         default="auto",
         metadata={"help": "Train language models without building logits: 'auto' where it is exact, 'on' or fail, 'off'."},
     )
+    label_smoothing_soft_labels: bool = field(
+        default=False,
+        metadata={"help": "Train on the distributions in the column soft_labels (raters, teachers) instead of the labels."},
+    )
     distillation_teacher: str | None = field(
         default=None,
         metadata={
@@ -145,9 +149,10 @@ def criterion_of(
     """
     name = getattr(args, "label_smoothing_objective", "smoothed_ce")
     params = parse_params(getattr(args, "label_smoothing_objective_params", None))
+    soft = getattr(args, "label_smoothing_soft_labels", False)
     if objective is None:
-        return Criterion(smoothing, name, params)
-    found = Criterion(smoothing, objective)
+        return Criterion(smoothing, name, params, soft=soft)
+    found = Criterion(smoothing, objective, soft=soft)
     if params or name not in ("smoothed_ce", found.name):
         raise ValueError(
             f"expected one objective, got objective={objective!r} and label_smoothing_objective={name!r}"

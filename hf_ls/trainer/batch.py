@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import unwrap_model
 
 from hf_ls.common.models import IGNORE_INDEX, no_cache
+from hf_ls.data.soft_labels import SOFT
 from hf_ls.losses._checks import check_range, item_weights, next_labels
 from hf_ls.trainer.shift import decoder_inputs
 from hf_ls.trainer.spans import POSITIONS, positions_in
@@ -37,6 +38,7 @@ class Batch:
         given: the labels before the shift, int64: what decoder inputs and the model's own loss are made of.
         names: what the batch calls its labels.
         others: its other columns, which are the caller's own: `for_model` copies them.
+        soft: the distribution over the classes of each label [..., K], shifted as the labels; None without `soft_labels`.
     """
 
     labels: Tensor
@@ -44,6 +46,7 @@ class Batch:
     given: Tensor
     names: tuple[str, ...]
     others: Mapping[str, Any]
+    soft: Tensor | None = None
 
     @classmethod
     def read(
@@ -66,7 +69,7 @@ class Batch:
         Raises: ValueError for a batch without labels, for start and end positions as `positions_in`, and for labels outside of
         the class weights; TypeError for floats: multi-label or soft targets, regression.
         """
-        others = {name: value for name, value in inputs.items() if name not in (*label_names, SHIFTED)}
+        others = {name: value for name, value in inputs.items() if name not in (*label_names, SHIFTED, SOFT)}
         if len(label_names) == 2:
             given = labels = positions_in(inputs)
             names: tuple[str, ...] = tuple(label_names)
@@ -77,10 +80,13 @@ class Batch:
             aligned = given if names[-1] == SHIFTED or inputs.get(SHIFTED) is None else _class_ids(inputs, SHIFTED, name)
             labels = nn.functional.pad(aligned, (prompt, 0), value=IGNORE_INDEX) if prompt else aligned
             labels = next_labels(labels) if shift and inputs.get(SHIFTED) is None else labels
+        soft = inputs.get(SOFT)
+        if soft is not None:
+            soft = _distributions(soft, given, shift and inputs.get(SHIFTED) is None, prompt)
         if class_weight is not None:
             check_range(labels, labels != IGNORE_INDEX, len(class_weight), IGNORE_INDEX)
         exact = torch.float64 if labels.device.type != "mps" else torch.float32
-        return cls(labels, item_weights(labels, class_weight, IGNORE_INDEX, exact), given, names, others)
+        return cls(labels, item_weights(labels, class_weight, IGNORE_INDEX, exact), given, names, others, soft)
 
     @property
     def spans(self) -> bool:
@@ -186,6 +192,17 @@ class Batch:
         return replace(self, labels=labels, weight=weight, given=cut(target), others=others)
 
 
+def _distributions(soft: Tensor, labels: Tensor, shift: bool, prompt: int) -> Tensor:
+    """The soft labels [..., K] at the places of the labels they stand beside."""
+    if not soft.is_floating_point() or soft.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"expected `{SOFT}` as floats {(*labels.shape, 'K')}, one distribution per label, got {soft.dtype} "
+            f"{tuple(soft.shape)}; divide counts by their sum (hf_ls.priors.soft_targets)"
+        )
+    soft = nn.functional.pad(soft, (0, 0, prompt, 0)) if prompt else soft
+    return nn.functional.pad(soft, (0, 0, 0, 1))[..., 1:, :] if shift else soft
+
+
 def check_class_weight(class_weight: Tensor | None, classes: int) -> None:
     """Refuse class weights for another number of classes than the logits have.
 
@@ -228,8 +245,8 @@ def _class_ids(inputs: Mapping[str, Any], name: str, expected: str) -> Tensor:
         given = f"expected integer labels, got {labels.dtype} {tuple(labels.shape)}"
         if labels.dim() > 1 and labels.shape[-1] > 1:
             raise TypeError(
-                f"{given}: one column per class is multi-label or soft targets; use transformers.Trainer (soft targets: with "
-                "hf_ls.SmoothedCrossEntropy), or take argmax(-1) if each example has exactly one class"
+                f"{given}: one column per class is multi-label (use transformers.Trainer) or soft targets: name these "
+                f"`{SOFT}`, beside `{expected}` with argmax(-1), and set label_smoothing_soft_labels=True"
             )
         raise TypeError(f"{given}; cast class ids to long, or use transformers.Trainer for regression")
     return labels.to(torch.int64, copy=True)

@@ -22,8 +22,9 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_ls.common.files import write_atomically
+from hf_ls.data.soft_labels import SOFT
 from hf_ls.losses.adaptive import OnlineLabelSmoothing, OnlineSettings
-from hf_ls.losses.cross_entropy import SmoothedTerms, smoothed_terms
+from hf_ls.losses.cross_entropy import SmoothedTerms, smoothed_terms, soft_target_terms
 from hf_ls.losses.objectives import Objective, check_smoothing, settle
 from hf_ls.losses.smoothing import Smoothing
 from hf_ls.trainer.batch import Batch
@@ -48,8 +49,10 @@ class Criterion:
     Args:
         objective: a name in `objectives.NAMES`, an `Objective`, or an `OnlineLabelSmoothing`.
         params: parameters of a named objective, e.g. {"gamma": 3}.
+        soft: the targets are the distributions of the batch instead of its labels.
 
-    Raises: ValueError and TypeError as `settle`; ValueError for an ε which the objective does not use.
+    Raises: ValueError and TypeError as `settle`; ValueError for an ε which the objective does not use, and for soft targets with
+    another objective than the smoothed cross entropy.
     """
 
     def __init__(
@@ -57,6 +60,8 @@ class Criterion:
         smoothing: Smoothing,
         objective: str | Objective | OnlineLabelSmoothing = "smoothed_ce",
         params: dict[str, Any] | None = None,
+        *,
+        soft: bool = False,
     ) -> None:
         settled = settle(objective, params)
         self.objective = settled if isinstance(settled, Objective) else None
@@ -66,7 +71,12 @@ class Criterion:
         self.params = dict(params or {}) if self.objective is None else dict(self.objective.params)
         # Whether this is the smoothed cross entropy and nothing else.
         self.plain = self.objective is not None and self.objective.plain
+        self.soft = soft
         check_smoothing(self.name, smoothing)
+        if soft and not self.plain:
+            raise ValueError(
+                f"expected the objective 'smoothed_ce' with soft labels, got {self.name!r}, which needs a single label; drop one"
+            )
 
     def for_rows(self, smoothing: Smoothing) -> Callable[[Tensor, Tensor], Tensor] | None:
         """The objective as (logits [n, K], labels [n]) -> losses [n] for the logits-free loop; None if `plain`."""
@@ -109,7 +119,14 @@ class Criterion:
         Raises: as `terms`, `span_terms` and `Distillation.terms`.
         """
         labels = batch.labels
-        found = span_terms(logits, labels, smoothing, batch.others) if batch.spans else self.terms(logits, labels, smoothing)
+        if self.soft:
+            if batch.soft is None:
+                raise ValueError(
+                    f"expected `{SOFT}` in the batch, got {sorted(batch.others)}; add that column, or train on labels"
+                )
+            found = soft_target_terms(logits, labels, batch.soft, smoothing)
+        else:
+            found = span_terms(logits, labels, smoothing, batch.others) if batch.spans else self.terms(logits, labels, smoothing)
         if distillation is None or teacher_logits is None:
             return found
         return distillation.terms(found, logits, teacher_logits, labels)
@@ -223,6 +240,8 @@ def techniques(
         found.append(f"{criterion.name} label smoothing")
     elif criterion.name not in _SMOOTHED:
         found.append(criterion.name)
+    if criterion.soft:
+        found.append("soft labels")
     if distillation is not None:
         found.append(f"distillation (α = {distillation.alpha:g}, T = {distillation.temperature:g})")
     if mixup is not None:

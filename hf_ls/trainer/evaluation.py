@@ -18,15 +18,19 @@ from transformers import Trainer
 from transformers.modeling_utils import unwrap_model
 
 from hf_ls.calibration.token_temperature import TokenTemperature
-from hf_ls.common.models import IGNORE_INDEX, output_embedding
+from hf_ls.common.models import IGNORE_INDEX, base_model, output_embedding
 from hf_ls.losses._rows import Observer
+from hf_ls.losses.cross_entropy import check_soft_targets
 from hf_ls.losses.smoothing import Smoothing
 from hf_ls.metrics.ceiling import ceiling_warning, last_epsilon
+from hf_ls.metrics.classes import CLASS_SCORES, ClassCounts
+from hf_ls.metrics.entities import words_of
 from hf_ls.metrics.streaming import StreamingCalibration
 from hf_ls.metrics.tokens import TokenCalibration
 from hf_ls.trainer.batch import Batch, copied
 from hf_ls.trainer.logits_free import LogitsFreeHead
 
+SOFT_SCORES = ("soft_nll", "soft_brier")  # against the distributions of `soft_labels`
 _METRICS = ("nll", "brier", "ece", "accuracy", "signed_gap", "perplexity", "eos_nll", "eos_ece")
 # At a vocabulary of 128k this is 32 rows in float64: 32 MiB however long the batch is.
 _CHUNK_ELEMENTS = 1 << 22
@@ -38,7 +42,8 @@ class Evaluation:
     Attributes:
         sums: over all labels which count.
         tokens: the same for labels [B, T], with groups and intervals; None for other labels.
-        pending: rows of numbers per item [..., 5 or 6] and labels [...] of the batch under way; None until the loss has seen it.
+        by_class: counts of each class, of classifiers only, whose classes have names.
+        pending: numbers per item [..., 5 and more] and labels [...] of the batch under way; None until the loss has seen it.
         examples: rows with a label, the number of independent observations.
         labelled: whether any batch had labels at all, ignored or not.
         reached: whether any batch came through our `prediction_step`.
@@ -50,6 +55,7 @@ class Evaluation:
         token_counts: np.ndarray | None = None,
         temperature: float = 1.0,
         fit: TokenTemperature | None = None,
+        names: Sequence[str] = (),
     ) -> None:
         self.sums = StreamingCalibration()
         self.tokens: TokenCalibration | None = None
@@ -59,13 +65,21 @@ class Evaluation:
         self._eos_token_id, self._token_counts = eos_token_id, token_counts
         self._temperature, self._fit = temperature, fit
         self._inverse_classes, self._classes, self._spans = 0.0, 1, False
+        self._columns: tuple[str, ...] = ()
+        self._soft: dict[str, float] = {}
+        self._names = names
+        self.by_class: ClassCounts | None = None
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Keep the items of a batch and return their mean NLL, NaN where no label counts; 0 while a temperature is fitted."""
         if self._fit is not None:
             self._fit.update(logits, batch.labels)
             return logits.new_zeros(())
-        return self._keep(item_statistics(logits, batch.labels, temperature=self._temperature), batch, logits.shape[-1])
+        items = item_statistics(logits, batch.labels, temperature=self._temperature)
+        more = {} if batch.soft is None else soft_statistics(logits, batch, self._temperature)
+        if self._names and not batch.spans:
+            more = {"prediction": logits.argmax(-1)} | more
+        return self._keep(items, batch, logits.shape[-1], more)
 
     def loss_without_logits(
         self, head: LogitsFreeHead, model: nn.Module, inputs: dict[str, Any], batch: Batch, observer: Observer | None
@@ -90,42 +104,62 @@ class Evaluation:
             items[batch.kept] = torch.cat(found)
         return self._keep(items, batch, head.classes), outputs
 
-    def _keep(self, items: Tensor, batch: Batch, classes: int) -> Tensor:
-        # Rows [..., 5]: four numbers and the label; ids below 2**53 are exact. Of single labels and of positions 1/K of their
+    def _keep(self, items: Tensor, batch: Batch, classes: int, more: dict[str, Tensor] | None = None) -> Tensor:
+        # Rows [..., 5 + m]: four numbers and the label; ids below 2**53 are exact. Of single labels and of positions 1/K of their
         # logits too, which may differ from batch to batch; the vocabulary of tokens does not.
-        parts = [items, batch.labels.unsqueeze(-1).to(items.dtype)]
+        parts = {"label": batch.labels.to(items.dtype)} | (more or {})
         if batch.spans or batch.labels.dim() == 1:
-            parts.append(torch.full_like(items[..., :1], 1 / classes))
-        self.pending, self._classes = (torch.cat(parts, -1), batch.labels), classes
-        self._spans = batch.spans
+            parts["inverse_classes"] = torch.full_like(items[..., 0], 1 / classes)
+        self._columns = tuple(parts)
+        self.pending = torch.cat([items, *(part.to(items).unsqueeze(-1) for part in parts.values())], -1), batch.labels
+        self._classes, self._spans = classes, batch.spans
         return items[..., 2].nanmean()
 
     def add(self, gathered: np.ndarray) -> None:
-        """Count the kept rows [..., 5] or [..., 6] of all processes."""
+        """Count the kept rows [..., 5 + m] of all processes."""
         counts = ~np.isnan(gathered).any(-1)
-        confidence, correct, nll, brier, _, *inverse = gathered[counts].T
+        confidence, correct, nll, brier, *more = gathered[counts].T
+        columns = dict(zip(self._columns, more, strict=True))
         self.sums.update(confidence, correct.astype(bool), nll, brier)
-        self._inverse_classes += float(inverse[0].sum()) if inverse else len(nll) / self._classes
+        inverse = columns.get("inverse_classes")
+        self._inverse_classes += len(nll) / self._classes if inverse is None else float(inverse.sum())
         self.examples += int(counts.reshape(len(counts), -1).any(1).sum())
+        for name in SOFT_SCORES:
+            if name in columns:
+                self._soft[name] = self._soft.get(name, 0.0) + float(columns[name].sum())
+        if "prediction" in columns:
+            pair = columns["prediction"].astype(np.int64), columns["label"].astype(np.int64)
+            found = ClassCounts.of(*pair, self._classes)
+            self.by_class = found if self.by_class is None else self.by_class.plus(found)
         if gathered.ndim == 3 and not self._spans:
             if self.tokens is None:
-                self.tokens = TokenCalibration(eos_token_id=self._eos_token_id, token_counts=self._token_counts)
-            self.tokens.update(gathered[..., :4], np.nan_to_num(gathered[..., 4], nan=IGNORE_INDEX).astype(np.int64))
+                self.tokens = TokenCalibration(
+                    eos_token_id=self._eos_token_id, token_counts=self._token_counts, **words_of(self._names)
+                )
+            whole = [np.nan_to_num(gathered[..., 4 + i], nan=IGNORE_INDEX).astype(np.int64) for i in range(1 + bool(self._names))]
+            self.tokens.update(gathered[..., :4], *whole)
 
     def metrics(self) -> dict[str, float]:
         """The metrics as far as they were measured; empty without a label which counts.
 
-        Labels [B, T] also give `perplexity`, and those of language models `eos_nll` and `eos_ece` of the end-of-sequence token.
+        Classifiers also give `f1_macro`, `f1_weighted` and `balanced_accuracy`, and batches with soft labels `soft_nll` and
+        `soft_brier` (`metrics.classes`). Labels [B, T] also give `perplexity`, and those of language models `eos_nll` and
+        `eos_ece` of the end-of-sequence token.
         """
         if not len(self.sums):
             return {}
         found = self.sums.compute()
         if self.tokens is not None and len(self.tokens):
             found["perplexity"] = math.exp(found["nll"]) if found["nll"] < 709 else math.inf
+            if (entities := self.tokens.entity_f1()) is not None:
+                found["entity_f1"] = entities["value"]
             for group in self.tokens.groups():
                 if group["name"] == "end of sequence":
                     found |= {"eos_nll": group["nll"], "eos_ece": group["ece"]}
-        return {name: found[name] for name in _METRICS if name in found}
+        found |= {name: total / len(self.sums) for name, total in self._soft.items()}
+        if self.by_class is not None:
+            found |= {name: float(score(self.by_class)) for name, score in CLASS_SCORES.items()}
+        return {name: found[name] for name in (*_METRICS, *CLASS_SCORES, "entity_f1", *SOFT_SCORES) if name in found}
 
     def add_to(self, metrics: dict[str, Any], prefix: str) -> None:
         """Put what was measured among the metrics of a Trainer; a loss of labels none of which counts is NaN, not 0."""
@@ -192,6 +226,27 @@ def item_statistics(logits: Tensor, labels: Tensor, *, ignore_index: int = -100,
         confidence = (top - log_normaliser).exp()
         out[chunk] = torch.stack([confidence, (prediction == y[chunk]).to(dtype), nll, 1 - 2 * (-nll).exp() + squares], -1)
     return out.reshape(*labels.shape, 4)
+
+
+@torch.no_grad()
+def soft_statistics(logits: Tensor, batch: Batch, temperature: float) -> dict[str, Tensor]:
+    """`metrics.classes.soft_scores` of the batch, shaped as its labels, NaN where ignored."""
+    dtype = torch.float64 if logits.device.type != "mps" else torch.float32
+    z, q = logits[batch.kept].to(dtype) / temperature, batch.soft[batch.kept].to(dtype)  # type: ignore[index]
+    check_soft_targets(q, Smoothing(0.0))
+    log_p = z.log_softmax(-1)
+    nll, brier = -(q * log_p.masked_fill(q == 0, 0)).sum(-1), (log_p.exp() - q).square().sum(-1)
+    empty = torch.full(batch.labels.shape, math.nan, dtype=dtype, device=logits.device)
+    return {name: empty.masked_scatter(batch.kept, found) for name, found in zip(SOFT_SCORES, (nll, brier), strict=True)}
+
+
+def class_names_of(model: nn.Module) -> list[str]:
+    """The names of the classes, where a class means the same in every example: not of the tokens of a vocabulary, nor of the
+    choices of multiple choice."""
+    names = getattr(getattr(base_model(model), "config", None), "id2label", None)
+    if not names or output_embedding(model) is not None or type(base_model(model)).__name__.endswith("ForMultipleChoice"):
+        return []
+    return [str(name) for _, name in sorted(names.items())]
 
 
 def beside_loss(loss: Tensor, outputs: Any) -> Any:

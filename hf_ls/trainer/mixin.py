@@ -26,18 +26,20 @@ from transformers.trainer_utils import EvalLoopOutput, HubStrategy, get_last_che
 from hf_ls.calibration.token_temperature import TokenTemperature
 from hf_ls.common.models import in_eval_mode, output_embedding
 from hf_ls.common.privacy import pickled_for_others
+from hf_ls.data.soft_labels import SOFT
 from hf_ls.losses._rows import Observer, observe
 from hf_ls.losses.adaptive import OnlineLabelSmoothing
 from hf_ls.losses.cross_entropy import check_no_probabilities, logits_of
 from hf_ls.losses.objectives import Objective
 from hf_ls.losses.smoothing import Smoothing
+from hf_ls.metrics.classes import ClassCounts
 from hf_ls.metrics.tokens import TokenCalibration
 from hf_ls.trainer.arguments import LabelSmoothingArguments, check_given, check_search, loss_of, loss_settings
 from hf_ls.trainer.batch import SHIFTED, Batch, check_class_weight, copied, virtual_tokens, with_named_labels
 from hf_ls.trainer.card import warn_of_paths, write_trainer_card
 from hf_ls.trainer.criterion import LoggedTerms, OnlineState, check_one_loss
 from hf_ls.trainer.distillation import teacher_for
-from hf_ls.trainer.evaluation import Evaluation, Steps, beside_loss, end_of_sequence, for_prediction, given_copies
+from hf_ls.trainer.evaluation import Evaluation, Steps, beside_loss, class_names_of, end_of_sequence, for_prediction, given_copies
 from hf_ls.trainer.logits_free import LogitsFreeHead, head_for, is_compiled
 from hf_ls.trainer.mixup import check_mixable
 from hf_ls.trainer.processes import (
@@ -82,6 +84,7 @@ class LabelSmoothingMixin(Steps):
         smoothing, criterion, distillation, mixup: of the last training, or the one under way.
         temperature: divides the logits of the evaluation statistics, and of nothing else.
         token_counts: how often each token id is a training label [V]; evaluations of tokens then have frequency groups.
+        class_counts: of the last evaluation of a classifier, for `metrics.classes`.
         token_calibration: the sums of the last evaluation of labels [B, T]; None before.
 
     Extractive question answering needs nothing else: each row has two labels, `start_positions` and `end_positions`, see `spans`.
@@ -98,6 +101,7 @@ class LabelSmoothingMixin(Steps):
     temperature: float = 1.0
     token_counts: np.ndarray | None = None
     token_calibration: TokenCalibration | None = None
+    class_counts: ClassCounts | None = None
     _evaluation: Evaluation | None = None  # of the evaluation under way
     _measured: Evaluation | None = None  # of the last one
     _fit: TokenTemperature | None = None
@@ -195,6 +199,11 @@ class LabelSmoothingMixin(Steps):
                 raise batch.named(error, self.state.global_step + 1, self.args.process_index) from error
         return (loss, beside_loss(loss, outputs)) if return_outputs else loss
 
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns
+        self._signature_columns = [*columns, *({SOFT} - {*columns})]  # type: ignore[assignment]
+
     def _is_evaluation(self, model: nn.Module) -> bool:
         # The mode of a wrapper says nothing: DeepSpeed's engine hands eval() on to the model and stays in training mode itself.
         return not unwrap_model(model).training if self._evaluates is None else self._evaluates
@@ -218,7 +227,8 @@ class LabelSmoothingMixin(Steps):
             terms = self._training_terms(logits, batch, teacher_logits, num_items_in_batch)
         else:  # of both labels of each example; an ignored one is its own partner, so either side has the same count
             theirs = None if teacher_logits is None else teacher_logits[mixed.partner]
-            other = replace(batch, labels=batch.labels[mixed.partner], weight=batch.weight[mixed.partner])
+            soft = None if batch.soft is None else batch.soft[mixed.partner]
+            other = replace(batch, labels=batch.labels[mixed.partner], weight=batch.weight[mixed.partner], soft=soft)
             terms = self._training_terms(logits, batch, teacher_logits, num_items_in_batch, mixed.share)
             terms = terms + self._training_terms(logits, other, theirs, num_items_in_batch, 1 - mixed.share)
         self._terms.add(terms, batch.items(num_items_in_batch), self.state.global_step)
@@ -314,7 +324,8 @@ class LabelSmoothingMixin(Steps):
 
     def _find_head(self, model: nn.Module, batch: Batch) -> LogitsFreeHead | None:
         """Once per training, all processes together: the head which gives losses instead of logits; why none, in the log."""
-        if self._head_sought or self._logits_free == "off" or self.criterion.objective is None or self._spans:
+        unfit = self._spans or self.criterion.objective is None or batch.soft is not None
+        if self._head_sought or self._logits_free == "off" or unfit:
             return self._head
         if not any(gather_object([batch.tells])):
             return None  # nothing to compare: ask the next batch
@@ -398,8 +409,9 @@ class LabelSmoothingMixin(Steps):
             raise ValueError(f"expected temperature > 0, got {self.temperature}; set trainer.temperature to 1.0 for none")
         standalone = not self.is_in_train and self.model_wrapped is self.model
         self._evaluation = Evaluation(
-            end_of_sequence(self.model, self.processing_class), self.token_counts, self.temperature, self._fit
-        )
+            end_of_sequence(self.model, self.processing_class), self.token_counts, self.temperature, self._fit,
+            names=class_names_of(self.model),
+        )  # fmt: skip
         # Seq2SeqTrainer gathers the examples repeated to fill the last batch too, so that its metrics count them twice; the
         # Trainer counts the copies of tensor parallelism.
         self.gather_function = self._gather_once
@@ -415,6 +427,7 @@ class LabelSmoothingMixin(Steps):
                 reshard(self.model)
         if self._measured.tokens is not None and len(self._measured.tokens):
             self.token_calibration = self._measured.tokens
+        self.class_counts = self._measured.by_class
         if self._fit is None and output.metrics is not None:
             self._measured.add_to(output.metrics, metric_key_prefix)
             warning = self._measured.missing(type(self))

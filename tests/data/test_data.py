@@ -12,12 +12,12 @@ from transformers import AutoTokenizer
 from hf_ls.data.classification import (
     EMBEDDED_MODEL,
     SNIPPET_LABELS,
-    check_overlap,
     load_classification,
     load_snippets,
     model_path,
     tokenise,
 )
+from hf_ls.data.splitting import check_overlap
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_numeric_labels_keep_numeric_order(tmp_path):
 @pytest.mark.parametrize(
     ("name", "rows", "match"),
     [
-        ("a.csv", [{"txt": "a", "label": 1}] * 20, "expected columns"),
+        ("a.csv", [{"size": 0.5, "label": 1}] * 20, "expected columns"),
         ("a.jsonl", [{"text": "a", "label": 0}] * 20, "at least 2 classes"),
         ("a.jsonl", [{"text": "a", "label": 0.5}, {"text": "b", "label": 1.5}] * 10, "regression"),
         ("a.jsonl", [{"text": "a", "label": None}, {"text": "b", "label": "x"}] * 10, "missing labels"),

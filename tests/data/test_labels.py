@@ -125,7 +125,7 @@ def test_only_an_empty_field_is_missing(tmp_path, word, suffix):
         return
     with pytest.raises(ValueError, match="missing labels"):
         load_classification(None, files=labelled)
-    with pytest.raises(ValueError, match=r"got \d+ empty of 27"):
+    with pytest.raises(ValueError, match=r"got \d+ empty of 30"):
         load_sequences("seq2seq", None, files=pairs)
 
 

@@ -123,7 +123,7 @@ def test_named_tags_keep_their_ids_though_some_never_occur(tmp_path):
     ("task", "name", "rows", "match"),
     [
         ("seq2seq", "a.csv", [{"text": "a"}] * 9, "expected columns .*'source', 'target'.* set source_column and target_column"),
-        ("causal-lm", "a.csv", [{"txt": "a"}] * 9, "set text_column"),
+        ("causal-lm", "a.csv", [{"size": 0.5}] * 9, "set text_column"),
         ("seq2seq", "a.jsonl", [{"source": "a", "target": 1}] * 9, "expected text in column 'target'"),
         ("seq2seq", "a.jsonl", [{"source": "a", "target": ["b"]}] * 9, "expected text in column 'target'"),
         ("seq2seq", "a.jsonl", [*PAIRS, {"source": "x", "target": None}], "got 1 empty of"),

@@ -24,8 +24,9 @@ from datasets import Dataset
 
 from hf_ls.common.errors import _MEANT, one_sentence
 from hf_ls.compare.experiment import CompareArguments, parse_compare
-from hf_ls.data.classification import check_overlap, load_classification
+from hf_ls.data.classification import load_classification
 from hf_ls.data.sequences import check_sequence_overlap, load_sequences
+from hf_ls.data.splitting import check_overlap
 from hf_ls.run.config import DataArguments, ModelArguments, Parser, RunArguments, parse_config
 from hf_ls.run.evaluate import EvaluateArguments, parse_evaluation
 from hf_ls.trainer.arguments import LabelSmoothingSeq2SeqArguments

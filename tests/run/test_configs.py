@@ -1,7 +1,7 @@
 """Every YAML of configs/ gets through a dry run: its settings, its data and its model are what the script can use.
 
-Where a config needs the Hub (token-classification.yaml downloads CoNLL-2003) the data come from a local file of the same columns
-instead, given on the command line as a reader without a network would.
+Where a config needs the Hub (token-classification.yaml downloads CoNLL-2003) or a file of the user's own, the data come from a local
+file, given on the command line as a reader without a network would.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ from hf_ls.run.finetune import finetune
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 # What stands on the command line beside `--config`, so that a dry run tokenises little; the keys are the files there must be.
 FEW = ["--max_train_samples", "60", "--max_eval_samples", "20", "--max_predict_samples", "20"]
-INSTEAD_OF_THE_HUB = {
-    "token-classification.yaml": ["--dataset_name", "null", "--train_file", "words.jsonl", "--test_file", "test.jsonl"]
+OWN = {
+    "own-data.yaml": ["--train_file", "words.jsonl"],
+    "token-classification.yaml": ["--dataset_name", "null", "--train_file", "words.jsonl", "--test_file", "test.jsonl"],
 }
 SPLITS = {  # what the log says it found; 4 of 40 rows are cut from train where there is no validation file
     "causal-lm.yaml": "60 train, 20 validation, 20 test",
+    "raters.yaml": "60 train, 20 validation, 20 test",
     "seq2seq.yaml": "60 train, 20 validation, 20 test",
     "text-classification.yaml": "60 train, 20 validation, 20 test",
-    "token-classification.yaml": "10 test, 36 train, 4 validation",
+    "own-data.yaml": "32 train, 4 validation, 4 test",
+    "token-classification.yaml": "36 train, 4 validation, 10 test",
 }
 
 
@@ -48,7 +51,7 @@ def test_there_is_one_config_for_each_expectation():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_config_gets_through_a_dry_run(path, words, capsys):
     before = sorted(words.rglob("*"))
-    argv = ["--config", str(path), "--dry_run", "true", "--use_cpu", "true", *FEW, *INSTEAD_OF_THE_HUB.get(path.name, [])]
+    argv = ["--config", str(path), "--dry_run", "true", "--use_cpu", "true", *FEW, *OWN.get(path.name, [])]
     assert finetune(parse_config(argv)) is None
     assert f"dry run: {SPLITS[path.name]}; " in capsys.readouterr().out
     assert sorted(words.rglob("*")) == before, "a dry run leaves nothing"

@@ -11,7 +11,7 @@ import pytest
 from hf_ls.data.classification import load_snippets
 from hf_ls.data.g2p import load_g2p
 from hf_ls.run.config import parse_config
-from hf_ls.run.loading import load_data
+from hf_ls.run.loading import capped, load_data
 
 CAPS = {"train": 60, "validation": 12, "test": 12}
 CAPPED = ["--max_train_samples", "60", "--max_eval_samples", "12", "--max_predict_samples", "12"]
@@ -33,6 +33,10 @@ def sorted_files(folder: Path, task: str, classes: int = 6, rows: int = 50) -> l
     return arguments
 
 
+def load(config):
+    return capped(config, load_data(config))
+
+
 def rows(data) -> dict[str, list]:
     return {split: part.to_list() for split, part in data.splits.items()}
 
@@ -40,9 +44,9 @@ def rows(data) -> dict[str, list]:
 @pytest.mark.parametrize("task", COLUMNS)
 def test_a_cap_is_a_sample_of_the_whole_file_by_the_seed(tmp_path, task, caplog):
     argv = sorted_files(tmp_path, task)
-    whole, capped = rows(load_data(parse_config(argv))), rows(load_data(parse_config([*argv, *CAPPED])))
-    again = rows(load_data(parse_config([*argv, *CAPPED, "--seed", "7", "--data_seed", "42"])))
-    other = rows(load_data(parse_config([*argv, *CAPPED, "--data_seed", "0"])))
+    whole, capped = rows(load(parse_config(argv))), rows(load(parse_config([*argv, *CAPPED])))
+    again = rows(load(parse_config([*argv, *CAPPED, "--seed", "7", "--data_seed", "42"])))
+    other = rows(load(parse_config([*argv, *CAPPED, "--data_seed", "0"])))
     said = [record.getMessage() for record in caplog.records if "random sample" in record.getMessage()][:3]
     assert sorted(said) == [
         "test: 12 of 300 rows are used, a random sample, because of max_predict_samples",
@@ -58,13 +62,13 @@ def test_a_cap_is_a_sample_of_the_whole_file_by_the_seed(tmp_path, task, caplog)
 
 
 @pytest.mark.parametrize(
-    ("name", "task", "load"), [("snippets", "text-classification", load_snippets), ("cmudict", "seq2seq", load_g2p)]
+    ("name", "task", "embedded"), [("snippets", "text-classification", load_snippets), ("cmudict", "seq2seq", load_g2p)]
 )
-def test_the_embedded_data_is_capped_to_its_first_rows(tmp_path, name, task, load):
+def test_the_embedded_data_is_capped_to_its_first_rows(tmp_path, name, task, embedded):
     scratch = ["--model_type", "bart"] if name == "cmudict" else []
     argv = ["--task", task, "--dataset_name", name, "--output_dir", str(tmp_path), *scratch, *CAPPED, "--seed", "5"]
-    whole = load().splits
-    for split, part in load_data(parse_config(argv)).splits.items():
+    whole = embedded().splits
+    for split, part in load(parse_config(argv)).splits.items():
         assert part.to_list() == whole[split].select(range(CAPS[split])).to_list()
 
 
@@ -74,9 +78,9 @@ def test_classes_without_a_row_are_named(tmp_path, caplog, task, split):
     argv = sorted_files(tmp_path, task, classes=8, rows=4)
     cap = {"train": "--max_train_samples", "test": "--max_predict_samples"}[split]
     with caplog.at_level(logging.WARNING, logger="hf_ls"):
-        load_data(parse_config(argv))
+        load(parse_config(argv))
         assert "without a row" not in caplog.text
-        load_data(parse_config([*argv, cap, "1"]))
+        load(parse_config([*argv, cap, "1"]))
     (said,) = [record.getMessage() for record in caplog.records if "without a row" in record.getMessage()]
     assert said.startswith(f"{split} is without a row of 7 of the {8 + (task != 'text-classification')} classes")
     assert "and 2 more" in said

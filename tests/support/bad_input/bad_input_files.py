@@ -66,7 +66,7 @@ DATA = [
     Row("data: empty file", sentence=r"rows in \['train\.csv'\], got: empty files", **_with(train_csv="")),
     Row("data: header alone", sentence=r"got: Instruction .train. corresponds to no data", **_with(train_csv="text,label\n")),
     Row("data: one row", sentence=r"got 1 in train", **_with(train_csv="text,label\nw1,good\n")),
-    Row("data: missing column", sentence=r"columns \['text', 'label'\] in train, got \['sentence', 'label'\]", **_with(train_csv=CSV.replace("text,", "sentence,"))),
+    Row("data: missing column", sentence=r"columns \['text', 'label'\] in train, got \['sentence', 'label'\]", **_with("--text_column", "text", train_csv=CSV.replace("text,", "sentence,"))),
     Row("data: missing column in test", sentence=r"rows in \['test\.csv', 'train\.csv'\], got: .*2 new columns.*; give all files the same columns", **_with("--test_file", "test.csv", test_csv="a,b\n1,2\n")),
     Row("data: one class", sentence=r"at least 2 classes in train, got \['good'\]", **_with(train_csv=_column(9, "w1 w2,good"))),
     Row("data: class of test not in train", sentence=r"only labels seen in train, got \['ugly'\] in test", **_with("--test_file", "test.csv", test_csv=OTHER + "w7,ugly\n")),

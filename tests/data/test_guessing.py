@@ -1,0 +1,66 @@
+"""Task and columns of a file which says neither: guessed by names and by what is in the columns, or refused."""
+
+from __future__ import annotations
+
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+
+from hf_ls.data.guessing import guess_columns, guess_task
+
+N = 60
+TEXTS = [f"a sentence about number {i}" for i in range(N)]
+TEXT, TAGS, PAIR = {"text": None, "label": None}, {"tokens": None, "tags": None}, {"source": None, "target": None}
+
+
+def rows(**columns) -> Dataset:
+    return Dataset.from_dict(columns)
+
+
+@pytest.mark.parametrize(
+    ("part", "task", "found"),
+    [
+        (rows(text=TEXTS, label=[i % 2 for i in range(N)]), "text-classification", {"text": "text", "label": "label"}),
+        (rows(id=list(range(N)), Comment=TEXTS, Category=["None", "b", "c"] * 20), "text-classification", {"text": "Comment", "label": "Category"}),
+        (rows(zzz=TEXTS, kind=["x", "y"] * 30), "text-classification", {"text": "zzz", "label": "kind"}),
+        (rows(title=[t[:9] for t in TEXTS], abstract=TEXTS, stars=[float(i % 5) for i in range(N)]), "text-classification", {"text": "abstract", "label": "stars"}),
+        (rows(words=[["Ann", "ran"]] * N, ner=[["B", "O"]] * N), "token-classification", {"tokens": "words", "tags": "ner"}),
+        (rows(xs=[["Ann", "ran"]] * N, ys=[[1, 0]] * N), "token-classification", {"tokens": "xs", "tags": "ys"}),
+        (rows(document=TEXTS, summary=[t[:9] + t[-3:] for t in TEXTS]), "seq2seq", {"source": "document", "target": "summary"}),
+        (rows(prompt=TEXTS, completion=[t[::-1] for t in TEXTS]), "causal-lm", {"source": "prompt", "target": "completion"}),
+    ],
+)  # fmt: skip
+def test_columns_which_tell(part, task, found):
+    assert guess_task(part) == task
+    columns, said = guess_columns(part, dict.fromkeys(found))
+    assert columns == found
+    usual = {"text": "text", "label": "label"}
+    assert said is None if found == usual else all(f"{kind}_column: {column!r}" in said for kind, column in found.items())
+
+
+def test_one_text_alone_is_a_language_model_and_named_classes_are_labels():
+    assert guess_task(rows(story=TEXTS)) == "causal-lm"
+    named = Dataset.from_dict(
+        {"s": TEXTS, "k": [0, 1] * 30}, features=Features({"s": Value("string"), "k": ClassLabel(names=["no", "yes"])})
+    )
+    assert guess_columns(named, TEXT)[0] == {"text": "s", "label": "k"}
+
+
+@pytest.mark.parametrize(
+    ("part", "given"),
+    [
+        (rows(a=TEXTS, b=TEXTS[::-1]), TEXT),  # two texts, no class
+        (rows(a=TEXTS, b=["x", "y"] * 30, c=["p", "q", "r"] * 20), TEXT),  # two columns of classes
+        (rows(a=[0.5] * N, b=[1] * N), TEXT),
+        (rows(a=TEXTS, b=TEXTS), PAIR),
+        (rows(a=[[1, 2]] * N, b=[[1, 0]] * N), TAGS),
+    ],
+)
+def test_columns_which_do_not_tell_are_refused(part, given):
+    with pytest.raises(ValueError, match=r"expected columns .* in train, got \['a', 'b'.*_column"):
+        guess_columns(part, given)
+
+
+def test_what_the_user_says_is_not_guessed():
+    part = rows(a=TEXTS, b=["x", "y"] * 30, label=["p", "q", "r"] * 20)
+    columns, said = guess_columns(part, {"text": None, "label": "b"})
+    assert columns == {"text": "a", "label": "b"} and said.endswith("text_column: 'a'")
