@@ -211,7 +211,7 @@ class CalibrationReport:
         model_name: name of the trained model; base_model: Hub id of what it started from, or "./name" for a folder; None from
             scratch, or not known without `training`.
         dataset: the evaluated data. label_names: of the classes, [] for a language model.
-        smoothing: of the run which is not the baseline. training: of the published run; None for a model evaluated only.
+        smoothing: of the last run which is not the baseline. training: of the published run; None for a model evaluated only.
         rows: in the order of the table.
         history: run -> log records {"step", "loss", "nll", "smoothing_term", "eval_nll", …}.
         versions: package -> version.
@@ -325,13 +325,8 @@ class CalibrationReport:
         return next((row for row in self.rows if row.run == BASELINE and not row.tempered), None)
 
     @property
-    def smoothed(self) -> CalibrationRow | None:
-        """The first run beside the baseline, without temperature: of smoothing, or of another objective or technique."""
-        return next((row for row in self.rows if row.run != BASELINE and not row.tempered), None)
-
-    @property
     def challengers(self) -> list[CalibrationRow]:
-        """The rows of all runs beside the baseline, without temperature."""
+        """The rows, without temperature, of the runs which are not the baseline: of smoothing, another objective or technique."""
         return [row for row in self.rows if row.run != BASELINE and not row.tempered]
 
     @property
@@ -351,10 +346,12 @@ class CalibrationReport:
         return next((other for other in self.rows if other.run == row.run and other.tempered and other != row), None)
 
     def smoothing_of(self, row: CalibrationRow) -> SmoothingFacts:
-        """How the targets of the row's run were smoothed: the baseline's never are."""
+        """How the targets of the row's run were smoothed: the baseline's never are, and of runs before the last no more than ε
+        is known."""
         if row.run == BASELINE:
             return SmoothingFacts(epsilon=0.0)
-        return self.smoothing if row.epsilon in (None, self.smoothing.epsilon) else SmoothingFacts(row.epsilon)
+        last = [other.run for other in self.rows if other.run != BASELINE][-1:]
+        return self.smoothing if [row.run] == last else SmoothingFacts(row.epsilon)
 
     def epsilon_text(self, row: CalibrationRow) -> str:
         """Epsilon of a row for tables and labels: "0.1", "0 → 0.4" with a schedule, "?" where it is not known."""

@@ -331,7 +331,7 @@ def _published(report: CalibrationReport | None) -> str | None:
             if row.run == EVALUATED
             else f'The weights beside this card are those of the row "{plain(row.name)}"{extra}.'
         )
-    if baseline is not None and report.smoothed is not None:
+    if baseline is not None and report.challengers:
         said += f' The row "{plain(baseline.name)}" is the same training on plain hard labels, without label smoothing.'
     if any(other.tempered for other in report.rows):
         what = "logarithms of the probabilities" if report.predictions == "probabilities" else "logits"
@@ -372,8 +372,8 @@ def _table_note(facts: CardFacts) -> str:
 def _findings(report: CalibrationReport | None) -> list[str]:
     if report is None:
         return []
-    if report.baseline is not None and report.smoothed is not None:
-        return [plain(regime(report)), plain(verdict(report))]
+    if report.baseline is not None and report.challengers:
+        return [plain(regime(report)), *map(plain, verdict(report).split("\n\n"))]
     measured = [plain(regime(report)), *([plain(found)] if (found := tempering(report)) else [])]
     measured += [f"{plain(sentence)}." for sentence in infinite(report)]
     if not report.posthoc and len(report.rows) == 1:

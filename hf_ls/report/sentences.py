@@ -56,7 +56,7 @@ def regime(report: CalibrationReport) -> str:
 
 
 def verdict(report: CalibrationReport) -> str:
-    """Plain sentences: the smoothed run (or that of another objective or technique) against the baseline.
+    """Plain sentences, a paragraph for each run (of smoothing, another objective or technique) against the baseline.
 
     One label per example: NLL and ECE against baseline + temperature, if there is such a row. Token tasks: task
     quality, NLL and ECE side by side without temperature, since they can move apart, then NLL and ECE with one each.
@@ -64,7 +64,7 @@ def verdict(report: CalibrationReport) -> str:
     A metric differs only if the interval of the paired difference over the same examples leaves 0 out.
     """
     baseline = report.baseline
-    if baseline is None or report.smoothed is None:
+    if baseline is None or not report.challengers:
         alone = "no run without label smoothing was trained beside it" if baseline is None else "this table has one run only"
         return f"Whether label smoothing helped cannot be said: {alone}."
     return "\n\n".join(_verdict(report, baseline, row) for row in report.challengers)

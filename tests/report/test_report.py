@@ -135,7 +135,7 @@ def test_contradictions_are_refused() -> None:
 def test_rows_are_found_by_what_they_are() -> None:
     report = make_report()
     baseline, baseline_t, smoothed, smoothed_t = report.rows
-    assert (report.baseline, report.smoothed, report.published_row) == (baseline, smoothed, smoothed_t)
+    assert (report.baseline, report.challengers, report.published_row) == (baseline, [smoothed], smoothed_t)
     assert report.tempered(baseline) is baseline_t and report.tempered(smoothed) is smoothed_t
     assert make_report(rows=1, published=None).published_row is not None
     assert make_report(rows=2, published=None).published_row is None
@@ -222,7 +222,7 @@ def test_runs_of_one_epsilon_are_told_apart_by_their_names() -> None:
     rows = [replace(row, run=names.get(row.run, row.run), epsilon=0.0) for row in report.rows]
     rows[1] = replace(rows[1], temperature=1.0)
     report = replace(report, rows=[rows[2], rows[0], rows[3], rows[1]], history={}, published=None, differences=[])
-    assert (report.smoothed, report.baseline) == (rows[2], rows[0])
+    assert (report.challengers, report.baseline) == ([rows[2]], rows[0])
     assert report.tempered(rows[0]) == rows[1] and report.tempered(rows[2]) == rows[3] and report.tempered(rows[3]) is None
     assert len(set(row_colours(report).values())) == 4
     with pytest.raises(ValueError, match="set tempered=True"):
