@@ -138,7 +138,7 @@ EVALUATE = [
     Row("evaluate: a card which is not there", evaluate("--update_card", "./nowhere", "--dataset_id", "owner/data"), r"update_card as a README\.md, a folder or a Hub id, got '\./nowhere'", given=files(test_csv=OTHER)),
     Row("evaluate: into a training run", evaluate(), r"an output_dir beside that of a run, got one with settings\.json; its report would be lost", given=lambda p: (_earlier(p), p.write(test_csv=OTHER))),
     Row("evaluate: over a card written by hand", evaluate("--write_card"), r"out/README\.md to be absent or generated, got one written by hand", given=lambda p: (p.write(test_csv=OTHER), _by_hand(p))),
-    Row("evaluate: a card of nobody", evaluate("--update_card", "./nowhere"), r"data with an id on the Hub to update a card, got 'test\.csv'", given=files(test_csv=OTHER)),
+    Row("evaluate: a card of nobody", evaluate("--update_card", "./nowhere"), r"data with an id on the Hub or a title to update a card, got 'test\.csv'", given=files(test_csv=OTHER)),
 ]  # fmt: skip
 
 ROWS = [*HUB, *DISK, *COMPARE, *EVALUATE]
