@@ -162,9 +162,10 @@ def chunk_loop(
     if row_weight is None and needs_bias and rows.mask is not None:
         row_weight = rows.mask.to(exact)  # ignored rows add nothing to dW, since their hidden states are 0, but to db
     rider = PriorRow.of(loss, labels, row_weight, classes, hidden) if loss.rides_along and n else None
-    sum_dtype = exact if _checks.reading_waits(hidden) else weight_dtype
-    rounds = needs_weight and sum_dtype != exact
     skips = tolerance is not None and n > 0 and (needs_hidden or needs_weight) and can_skip(loss, hidden)
+    # In half precision each addition to dW rounds, and skipping makes more of them.
+    sum_dtype = exact if skips or _checks.reading_waits(hidden) else weight_dtype
+    rounds = needs_weight and sum_dtype != exact
     size = chunk_rows or default_chunk_rows(n, width, hidden.dtype, rounds, cuda=hidden.is_cuda, skips=skips)
     nll, label_logit, smoothing_term = (hidden.new_zeros(n, dtype=exact) for _ in range(3))
     grad_hidden = hidden.new_empty((n, width), dtype=exact) if needs_hidden else None
@@ -175,7 +176,10 @@ def chunk_loop(
     offset = hidden.new_zeros(1) if bias is None else bias
     # A factor which only the device knows multiplies the sums at the end.
     alpha = scale * factor if isinstance(factor, float) else scale
-    skipping = ColumnSkipping(tolerance, weight, grad_hidden, grad_weight, n, alpha) if skips and tolerance else None
+    skipping = None
+    if skips and tolerance:
+        prior = None if rider is None else (rider.prior, rider.weighted_mixing)
+        skipping = ColumnSkipping(tolerance, weight, grad_hidden, grad_weight, alpha, prior)
 
     def logits_of(some: Tensor, out: Tensor | None = None) -> Tensor:
         beta = 0.0 if bias is None else scale
@@ -187,21 +191,19 @@ def chunk_loop(
     buffer = hidden.new_empty((_aligned(min(size, n) + (rider is not None), hidden.dtype), classes))
     for start, stop in chunks(rows, size):
         used, chunk = stop - start, hidden[start:stop]
-        label_share = None if rider is None else 1 - rider.mixing[start:stop]
         nll[start:stop], label_logit[start:stop], smoothing_term[start:stop] = loss.chunk_(
             logits_of(chunk, buffer[:used]),
             labels[start:stop],
-            label_share,
+            None if rider is None else 1 - rider.mixing[start:stop],
             None if row_weight is None else row_weight[start:stop],
             grad_bias,
             any(needs),
             partial(logits_again, chunk),
         )
         if skipping is not None:
-            row_scale = torch.ones_like(nll[start:stop]) if row_weight is None else row_weight[start:stop]
-            removed = row_scale if label_share is None else row_scale * label_share
-            row_scale = row_scale * (1 + 2 * loss.z_loss * (nll + label_logit)[start:stop])
-            if skipping.add(start, buffer[:used], chunk, labels[start:stop], row_scale - removed, row_scale):
+            mass = (1 + 2 * loss.z_loss * (nll + label_logit)[start:stop]).to(exact)
+            mass = mass if row_weight is None else mass * row_weight[start:stop]
+            if skipping.add(start, buffer[:used], chunk, labels[start:stop], mass):
                 continue
         riding = rider if start == 0 and skipping is None else None
         if riding is not None:
@@ -232,12 +234,7 @@ def chunk_loop(
             grad_hidden.addr_(rider.weighted_mixing, prior_mean, alpha=-1)
         if grad_bias is not None:
             grad_bias -= rider.weighted_mixing.sum() * rider.prior
-    certificate = None
-    if skipping is not None:
-        prior, partner = (
-            (None, None) if rider is None else (rider.prior, -alpha * torch.mv(hidden.t().to(exact), rider.weighted_mixing))
-        )
-        certificate = skipping.finish(prior, partner)
+    certificate = None if skipping is None else skipping.finish(hidden)
     for small in (grad_hidden, grad_bias):
         if small is not None:
             small.mul_(factor * scale)
