@@ -18,23 +18,23 @@ from hf_ls.common.errors import end_with, one_sentence
 from hf_ls.run.config import parse_config
 from hf_ls.run.finetune import finetune
 from hf_ls.run.launch import check_started, end_processes, explain_failure
-from hf_ls.run.stopping import Stopped, end_at_sigterm, end_stopped
+from hf_ls.run.stopping import Stopped, end_at_signals, end_stopped
 
 
 def main() -> None:
     """Run the job; wrong settings, data and checkpoints end with one sentence, with a traceback under --log_level debug."""
     config = None
-    end_at_sigterm()
+    end_at_signals()
     try:
         check_started()
         config = parse_config()
         finetune(config)
         end_processes()
-    except (Stopped, KeyboardInterrupt) as stopped:
+    except Stopped as stopped:
         sys.exit(end_stopped(stopped))
     except Exception as error:
         if one_sentence(error) is None:  # of one rank alone; what hf_ls refuses, it refuses on all
-            explain_failure()
+            explain_failure(error)
         end_with(error, debug=config is not None and config.training.log_level == "debug")
 
 

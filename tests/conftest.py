@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import secrets
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +19,7 @@ os.environ |= {
     "MPLBACKEND": "Agg",
     "OMP_NUM_THREADS": "1",
 }
+_begun: set[Path] = set()
 
 
 def hash_tokenizers_by_chance() -> None:
@@ -29,5 +32,12 @@ def hash_tokenizers_by_chance() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Before the fixtures of a module, once its imports are done."""
-    hash_tokenizers_by_chance()
+    """Before the fixtures of a file, once its imports are done.
+
+    Every training collects garbage, which would go through a million objects of torch and pytest: most of the time of a tiny one.
+    """
+    if item.path not in _begun:
+        _begun.add(item.path)
+        hash_tokenizers_by_chance()
+        gc.collect()
+        gc.freeze()

@@ -25,7 +25,10 @@ _HTTP_ERROR: type[Exception] = next(base for base in HfHubHTTPError.__bases__ if
 _PACKAGE = Path(__file__).parents[1]
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EIO)
 # What safetensors, tokenizers (a bare Exception) and torch.save (a RuntimeError) say of it.
-_DISK_FULL = ("No space left on device", "Disk quota exceeded", "] . unexpected pos", "PytorchStreamWriter failed")
+_DISK_FULL = (
+    *("No space left on device", "Disk quota exceeded"),
+    *("] . unexpected pos", "PytorchStreamWriter failed", "basic_ios::clear: iostream error"),
+)
 # Names of other programs and of habit, and what they are called here.
 _ALIASES = {
     "label_smoothing_factor": ("epsilon", "eps", "smoothing", "label_smoothing", "label_smoothing_epsilon", "ls"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,6 +67,14 @@ def output_embedding(model: nn.Module) -> nn.Module | None:
 def _named_output_embedding(model: Any) -> nn.Module | None:
     find = getattr(model, "get_output_embeddings", None)
     return find() if callable(find) else None
+
+
+def no_cache(model: nn.Module) -> dict[str, bool]:
+    """The input by which a forward keeps no cache, as with labels; {} for a model which takes none such.
+
+    With a cache, the default without labels, FSMT has no causal mask: each position sees the words to come.
+    """
+    return {"use_cache": False} if "use_cache" in inspect.signature(base_model(model).forward).parameters else {}
 
 
 def base_model(model: nn.Module) -> nn.Module:

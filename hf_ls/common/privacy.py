@@ -3,6 +3,7 @@ nothing that is pushed."""
 
 from __future__ import annotations
 
+import copyreg
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 import yaml
 
+TEXTS = (".json", ".md", ".txt", ".jinja")  # the ends of the names of files which may hold a path
 _VARIABLE = "HF_TOKEN"  # where huggingface_hub looks first
 
 
@@ -47,7 +49,7 @@ def token_in_environment(training: Any) -> Iterator[None]:
     """Move `training.hub_token` to the environment of this process until the end of the block.
 
     There huggingface_hub finds it for reading gated models as well as for pushing, and so do the processes which this one
-    starts. In the arguments the Trainer would write it into every `training_args.bin`.
+    starts.
     """
     token, before = training.hub_token, os.environ.get(_VARIABLE)
     if token is None:
@@ -76,18 +78,43 @@ def without_paths(text: str, paths: Sequence[str]) -> str | None:
     """
     if any(path in text for path in paths):
         try:
-            text = json.dumps(_named(json.loads(text), paths), indent=2, ensure_ascii=False) + "\n"
+            text = json.dumps(named(json.loads(text), paths), indent=2, ensure_ascii=False) + "\n"
         except ValueError:  # no JSON
             return None
     return None if any(path in text for path in paths) else text
 
 
-def _named(value: Any, paths: Sequence[str]) -> Any:
+def named(value: Any, paths: Sequence[str]) -> Any:
+    """The value with names in place of these paths and what lies below them, in dicts and lists too."""
     if isinstance(value, dict):
-        return {key: _named(item, paths) for key, item in value.items()}
+        return {key: named(item, paths) for key, item in value.items()}
     if isinstance(value, list):
-        return [_named(item, paths) for item in value]
+        return [named(item, paths) for item in value]
     return local_name(value) if isinstance(value, str) and value.startswith(tuple(paths)) else value
+
+
+@contextmanager
+def pickled_for_others(arguments: Any) -> Iterator[None]:
+    """In this block training arguments are pickled without secrets, and with names in place of paths.
+
+    A Trainer writes them as `training_args.bin` beside every model, and uploads that file with each push.
+    """
+    kind, before = type(arguments), copyreg.dispatch_table.get(type(arguments))
+    strings = [value for value in vars(arguments).values() if isinstance(value, str) and os.path.isabs(value)]
+
+    def reduced(given: Any) -> Any:
+        paths = [*paths_here(), *strings]
+        public = object.__new__(kind)
+        vars(public).update({key: None if is_secret(key) else named(value, paths) for key, value in vars(given).items()})
+        return object.__reduce_ex__(public, 4)
+
+    copyreg.pickle(kind, reduced)
+    try:
+        yield
+    finally:
+        del copyreg.dispatch_table[kind]
+        if before is not None:
+            copyreg.dispatch_table[kind] = before
 
 
 def paths_here(*more: str | os.PathLike[str] | None) -> list[str]:

@@ -139,7 +139,7 @@ def run_cells(
     Each cell is a process in a session of its own, which ends itself when this process ends, however that happens: it
     waits for the end of a pipe that only this process can write to.
 
-    Raises: CellFailed with the last lines of its log; cells which are running are then let finish.
+    Raises: CellFailed with its sentence or the last lines of its log; cells which are running are then let finish.
     """
     todo = [spec for spec in specs if finished(folder / spec.cell.name, spec) is None]
     kept = len(specs) - len(todo)
@@ -178,6 +178,8 @@ def _run_cells(
     if failed:
         cell = folder / failed[0].cell.name
         lines = (cell / LOG).read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
+        if lines and lines[-1].startswith("error: "):  # a sentence for the user needs no log
+            lines = [lines[-1].removeprefix("error: ")]
         raise CellFailed("\n".join([*lines, f"{failed[0].cell.name} failed; its folder is {cell}, finished cells are kept"]))
     found = {spec.cell: finished(folder / spec.cell.name, spec) for spec in specs}
     return {cell: left for cell, left in found.items() if left is not None}

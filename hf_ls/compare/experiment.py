@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,8 +27,10 @@ from hf_ls.metrics.ceiling import ceiling_warning, last_epsilon
 from hf_ls.report.calibration_report import BASELINE, REPORT, CalibrationReport
 from hf_ls.report.plots import write_plots
 from hf_ls.run.config import Config, Parser, about, parse_config
+from hf_ls.run.loading import load
 from hf_ls.run.publish import folder_of, pictures_of
 from hf_ls.run.settings import check_same, settings_of
+from hf_ls.run.training import rehearse
 from hf_ls.trainer.arguments import smoothing_of
 from hf_ls.trainer.criterion import Criterion, parse_params
 
@@ -142,45 +145,68 @@ def run_comparison(options: CompareArguments, config: Config, argv: Sequence[str
     another comparison works in the folder; CellFailed for a cell which did not finish.
     """
     folder = folder_of(config).absolute()
-    # The cells find the token in their environment: what they are told lies in files.
-    with (
-        token_in_environment(config.training),
-        locked(folder / ".lock", "wait for the other comparison, or give another output_dir"),
-    ):
-        data = prepare_data(
-            config, folder / "data", options.seeds,
-            flip_labels=options.flip_labels, ood_sources=options.ood_sources, ood_files=options.ood,
-            ood_samples=options.ood_samples,
-        )  # fmt: skip
-        jobs, threads = _share(options.jobs)
-        if not config.run.dry_run:
-            threads = _keep_settings(folder, _settings(options, config, data), threads)
-        cells = {seed: plan(options, seed) for seed in options.seeds}
-        specs = {cell: _spec(cell, argv, folder, data) for row in cells.values() for cell in row}
-        for spec in specs.values():
-            cell_config(config, spec, folder)  # every refusal before the first step
+    with token_in_environment(config.training):  # where the cells find it: what they are told lies in files
         if config.run.dry_run:
-            print(f"dry run: {len(specs)} runs; settings are sound", flush=True)
+            _rehearse(options, config, argv, folder)
             return None
-        dropped: dict[float, str] = {}
-        predictions: dict[Cell, Predictions] = {}
-        left: dict[Cell, dict[str, Any]] = {}
-        # All seeds at once, or one after the other where the earlier ones decide what is worth another run.
-        for batch in [[seed] for seed in options.seeds] if options.epsilon == "auto" else [options.seeds]:
-            wanted = [cell for seed in batch for cell in cells[seed] if cell.epsilon not in dropped]
-            left |= run_cells([specs[cell] for cell in wanted], folder / "cells", jobs=jobs, threads=threads, announce=_announce)
-            check_fingerprints(left)
-            predictions |= {cell: Predictions.load(cell, folder / "cells" / cell.name) for cell in wanted}
-            if options.epsilon == "auto" and batch[-1] != options.seeds[-1]:
-                dropped |= _drop(predictions, dropped, batch[-1])
-        compared = [found for cell, found in predictions.items() if cell.epsilon not in dropped]
-        made = {found.cell: found.results() for found in compared}
-        results = [result for of_cell in made.values() for result in of_cell]
-        comparison = compare(results, repetitions=options.repetitions)
-        unfitted = [cell.name for cell, rs in made.items() if any(r.variant.tempered and r.temperature == 1.0 for r in rs)]
-        facts = _facts(options, config, data, compared, list(dropped.values()), unfitted, left)
-        pictures = _pictures(cells[options.seeds[0]], comparison, folder)
-        write_report(comparison, results, facts, folder, pictures)
+        with locked(folder / ".lock", "wait for the other comparison, or give another output_dir"):
+            return _run(options, config, argv, folder)
+
+
+def _rehearse(options: CompareArguments, config: Config, argv: Sequence[str], folder: Path) -> None:
+    """All that comes before the first step of the first cells, in another folder: nothing is left of it.
+
+    One cell of each objective is rehearsed as `finetune` rehearses a run; others differ from it in numbers which are checked.
+    """
+    with tempfile.TemporaryDirectory() as elsewhere:
+        data, cells, specs = _prepare(options, config, argv, Path(elsewhere))
+        _saved_settings(folder, _settings(options, config, data))
+        configs = {cell: cell_config(config, spec, Path(elsewhere)) for cell, spec in specs.items()}
+        objectives = {cell.objective: configs[cell] for cell in reversed(cells[options.seeds[0]])}
+        loaded = load(next(iter(objectives.values())))  # the files are those of the seed
+        model = [rehearse(one, loaded) for one in objectives.values()][-1]
+    what = f"{loaded.sizes}; {type(model).__name__}, {model.num_parameters():,} weights"
+    _announce(f"dry run: {len(specs)} runs; {what}; settings are sound")
+
+
+def _prepare(
+    options: CompareArguments, config: Config, argv: Sequence[str], folder: Path
+) -> tuple[CompareData, dict[int, list[Cell]], dict[Cell, Spec]]:
+    """The data, written to `folder`; the cells of each seed; what the process of each is told."""
+    data = prepare_data(
+        config, folder / "data", options.seeds,
+        flip_labels=options.flip_labels, ood_sources=options.ood_sources, ood_files=options.ood,
+        ood_samples=options.ood_samples,
+    )  # fmt: skip
+    cells = {seed: plan(options, seed) for seed in options.seeds}
+    return data, cells, {cell: _spec(cell, argv, folder, data) for row in cells.values() for cell in row}
+
+
+def _run(options: CompareArguments, config: Config, argv: Sequence[str], folder: Path) -> Comparison:
+    data, cells, specs = _prepare(options, config, argv, folder)
+    jobs, threads = _share(options.jobs)
+    threads = _keep_settings(folder, _settings(options, config, data), threads)
+    for spec in specs.values():
+        cell_config(config, spec, folder)  # every refusal before the first step
+    dropped: dict[float, str] = {}
+    predictions: dict[Cell, Predictions] = {}
+    left: dict[Cell, dict[str, Any]] = {}
+    # All seeds at once, or one after the other where the earlier ones decide what is worth another run.
+    for batch in [[seed] for seed in options.seeds] if options.epsilon == "auto" else [options.seeds]:
+        wanted = [cell for seed in batch for cell in cells[seed] if cell.epsilon not in dropped]
+        left |= run_cells([specs[cell] for cell in wanted], folder / "cells", jobs=jobs, threads=threads, announce=_announce)
+        check_fingerprints(left)
+        predictions |= {cell: Predictions.load(cell, folder / "cells" / cell.name) for cell in wanted}
+        if options.epsilon == "auto" and batch[-1] != options.seeds[-1]:
+            dropped |= _drop(predictions, dropped, batch[-1])
+    compared = [found for cell, found in predictions.items() if cell.epsilon not in dropped]
+    made = {found.cell: found.results() for found in compared}
+    results = [result for of_cell in made.values() for result in of_cell]
+    comparison = compare(results, repetitions=options.repetitions)
+    unfitted = [cell.name for cell, rs in made.items() if any(r.variant.tempered and r.temperature == 1.0 for r in rs)]
+    facts = _facts(options, config, data, compared, list(dropped.values()), unfitted, left)
+    pictures = _pictures(cells[options.seeds[0]], comparison, folder)
+    write_report(comparison, results, facts, folder, pictures)
     print_comparison(comparison, facts)
     print(f"Report: {folder / 'report.html'}", flush=True)
     return comparison
@@ -236,19 +262,31 @@ def _settings(options: CompareArguments, config: Config, data: CompareData) -> d
     return settings_of(options, config.run, config.model, config.data, config.training, data=data.hashes)
 
 
-def _keep_settings(folder: Path, settings: dict[str, Any], threads: int) -> int:
-    """Note the settings of this folder, or check them; the threads of a cell stay those of the first start.
+def _saved_settings(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """What an earlier start noted in this folder, None in a fresh one.
 
-    Raises: ValueError for other settings than those of the comparison in the folder.
+    Raises: ValueError for other settings than those of the comparison in the folder, and for another run in it.
     """
     path = folder / _SETTINGS_FILE
     if path.is_file():
         saved = read_json(path, "give another output_dir")
+        if not isinstance(saved.get("settings"), dict) or not isinstance(saved.get("threads"), int):
+            raise ValueError(f"expected the settings and threads of a comparison in {path}, got others; give another output_dir")
         check_same(saved["settings"], settings, f"the comparison in {folder}", "restore them or give another output_dir")
-        return int(saved["threads"])
+        return saved
     if (folder / REPORT).exists() or any(folder.glob("checkpoint-*")):
         raise ValueError(f"expected an output_dir without another run, got {folder}; give another output_dir")
-    write_atomically(path, json.dumps({"settings": settings, "threads": threads}, indent=1) + "\n")
+    return None
+
+
+def _keep_settings(folder: Path, settings: dict[str, Any], threads: int) -> int:
+    """Note the settings of this folder, or check them; the threads of a cell stay those of the first start.
+
+    Raises: ValueError as `_saved_settings`.
+    """
+    if (saved := _saved_settings(folder, settings)) is not None:
+        return int(saved["threads"])
+    write_atomically(folder / _SETTINGS_FILE, json.dumps({"settings": settings, "threads": threads}, indent=1) + "\n")
     return threads
 
 

@@ -88,13 +88,17 @@ def _predict(config: Any, model: Any, files: dict[str, str], folder: Path) -> No
 
 
 def main() -> None:
-    """Run the cell in the folder named on the command line."""
+    """Run the cell in the folder named on the command line; what is the user's to mend ends in one sentence."""
     end_with_parent()
+    from hf_ls.common.errors import end_with
     from hf_ls.compare.cells import cell_lock
 
     folder = Path(sys.argv[1])
-    with cell_lock(folder):
-        run_cell(folder)
+    try:
+        with cell_lock(folder):
+            run_cell(folder)
+    except Exception as error:
+        end_with(error)
 
 
 if __name__ == "__main__":

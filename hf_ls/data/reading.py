@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import codecs
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +46,13 @@ def read_files(files: Mapping[str, str]) -> DatasetDict:
         raise ValueError(f"expected rows in {empty}, got: empty files; check the files")
     for path in paths:
         _check_lines(path)
+        _check_json(path)
     kind = next(iter(types))
     try:
         if kind == "csv":
             return _read_csv(dict(files))
         return load_dataset(kind, data_files=dict(files))
-    except (ValueError, OSError, DatasetGenerationError) as error:
+    except (ValueError, OSError, OverflowError, DatasetGenerationError) as error:
         if str(error).startswith("expected "):
             raise
         cause = error.__cause__ or error
@@ -126,6 +130,31 @@ def _check_lines(path: str) -> None:
                     "that text into several rows"
                 )
             length = length if first < 0 else len(chunk) - chunk.rfind(b"\n") - 1
+
+
+def _check_json(path: str) -> None:
+    """Refuse a `null` for a row: at the beginning of a block it ends the whole process in pyarrow's reader (26.0)."""
+    if _FORMATS[Path(path).suffix.lower()] != "json":
+        return
+    with open(path, "rb") as file:
+        begins = file.read(2**10).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+        file.seek(0)
+        if begins == b"[":
+            lines, what = _elements(file.read()), "element"
+        else:
+            lines, what = (line.removeprefix(codecs.BOM_UTF8).strip() == b"null" for line in file), "line"
+        for number, is_null in enumerate(lines, 1):
+            if is_null:
+                raise ValueError(
+                    f'expected rows such as {{"text": ...}} in {path}, got null in {what} {number}; delete that {what}'
+                )
+
+
+def _elements(data: bytes) -> Iterator[bool]:
+    """Of an array in a file, whether each is null; none of what only the reader can tell."""
+    with suppress(ValueError, RecursionError):
+        found = json.loads(data) if b"null" in data else []
+        yield from (element is None for element in found)
 
 
 def check_length(part: Dataset, split: str) -> None:

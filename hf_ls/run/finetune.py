@@ -17,7 +17,7 @@ from hf_ls.run.outcome import OUTCOME, Outcome, evaluate_classes, evaluate_token
 from hf_ls.run.output import check_output, recorded
 from hf_ls.run.publish import folder_of, publish, push
 from hf_ls.run.tasks import TASKS
-from hf_ls.run.training import rehearse, save_model, save_penultimate, train, with_training
+from hf_ls.run.training import checkpoint_of, rehearse, save_model, save_penultimate, train, with_training
 from hf_ls.trainer.arguments import without_smoothing
 
 
@@ -34,10 +34,13 @@ def finetune(config: Config, callbacks: Sequence[Any] = ()) -> CalibrationReport
         loaded = load(config)
         # Before anything is written: what cannot be had or made must not cost an earlier run, or leave a folder behind.
         model = rehearse(config, loaded)
+        manifest = check_output(config, model)
         if config.run.dry_run:
+            for one in _planned(config):
+                if _finished(one) is None and one.training.do_train:
+                    checkpoint_of(one, model)
             announce(f"dry run: {loaded.sizes}; {type(model).__name__}, {model.num_parameters():,} weights; settings are sound")
             return None
-        manifest = check_output(config, model)
         del model
         with recorded(config, manifest):
             runs = {}
@@ -69,12 +72,18 @@ def _planned(config: Config) -> Iterator[Config]:
     yield config
 
 
+def _finished(config: Config) -> Outcome | None:
+    """What this run left when it was complete, where a resumed one asks."""
+    folder = folder_of(config)
+    return Outcome.load(folder) if config.training.resume_from_checkpoint and (folder / OUTCOME).is_file() else None
+
+
 def _train_and_calibrate(config: Config, loaded: Loaded, manifest: Manifest, callbacks: Sequence[Any]) -> Outcome:
     """Train one model (or take up where it stopped), evaluate it with and without temperature, save it."""
     training, folder, task = config.training, folder_of(config), TASKS[config.run.task]
-    if training.resume_from_checkpoint and (folder / OUTCOME).is_file():
+    if (finished := _finished(config)) is not None:
         announce(f"{folder} is complete: its outcome is used as it is")
-        return Outcome.load(folder)
+        return finished
     if training.should_save and folder != manifest.folder and not folder.exists():
         manifest.add(folder, FOLDER)  # the Trainer makes it in silence
     trainer = train(config, loaded, manifest, callbacks)

@@ -10,6 +10,7 @@ import traceback
 from accelerate import PartialState
 
 _RANKS = ("RANK", "WORLD_SIZE", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")  # gloo, NCCL
 
 
 def check_started() -> None:
@@ -42,19 +43,21 @@ def end_processes() -> None:
     state.destroy_process_group()
 
 
-def explain_failure() -> None:
+def explain_failure(error: Exception) -> None:
     """Inside `except`: on several processes, print the traceback and end with a sentence; else return.
 
     Whoever waits for a dead process gets an error of the connection, at once on this machine, after `ddp_timeout` where a whole
-    machine was lost. Only torchrun sees which rank it was.
+    machine was lost. Only torchrun sees which rank it was. The traceback of an end which is another rank's would hide that one's.
     """
     state = PartialState()
     if state.num_processes == 1:
         return
+    rank, again = f"rank {state.process_index} of {state.num_processes}", "then go on with --resume_from_checkpoint last"
+    if any(said in str(error) for said in _LOST):
+        sys.exit(f"error: {rank} stopped because another rank died first, whose message tells why; {again}")
     traceback.print_exc()
-    rank = f"rank {state.process_index} of {state.num_processes}"
     lost = "if it is about a connection or a time-out, another rank died first and its message tells why"
-    sys.exit(f"error: {rank} stopped with the error above; {lost}; then go on with --resume_from_checkpoint last")
+    sys.exit(f"error: {rank} stopped with the error above; {lost}; {again}")
 
 
 def announce(text: str) -> None:

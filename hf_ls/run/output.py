@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from hf_ls.common.errors import read_json
+from hf_ls.common.errors import disk_sentence, read_json
 from hf_ls.common.files import write_atomically
 from hf_ls.report.calibration_report import REPORT, SETTINGS
 from hf_ls.report.card import check_card
@@ -31,10 +33,12 @@ def check_output(config: Config, model: Any) -> Manifest:
     """
     training, folder = config.training, folder_of(config)
     check_card(folder)
+    if training.should_save:
+        check_place(folder)
     manifest, settings = Manifest(folder), _settings(config)
     known = [*(folder / name for name in (SETTINGS, REPORT)), *checkpoints(folder).values()]
     earlier = sorted({str(path) for path in known if path.exists()} | {str(folder / name) for name in manifest.files()})
-    if training.push_to_hub and training.should_save:
+    if training.push_to_hub and training.should_save and not config.run.dry_run:
         check_push(config)
     if config.run.overwrite_output_dir and not training.resume_from_checkpoint:
         check_deletable(config, folder)
@@ -56,6 +60,18 @@ def check_output(config: Config, model: Any) -> Manifest:
         check_resumable(training.resume_from_checkpoint, smoothing_of(training), model)
     PartialState().wait_for_everyone()  # every process has looked before the first one writes
     return manifest
+
+
+def check_place(folder: Path) -> None:
+    """Look whether files can be written into the folder, or the folder be made.
+
+    Raises: OSError with a sentence for the user.
+    """
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    wrong = errno.ENOTDIR if not there.is_dir() else errno.EACCES if not os.access(there, os.W_OK | os.X_OK) else None
+    if wrong is not None:
+        error = OSError(wrong, os.strerror(wrong))
+        raise OSError(wrong, disk_sentence(error, folder))
 
 
 @contextmanager

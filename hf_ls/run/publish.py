@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from hf_ls.calibration.temperature import bake_folder
 from hf_ls.common.errors import uploading
 from hf_ls.common.files import write_atomically
-from hf_ls.common.privacy import local_name, paths_here, without_paths
+from hf_ls.common.privacy import TEXTS, local_name, paths_here, without_paths
 from hf_ls.common.text import hub_id
 from hf_ls.data.classification import ClassificationData
 from hf_ls.data.sequences import SequenceData
@@ -35,8 +35,6 @@ from hf_ls.run.outcome import DRAWS, GENERATIONS, OUTCOME, PREDICTIONS, Outcome
 from hf_ls.run.tasks import TASKS
 from hf_ls.trainer.arguments import LabelSmoothingArguments, criterion_of, smoothing_of, techniques_of
 from hf_ls.trainer.criterion import ADAPTIVE
-
-_TEXTS = (".json", ".md", ".txt", ".jinja")
 
 
 def folder_of(config: Config) -> Path:
@@ -131,7 +129,7 @@ def push(config: Config, names: Sequence[str]) -> None:
     paths = paths_here(folder, *given, *data.files.values())
     operations = []
     for found in sorted(filter(_is_public, names)):
-        content = (folder / found).read_bytes() if (folder / found).suffix in _TEXTS else None
+        content = (folder / found).read_bytes() if (folder / found).suffix in TEXTS else None
         text = None if content is None else without_paths(content.decode(), paths)
         if content is not None and text is None:
             announce(f"{found} is not pushed: it names a path of this machine")

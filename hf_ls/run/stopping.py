@@ -6,6 +6,7 @@ the run ends at once.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -21,8 +22,10 @@ from hf_ls.run.launch import end_processes
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Stopped(Exception):
+class Stopped(BaseException):
     """A signal ended the run before it was done; `code` is the exit code of the shell's convention, 128 + signal.
+
+    As KeyboardInterrupt it is no Exception: it may come up anywhere, also where one is caught and worded anew.
 
     in_training: on all processes after the same step, with a checkpoint.
     """
@@ -73,24 +76,28 @@ class StopOnSignal(TrainerCallback):
         self._give_back()
 
 
-def end_at_sigterm() -> None:
-    """Make SIGTERM an exception, as SIGINT is one already, so that a script ends with a sentence wherever it is."""
+def end_at_signals() -> None:
+    """Make SIGTERM and SIGINT one exception, so that a script ends with a sentence wherever it is; a second ends it."""
 
     def stop(number: int, frame: Any) -> None:
-        signal.signal(number, signal.SIG_DFL)
+        for each in _SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
         raise Stopped(number, "outside of training", in_training=False)
 
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, stop)
+        for each in _SIGNALS:
+            signal.signal(each, stop)
 
 
-def end_stopped(error: Stopped | KeyboardInterrupt) -> int:
+def end_stopped(stopped: Stopped) -> int:
     """Say that the run was stopped and how it goes on; the exit code."""
-    stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT, "outside of training", in_training=False)
-    if PartialState().is_main_process:
+    for each in _SIGNALS:  # a launcher sends them again, beside the terminal, and when the first process has ended
+        signal.signal(each, signal.SIG_IGN)
+    # Before the processes have found each other, nothing may wait for that now.
+    is_main = PartialState().is_main_process if PartialState._shared_state else os.environ.get("RANK", "0") == "0"
+    if is_main:
         print(f"{stopped}: go on with the same command and --resume_from_checkpoint last", file=sys.stderr, flush=True)
     if stopped.in_training:  # else the other processes may be anywhere
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher sends it again when the first process has ended
         end_processes()
     return stopped.code
 

@@ -96,7 +96,7 @@ def train(config: Config, loaded: Loaded, manifest: Manifest, more: Sequence[Any
     callbacks += [] if patience is None else [EarlyStopping(patience)]
     trainer = make_trainer(config, loaded, callbacks)
     if training.do_train:
-        result = trainer.train(resume_from_checkpoint=_checkpoint(config, trainer.model))
+        result = trainer.train(resume_from_checkpoint=checkpoint_of(config, trainer.model))
         check_trained(trainer, stop)
         write_metrics(trainer, "train", result.metrics)
         if trainer.is_world_process_zero():
@@ -104,8 +104,11 @@ def train(config: Config, loaded: Loaded, manifest: Manifest, more: Sequence[Any
     return trainer
 
 
-def _checkpoint(config: Config, model: Any) -> str | None:
-    """What to resume from; a checkpoint given by name was checked before anything was written."""
+def checkpoint_of(config: Config, model: Any) -> str | None:
+    """What to resume from; a checkpoint given by name was checked before anything was written.
+
+    Raises: ValueError for a last checkpoint which cannot be resumed.
+    """
     checkpoint, folder = config.training.resume_from_checkpoint, folder_of(config)
     if checkpoint == "last":
         checkpoint = last_complete_checkpoint(folder)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, NamedTuple, Self, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from hf_ls.common.privacy import is_secret
 from hf_ls.losses.adaptive import OnlineLabelSmoothing
 from hf_ls.losses.objectives import Objective
 from hf_ls.losses.smoothing import Schedule, Smoothing
@@ -93,20 +92,6 @@ class LabelSmoothingArguments(TrainingArguments):
             self.greater_is_better = False
         super().__post_init__()
         check_direction(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What a pickle holds: no secrets, for the Trainer writes one, `training_args.bin`, beside every model."""
-        return {name: None if is_secret(name) else value for name, value in vars(self).items()}
-
-    def __copy__(self) -> Self:
-        made = object.__new__(type(self))
-        vars(made).update(vars(self))
-        return made
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        made = memo[id(self)] = object.__new__(type(self))
-        vars(made).update(copy.deepcopy(vars(self), memo))
-        return made
 
 
 @dataclass

@@ -15,7 +15,7 @@ from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from transformers.modeling_utils import unwrap_model
 
-from hf_ls.common.models import IGNORE_INDEX
+from hf_ls.common.models import IGNORE_INDEX, no_cache
 from hf_ls.losses._checks import check_range, item_weights, next_labels
 from hf_ls.trainer.shift import decoder_inputs
 from hf_ls.trainer.spans import POSITIONS, positions_in
@@ -132,9 +132,12 @@ class Batch:
 
     def for_model(self, model: nn.Module) -> dict[str, Any]:
         """Fresh inputs for one forward which returns logits: no labels, and decoder inputs where the model needs them."""
-        inputs = copied(self.others)
-        decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and not self.spans
-        return decoder_inputs(model, inputs, self.given.clone()) if decodes and "decoder_input_ids" not in inputs else inputs
+        inputs, config = copied(self.others), getattr(model, "config", None)
+        if self.spans or not getattr(config, "is_encoder_decoder", False):
+            return inputs
+        if "decoder_input_ids" not in inputs:
+            inputs = decoder_inputs(model, inputs, self.given.clone())
+        return inputs | no_cache(model) if getattr(config, "use_cache", False) else inputs
 
     def label_inputs(self) -> dict[str, Tensor]:
         """Fresh labels as the model's own loss takes them; an ignored position of an answer lies beyond every text."""

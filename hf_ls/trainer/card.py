@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers.modelcard import TASK_MAPPING
 
 from hf_ls.common.files import write_atomically
 from hf_ls.common.models import output_embedding
+from hf_ls.common.privacy import TEXTS, paths_here
 from hf_ls.report.calibration_report import REPORT, CalibrationReport, package_versions
 from hf_ls.report.card import CardFacts, is_generated, model_card, render
 from hf_ls.report.card_metadata import HubFacts
@@ -41,6 +43,28 @@ def write_trainer_card(trainer: Any, given: Mapping[str, Any]) -> None:
         return
     report = _report_of(trainer)
     write_atomically(path, render(card_facts(trainer, given)) if report is None else model_card(report, _hub_facts(given)))
+
+
+def warn_of_paths(trainer: Any, folder: str | os.PathLike[str] | None) -> None:
+    """Name the texts of a folder which is uploaded in which a path of this machine stands, each once.
+
+    PEFT writes the folder of its base model into `adapter_config.json`, the Trainer that of the best checkpoint into
+    `trainer_state.json`: where those are resumed from or loaded here they must stay as they are.
+    """
+    if folder is None or not trainer.is_world_process_zero():
+        return
+    paths, told = paths_here(folder, trainer.args.output_dir, _base(trainer, {})), trainer._told_of_paths
+    for path in sorted(Path(folder).iterdir()):
+        text = path.read_text(encoding="utf-8", errors="replace") if path.suffix in TEXTS and path.name not in told else ""
+        found = [here for here in paths if here in text]
+        if found:
+            told.add(path.name)
+            logger.warning(
+                "%s is uploaded with a path of this machine, %s, which says nothing to others; load the model by an id of the "
+                "Hub, or give output_dir relative to the current folder",
+                path,
+                found[0],
+            )
 
 
 def card_facts(trainer: Any, given: Mapping[str, Any]) -> CardFacts:

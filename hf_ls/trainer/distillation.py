@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from transformers.modeling_utils import unwrap_model
 from transformers.utils import cached_file
 
-from hf_ls.common.models import IGNORE_INDEX, base_model, load_weights, output_embedding
+from hf_ls.common.models import IGNORE_INDEX, load_weights, no_cache, output_embedding
 from hf_ls.losses.cross_entropy import SmoothedTerms, logits_of
 
 logger = logging.getLogger(__name__)
@@ -124,8 +124,7 @@ class Teacher:
         self.model = model.eval()
         # The names it takes; None for any, as a PEFT model.
         parameters = inspect.signature(unwrap_model(model).forward).parameters
-        # One forward over the whole text: FSMT with a cache, its default without labels, sees the words to come.
-        self._settings = {"use_cache": False} if "use_cache" in inspect.signature(base_model(model).forward).parameters else {}
+        self._settings = no_cache(model)
         anything = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters.values())
         self._names = None if anything else set(parameters)
         name = getattr(getattr(model, "config", None), "name_or_path", None)

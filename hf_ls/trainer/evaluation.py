@@ -7,7 +7,7 @@ tells evaluation from training; what is gathered is the Trainer's part (`mixin`)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -203,10 +203,27 @@ def for_prediction(model: Any) -> Any:
     """The model for a prediction without labels; a bare tensor in a tuple, of which a Trainer takes the first element."""
 
     def forward(**inputs: Any) -> Any:
-        outputs = model(**copied(inputs))
+        outputs = model(**inputs)
         return (outputs,) if isinstance(outputs, Tensor) else outputs
 
     return forward
+
+
+@contextmanager
+def given_copies(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """In this block a forward with labels of these names, inside wrappers too, gets copies of its inputs.
+
+    It may write into them, and a Trainer's own `prediction_step` returns the labels afterwards.
+    """
+
+    def copies(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args, copied(kwargs) if any(name in kwargs for name in names) else kwargs
+
+    handle = unwrap_model(model).register_forward_pre_hook(copies, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def end_of_sequence(model: nn.Module, tokenizer: Any = None) -> int | None:

@@ -21,10 +21,11 @@ from accelerate.utils import find_batch_size, gather_object
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.modeling_utils import unwrap_model
-from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, get_last_checkpoint
 
 from hf_ls.calibration.token_temperature import TokenTemperature
 from hf_ls.common.models import in_eval_mode, output_embedding
+from hf_ls.common.privacy import pickled_for_others
 from hf_ls.losses._rows import Observer, observe
 from hf_ls.losses.adaptive import OnlineLabelSmoothing
 from hf_ls.losses.cross_entropy import check_no_probabilities, logits_of
@@ -33,10 +34,10 @@ from hf_ls.losses.smoothing import Smoothing
 from hf_ls.metrics.tokens import TokenCalibration
 from hf_ls.trainer.arguments import LabelSmoothingArguments, check_given, check_search, loss_of, loss_settings
 from hf_ls.trainer.batch import SHIFTED, Batch, check_class_weight, copied, virtual_tokens, with_named_labels
-from hf_ls.trainer.card import write_trainer_card
+from hf_ls.trainer.card import warn_of_paths, write_trainer_card
 from hf_ls.trainer.criterion import LoggedTerms, OnlineState, check_one_loss
 from hf_ls.trainer.distillation import teacher_for
-from hf_ls.trainer.evaluation import Evaluation, Steps, beside_loss, end_of_sequence, for_prediction
+from hf_ls.trainer.evaluation import Evaluation, Steps, beside_loss, end_of_sequence, for_prediction, given_copies
 from hf_ls.trainer.logits_free import LogitsFreeHead, head_for, is_compiled
 from hf_ls.trainer.mixup import check_mixable
 from hf_ls.trainer.processes import (
@@ -128,6 +129,7 @@ class LabelSmoothingMixin(Steps):
         self._head: LogitsFreeHead | None = None
         self._head_sought = False
         self._terms, self._spans = LoggedTerms(), False
+        self._told_of_paths: set[str] = set()
         epsilon = training_args.label_smoothing_factor if smoothing is None else smoothing.epsilon
         training_args.label_smoothing_factor = epsilon
         self._read_settings(training_args)
@@ -401,9 +403,9 @@ class LabelSmoothingMixin(Steps):
         # Seq2SeqTrainer gathers the examples repeated to fill the last batch too, so that its metrics count them twice; the
         # Trainer counts the copies of tensor parallelism.
         self.gather_function = self._gather_once
-        before_deepspeed = standalone and self.is_deepspeed_enabled
+        engine = evaluation_before_deepspeed(self) if standalone and self.is_deepspeed_enabled else nullcontext()
         try:
-            with self._step(evaluates=True), evaluation_before_deepspeed(self) if before_deepspeed else nullcontext():
+            with self._step(evaluates=True), given_copies(self.model, self.label_names), engine:
                 output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         finally:
             self._measured, self._evaluation = self._evaluation, None
@@ -435,11 +437,10 @@ class LabelSmoothingMixin(Steps):
         if evaluation is not None:
             evaluation.pending, evaluation.rows = None, find_batch_size(inputs) or 0
             evaluation.reached, evaluation.labelled = True, evaluation.labelled or labelled
-        theirs = dict(inputs) if labelled else copied(inputs)
         # A wrapper may keep eval() to itself: then dropout would be on.
         with self._step(evaluates=True), in_eval_mode(self.model) if self.model.training else nullcontext():
             result = super().prediction_step(
-                model if labelled else for_prediction(model), theirs, prediction_loss_only, ignore_keys, **kwargs
+                model if labelled else for_prediction(model), copied(inputs), prediction_loss_only, ignore_keys, **kwargs
             )
             if evaluation is None or self._fit is not None:
                 return result
@@ -477,7 +478,7 @@ class LabelSmoothingMixin(Steps):
         finally:
             self._fit = None
 
-    # Search, and the card.
+    # Search, and what others get: the card, and the arguments beside the weights.
 
     def _hp_search_setup(self, trial: Any) -> None:
         """As the Trainer's, which writes a trial into the arguments; this reads the loss from them again.
@@ -502,6 +503,21 @@ class LabelSmoothingMixin(Steps):
         """
         check_search(compute_objective, args[1] if len(args) > 1 else kwargs.get("direction", "minimize"))
         return super().hyperparameter_search(hp_space, compute_objective or itemgetter("eval_loss"), *args, **kwargs)
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        with pickled_for_others(self.args):
+            super()._save(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            warn_of_paths(self, checkpoint_folder)
+        with pickled_for_others(self.args):
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        if hasattr(self, "push_in_progress"):  # all files are there, and the next thing is to upload them
+            warn_of_paths(self, self.args.output_dir)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write `README.md`, arguments as in the Trainer below this mixin, and thereby in `push_to_hub` and the saving of TRL.

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import unwrap_model
 
-from hf_ls.common.models import IGNORE_INDEX, base_model, in_eval_mode
+from hf_ls.common.models import IGNORE_INDEX, base_model, in_eval_mode, output_embedding
 from hf_ls.losses._checks import next_labels
 from hf_ls.losses.cross_entropy import check_no_probabilities, logits_of, smoothed_terms
 from hf_ls.losses.smoothing import Smoothing
@@ -124,10 +124,11 @@ def decoder_inputs(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> 
         return inputs
     if "decoder_input_ids" in inputs or "decoder_inputs_embeds" in inputs:
         return inputs
-    prepare = getattr(unwrap_model(model), "prepare_decoder_input_ids_from_labels", None)
-    if prepare is not None:
-        return {**inputs, "decoder_input_ids": prepare(labels=labels)}
     inner = unwrap_model(model)
+    prepare = getattr(inner, "prepare_decoder_input_ids_from_labels", None)
+    # A classifier of tokens inherits it (T5Gemma2), and makes its decoder inputs of something else.
+    if prepare is not None and output_embedding(model) is not None:
+        return {**inputs, "decoder_input_ids": prepare(labels=labels)}
     if inner not in _STARTS:
         _STARTS[inner] = _watched_start(model, inputs, labels)
     found = _STARTS[inner]
@@ -195,12 +196,19 @@ def model_loss_gap(model: nn.Module, batch: Batch, prompt: int = 0) -> LossGap:
     Args:
         prompt: how many virtual tokens stand before the first, in the logits only.
 
-    Raises: ValueError/TypeError as `smoothed_terms`, and when the model returns no logits, or probabilities instead.
+    Raises: ValueError/TypeError as `smoothed_terms`, and when the model returns no logits, probabilities instead, or rows before
+    those of the labels.
     """
     labels = nn.functional.pad(batch.given, (prompt, 0), value=IGNORE_INDEX) if prompt else batch.given
     with in_eval_mode(model):
         logits = logits_of(model(**batch.for_model(model)))
         check_no_probabilities(logits)
+        if labels.dim() == 2 and logits.dim() == 3 and logits.shape[1] > labels.shape[1]:
+            raise ValueError(
+                f"expected one row of logits per label from {type(base_model(model)).__name__}, got {logits.shape[1]} for "
+                f"{labels.shape[1]} labels: it puts rows of its own, such as those of an image, before the text; use "
+                "transformers.Trainer"
+            )
         # Before the model sees the labels: wrong ones end in an index error there, or in a crashed GPU.
         unshifted, shifted = _mean_nll(logits, labels), None
         alignments = [labels[labels != IGNORE_INDEX]]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
+from largest import Largest
 
 from hf_ls.calibration import token_temperature as module
 from hf_ls.calibration.temperature import NoFiniteTemperature, fit_temperature
@@ -122,25 +122,10 @@ def test_large_logits_do_not_overflow():
     assert fitted(far, labels) == pytest.approx(fitted(logits, labels), rel=1e-3)
 
 
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor made inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64:
-                self.elements = max(self.elements, tensor.numel())
-        return out
-
-
 def test_memory_does_not_grow_with_the_number_of_tokens(monkeypatch):
     monkeypatch.setitem(module._CHUNK_ELEMENTS, "cpu", 4 * 1000)
     state = TokenTemperature()
-    with Largest() as largest:
+    with Largest(torch.float64) as largest:
         state.update(torch.randn(2, 50, 1000), torch.randint(0, 1000, (2, 50)))
     assert largest.elements <= 3 * 4 * 1000
     assert len(state) == 100 and state.sums.numel() == 66

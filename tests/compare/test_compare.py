@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,18 +14,20 @@ from dataclasses import replace
 import numpy as np
 import psutil
 import pytest
-import torch
 import transformers as tf
 from datasets import Dataset, load_dataset
+from forked import Forked, run_file, survivors
 from places import ROOT
+from tiny_run import save_tiny_model
 
 from hf_ls.calibration.temperature import fit_temperature
+from hf_ls.common.errors import one_sentence
 from hf_ls.common.files import locked
 from hf_ls.compare.cells import CELL, Cell, CellFailed, Spec, cell_config, finished, run_cells
 from hf_ls.compare.comparison import Comparison, Variant
 from hf_ls.compare.data import flip, prepare_data
 from hf_ls.compare.experiment import _with_frozen_config, check_fingerprints, parse_compare, plan, run_comparison
-from hf_ls.data.classification import EMBEDDED_MODEL, load_snippets, model_path
+from hf_ls.data.classification import load_snippets
 from hf_ls.losses.smoothing import Smoothing
 from hf_ls.run.config import parse_config
 from hf_ls.run.outcome import run_name
@@ -40,14 +43,8 @@ GRID = ["--epsilons", "0", "0.2", "--seeds", "0", "1", "--jobs", "2", "--repetit
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A BERT of 16 dimensions with dropout and the real tokenizer, its classifier new in every run."""
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = tf.AutoTokenizer.from_pretrained(model_path(EMBEDDED_MODEL))
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-    tf.BertModel(tf.BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    """Whose classifier is new in every run."""
+    return save_tiny_model(tmp_path_factory.mktemp("model"), tf.BertModel)
 
 
 def arguments(model, folder, *extra):
@@ -59,11 +56,7 @@ def compared(argv):
 
 
 def script(argv):
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts" / "compare.py"), *argv], env=env, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+    return Forked(run_file, str(ROOT / "scripts" / "compare.py"), argv, environment=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def wait_for(condition, seconds=120):
@@ -102,8 +95,7 @@ def done(tiny, tmp_path_factory):
     children = workers(folder)
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
-    _, alive = psutil.wait_procs(children, timeout=20)
-    assert children and not alive, "cells outlived the killed parent"
+    assert children and not survivors(children, 20), "cells outlived the killed parent"
     kept = {path: path.read_bytes() for path in folder.glob(f"cells/*/{CELL}")}
     comparison = compared(argv)
     return folder, argv, comparison, kept
@@ -200,7 +192,7 @@ def test_a_failed_cell_ends_with_its_log_and_folder(done, tmp_path):
     broken = Spec(spec.cell, [*spec.argv, "--optim", "no_such_optimizer"], spec.data, spec.pairs, spec.ood)
     with pytest.raises(CellFailed) as error:
         run_cells([broken], tmp_path, jobs=1, threads=1)
-    assert "no_such_optimizer" in str(error.value)
+    assert re.match(r"expected .*no_such_optimizer.*\nbaseline-seed0 failed", str(error.value))  # a sentence, no log
     assert str(error.value).endswith(
         f"baseline-seed0 failed; its folder is {tmp_path / 'baseline-seed0'}, finished cells are kept"
     )
@@ -216,8 +208,7 @@ def test_an_interrupt_leaves_no_process(tiny, tmp_path):
     output, _ = parent.communicate(timeout=60)
     assert parent.returncode == 1 and "stopped; the same line goes on" in output, output
     assert len(children) == 2
-    _, alive = psutil.wait_procs(children, timeout=20)
-    assert not alive
+    assert not survivors(children, 20)
 
 
 def test_a_cell_waits_for_a_dying_one_in_its_folder(tmp_path):
@@ -317,8 +308,29 @@ def test_a_dry_run_checks_every_cell_and_trains_none(tiny, tmp_path, capsys, ext
             compared(argv)
     else:
         assert compared(argv) is None
-        assert "dry run: 6 runs" in capsys.readouterr().out
-    assert not (tmp_path / "out" / "cells").exists()
+        said = capsys.readouterr().out
+        assert "dry run: 6 runs; " in said and "96 train" in said and "BertForSequenceClassification" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("words", [
+    ["--lr_scheduler_kwargs", '{"none_such": 1}'], ["--lr_scheduler_type", "cosine_with_min_lr"], ["--model_name_or_path", "no/such"],
+    ["--objectives", "maxsup", "--label_smoothing_prior", "train"],
+], ids=lambda words: words[0])  # fmt: skip
+def test_a_dry_run_finds_what_would_end_a_cell_before_its_first_step(tiny, tmp_path, words):
+    with pytest.raises(ValueError, match=r"^expected ") as found:
+        compared(arguments(tiny, tmp_path / "out", *GRID, "--dry_run", *words))
+    assert one_sentence(found.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_refuses_the_folder_of_another_comparison(done, tiny):
+    folder, argv, _, _ = done
+    before = sorted(folder.rglob("*"))
+    assert compared([*argv, "--dry_run"]) is None
+    with pytest.raises(ValueError, match=r"expected the settings of the comparison in .* weight_decay: .* then, .* now"):
+        compared([*argv, "--weight_decay", "0.1", "--dry_run"])
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_a_dry_run_does_not_settle_the_settings(tiny, tmp_path):

@@ -151,3 +151,9 @@ def test_a_full_disk_is_told_whoever_notices_it() -> None:
         "expected to write in output_dir, got: No space left on device; free some space"
     )
     assert one_sentence(SafetensorError("header too large")) is None
+    for said in (
+        "[enforce fail] . unexpected pos 64 vs 0",
+        "PytorchStreamWriter failed writing file",
+        "basic_ios::clear: iostream error",
+    ):
+        assert "got: a file cut short, as on a full disk; free some" in (one_sentence(RuntimeError(said)) or "")  # torch.save

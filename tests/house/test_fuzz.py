@@ -5,6 +5,10 @@ By hand: `pytest -m sweep tests/house/test_fuzz.py`. A failure names its number,
 
 from __future__ import annotations
 
+import datetime
+import decimal
+import gzip
+import io
 import json
 import os
 import random
@@ -12,14 +16,18 @@ import string
 import traceback
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from datasets import Dataset
 
-from hf_ls.common.errors import one_sentence
+from hf_ls.common.errors import _MEANT, one_sentence
+from hf_ls.compare.experiment import CompareArguments, parse_compare
 from hf_ls.data.classification import check_overlap, load_classification
 from hf_ls.data.sequences import check_sequence_overlap, load_sequences
 from hf_ls.run.config import DataArguments, ModelArguments, Parser, RunArguments, parse_config
+from hf_ls.run.evaluate import EvaluateArguments, parse_evaluation
 from hf_ls.trainer.arguments import LabelSmoothingSeq2SeqArguments
 
 pytestmark = pytest.mark.sweep
@@ -45,32 +53,89 @@ def unexplained(call) -> str | None:
     return None
 
 
-def settings() -> dict[str, list[str]]:
-    parser = Parser([RunArguments, ModelArguments, DataArguments, LabelSmoothingSeq2SeqArguments], allow_abbrev=False)
+def settings(*classes: type) -> dict[str, list[str]]:
+    parser = Parser(classes, allow_abbrev=False)
     return {a.option_strings[0].lstrip("-"): [str(c) for c in a.choices or []] for a in parser._actions if a.dest != "help"}
 
 
+def odd_name(draw: random.Random, name: str) -> str:
+    """As somebody who types, or who comes from another program, writes it."""
+    i = draw.randrange(len(name))
+    return draw.choice(
+        [
+            "".join(draw.sample(name, len(name))), name[:i] + name[i + 1 :], name[:i] + name[i:][1::-1] + name[i + 2 :], name.upper(),
+            name.replace("_", "-"), name + "s", name.split("_")[-1], f"training.{name}", "--" + name, draw.choice(sorted(_MEANT)),
+        ]
+    )  # fmt: skip
+
+
+def damaged_yaml(draw: random.Random, text: str) -> bytes:
+    line = draw.choice(
+        ["seed: 1\nseed: 2", "\tseed: 1", "seed : [1", "seed: !!python/name:os.system", "a: &x [*x]", "<<: {seed: 1}", "? [a]\n: 1",
+         "seed: 2020-01-01", "seed: 0x1F", "seed: 1_000", "seed: 1:30", "- seed", "---\nseed: 1\n---\nseed: 2", "seed: |\n  a\n  b", "1: 2",
+         "null: 1", "seed: ~", "'': 1", "output_dir: 'a\\0b'", "seed: \"\\uD800\"", "seed: .inf", "seed: .nan", "config: c.yaml", "help: true"]
+    )  # fmt: skip
+    data = draw.choice([text + line, line + "\n" + text, line]).encode("utf-8", "surrogatepass")
+    at = draw.randrange(len(data))
+    odd = [
+        data,
+        data,
+        data,
+        b"\xef\xbb\xbf" + data,
+        data.decode("utf-8", "replace").encode("utf-16"),
+        data[:at],
+        data[:at] + draw.randbytes(2) + data[at:],
+    ]
+    return draw.choice(odd)
+
+
 def test_random_settings(tmp_path, monkeypatch):
+    """Of scripts/finetune.py, and of the two which read further ones beside them."""
     monkeypatch.chdir(tmp_path)
-    known, found = settings(), {}
+    finetune = settings(RunArguments, ModelArguments, DataArguments, LabelSmoothingSeq2SeqArguments)
+    run = ["--dataset_name", "snippets", "--use_cpu", "true", "--report_to", "none"]
+    scripts = [(parse_config, finetune, run)] * 8
+    scripts += [(parse_compare, finetune | settings(CompareArguments), run)]
+    scripts += [(parse_evaluation, settings(EvaluateArguments), ["--test_file", "a.csv", "--model_name_or_path", "a"])]
+    found = {}
     for number in range(CONFIGS):
         draw = random.Random(number)
         argv, file = [], {}
+        parse, known, base = draw.choice(scripts)
         for name in draw.sample(sorted(known), draw.randint(1, 5)):
             value = draw.choice([*known[name], *known[name], *WORDS, str(draw.randint(-3, 300)), f"{draw.uniform(-1, 2):.3g}"])
-            name = "".join(draw.sample(name, len(name))) if draw.random() < 0.05 else name
+            name = odd_name(draw, name) if draw.random() < 0.08 else name
             if draw.random() < 0.4:
                 file[name] = draw.choice(
-                    [value, [value], {"a": value}, None, draw.random(), draw.randint(-2, 5), draw.random() < 0.5]
+                    [
+                        value,
+                        [value],
+                        {"a": value},
+                        None,
+                        draw.random(),
+                        draw.randint(-2, 5),
+                        draw.random() < 0.5,
+                        [],
+                        {},
+                        [[value]],
+                        {"a": {"b": [value]}},
+                        [value, None, 1.5],
+                        {1: value},
+                        datetime.date(2020, 1, 1),
+                        2**70,
+                        -0.0,
+                        value.encode(),
+                    ]
                 )
             else:
                 argv += draw.choice([[f"--{name}", value], [f"--{name}={value}"], [f"--{name}"], [f"--{name}", value, value]])
         if file:
-            (tmp_path / "c.yaml").write_text(yaml.safe_dump(file, allow_unicode=True), encoding="utf-8")
+            text = yaml.safe_dump(file, allow_unicode=True)
+            (tmp_path / "c.yaml").write_bytes(damaged_yaml(draw, text) if draw.random() < 0.1 else text.encode())
             argv += ["--config", "c.yaml"]
-        base = [] if draw.random() < 0.1 else ["--dataset_name", "snippets", "--use_cpu", "true", "--report_to", "none"]
-        if text := unexplained(lambda argv=[*base, *argv]: parse_config(argv)):
-            found[number] = f"{argv} {file}\n{text}"
+        base = [] if draw.random() < 0.1 else base
+        if text := unexplained(lambda p=parse, a=[*base, *argv]: p(a)):
+            found[number] = f"{parse.__name__} {argv} {file}\n{text}"
     assert not found, f"{len(found)} of {CONFIGS}\n" + "\n".join(f"{number}: {text}" for number, text in list(found.items())[:8])
 
 
@@ -90,7 +155,32 @@ def value_of(draw: random.Random, depth: int = 0):
 def rows_of(draw: random.Random) -> list[dict]:
     """Mostly rows which make sense, with something odd in some of them."""
     labels = draw.choice(
-        [["pos", "neg"], [0, 1], ["1", "1.0"], [0.5, 1.5], draw.sample(WORDS, 3), [True, False], [[0.5, 0.5]], [None, "a"]]
+        [
+            ["pos", "neg"],
+            [0, 1],
+            ["1", "1.0"],
+            [0.5, 1.5],
+            draw.sample(WORDS, 3),
+            [True, False],
+            [[0.5, 0.5]],
+            [None, "a"],
+            [-1, 0, 1],
+            [2**63 - 1, 2**63],
+            [10**30, 0],
+            [1e20, 2e20],
+            [float("nan"), 1.0],
+            [float("inf"), 0.0],
+            [b"a", b"b"],
+            [{"name": "pos"}, {"name": "neg"}],
+            [["pos"], ["neg"]],
+            ["pos", ["neg"]],
+            [f"c{i}" for i in range(30)],
+            ["x" * 9000, "y"],
+            [datetime.date(2020, 1, 1), datetime.date(2020, 1, 2)],
+            [decimal.Decimal("1.0"), decimal.Decimal("2.5")],
+            [0, "pos", 1.0],
+            [""],
+        ]
     )
     tags = draw.choice([["O", "PER"], [0, 1], [-100, 3], draw.sample(WORDS, 2), [None, "O"], [[1]]])
     rows = []
@@ -109,27 +199,100 @@ def rows_of(draw: random.Random) -> list[dict]:
     return rows
 
 
+def csv_of(draw: random.Random, rows: list[dict], sep: str) -> bytes:
+    names = list({name: 0 for row in rows for name in row}) or ["text", "label"]
+    if draw.random() < 0.15:
+        names = draw.choices([*COLUMNS, *names, "Unnamed: 0", "text.1", "text"], k=draw.choice([1, len(names), len(names) + 1]))
+    quoted = draw.random() < 0.7
+    cells = [[str(row.get(name, "")) for name in names] for row in rows]
+    for line in cells if draw.random() < 0.1 else []:  # ragged
+        line += ["more"] * draw.choice([0, 0, 1, 3])
+        del line[draw.choice([len(line), len(line), 1, 0]) :]
+    lines = [['"' + c.replace('"', '""') + '"' if quoted else c for c in line] for line in cells]
+    head = draw.choice([[names]] * 8 + [[], [names, names]])
+    text = draw.choice(["\n"] * 6 + ["\r\n", "\r", "\n\n"]).join(
+        draw.choice([sep] * 8 + [";", "|"]).join(line) for line in [*head, *lines]
+    )
+    data = text.encode("utf-8", "surrogatepass")
+    return draw.choice(
+        [data] * 9
+        + [
+            text.encode("utf-16", "surrogatepass"),
+            text.encode("latin-1", "replace"),
+            data.replace(b"a", b"\0"),
+            gzip.compress(data),
+        ]
+    )
+
+
+def parquet_of(draw: random.Random, rows: list[dict]) -> bytes:
+    buffer = io.BytesIO()
+    try:
+        table = Dataset.from_list(rows).data.table
+        if draw.random() < 0.3 and table.num_rows:  # types which no JSON has
+            i, n = draw.randrange(table.num_columns), table.num_rows
+            column = draw.choice(
+                [
+                    pa.nulls(n), pa.array([b"\xff"] * n), pa.array([i % 2 for i in range(n)], pa.uint64()), pa.array([1] * n, pa.duration("s")),
+                    pa.array([{"a": 1}] * n), pa.array([float(i % 2) for i in range(n)], pa.float16()), pa.array(["a", None] * n)[:n],
+                    table.column(i).combine_chunks().dictionary_encode(), pa.array([datetime.time(1)] * n), pa.array([[("k", 1)]] * n, pa.map_(pa.string(), pa.int8())),
+                    pa.array([f"s{i}" for i in range(n)], pa.large_string()), pa.array([[0, 1]] * n, pa.list_(pa.int8(), 2)),
+                ]
+            )  # fmt: skip
+            table = table.set_column(i, table.column_names[i], column)
+        if draw.random() < 0.1 and table.num_columns:  # a name twice
+            table = table.append_column(table.column_names[0], table.column(0))
+        pq.write_table(table.replace_schema_metadata(None) if draw.random() < 0.5 else table, buffer)
+    except Exception:  # these rows are of no one type
+        return b"PAR1"
+    return buffer.getvalue()
+
+
+def json_of(draw: random.Random, rows: list[dict], lines: bool) -> bytes:
+    if lines:
+        written = [json.dumps(row, default=str) for row in rows]
+        if draw.random() < 0.1 and written:
+            written[draw.randrange(len(written))] = draw.choice(
+                [
+                    "",
+                    "[]",
+                    "1",
+                    "null",
+                    "{}",
+                    '{"text": "a", "text": "b", "label": 1}',
+                    "{'text': 1}",
+                    '{"text": NaN}',
+                    "// a",
+                    '{"text": "\\ud800"}',
+                    "[" * 200,
+                ]
+            )
+        return "\n".join(written).encode()
+    columns = {name: [row.get(name) for row in rows] for row in rows for name in row}
+    content = draw.choice(
+        [
+            rows,
+            rows,
+            {"data": rows},
+            {"train": rows, "version": 1},
+            columns,
+            value_of(draw),
+            {str(i): row for i, row in enumerate(rows)},
+        ]
+    )
+    return json.dumps(content, default=str).encode(draw.choice(["utf-8"] * 9 + ["utf-16"]))
+
+
 def file_of(draw: random.Random, path) -> None:
     rows = rows_of(draw)
+    if draw.random() < 0.05:
+        rows = rows * 3  # each three times
     if path.suffix in (".csv", ".tsv"):
-        sep = "," if path.suffix == ".csv" else "\t"
-        names = list({name: 0 for row in rows for name in row}) or ["text", "label"]
-        if draw.random() < 0.1:
-            names = draw.choices(COLUMNS, k=len(names))
-        quoted = draw.random() < 0.7
-        cells = [[str(row.get(name, "")) for name in names] for row in rows]
-        lines = [[f'"{c}"'.replace('"', '""')[1:-1] if quoted else c for c in line] for line in cells]
-        data = "\n".join(sep.join(line) for line in [names, *lines]).encode("utf-8", "surrogatepass")
+        data = csv_of(draw, rows, "," if path.suffix == ".csv" else "\t")
     elif path.suffix == ".parquet":
-        try:
-            Dataset.from_list(rows).to_parquet(path)
-            data = path.read_bytes()
-        except Exception:  # these rows are of no one type
-            data = b"PAR1"
-    elif path.suffix == ".jsonl" or draw.random() < 0.3:
-        data = "\n".join(json.dumps(row) for row in rows).encode()
+        data = parquet_of(draw, rows)
     else:
-        data = json.dumps(draw.choice([rows, {"data": rows}, value_of(draw)])).encode()
+        data = json_of(draw, rows, lines=path.suffix == ".jsonl" or draw.random() < 0.3)
     if draw.random() < 0.2 and data:  # damaged
         at = draw.randrange(len(data))
         data = draw.choice(

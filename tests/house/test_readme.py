@@ -27,6 +27,7 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
 from helpers import CLASSES, arguments, classification_rows, collate, tiny_bert, tiny_llama
+from model_sweep import MAPPINGS
 from places import ROOT
 from torch.distributed.run import get_args_parser
 
@@ -91,6 +92,7 @@ PARSERS: dict[str, Callable[[list[str]], Any]] = {
     "scripts/evaluate.py": parse_evaluation,
     "scripts/benchmark_loss.py": lambda argv: script("scripts/benchmark_loss.py").command_line().parse_args(argv),
     "scripts/benchmark_step.py": lambda argv: script("scripts/benchmark_step.py").command_line().parse_args(argv),
+    "tests/support/model_sweep.py": lambda argv: [MAPPINGS.index(name) for name in argv],
 }
 
 

@@ -2,18 +2,14 @@
 
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from forked import Forked, all_ended
 
-import hf_ls
 from hf_ls.losses.adaptive import (
     MAX_ONLINE_CLASSES,
     OnlineLabelSmoothing,
@@ -315,50 +311,42 @@ def test_state_dict_round_trip_in_the_middle_of_an_epoch_is_exact(tmp_path):
     assert first.matrix.dtype == first.total.dtype == torch.float64 and first.count.dtype == torch.int64
 
 
-TRAIN = """
-import os, signal, sys
-import torch
-from hf_ls.losses.adaptive import OnlineLabelSmoothing
-checkpoint, result, kill_at = sys.argv[1], sys.argv[2], int(sys.argv[3])
-torch.set_num_threads(1)
-torch.manual_seed(0)
-inputs, labels = torch.randn(48, 4), torch.randint(0, 5, (48,))
-model, loss_function = torch.nn.Linear(4, 5), OnlineLabelSmoothing(5)
-optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
-parts = {"model": model, "loss_function": loss_function, "optimizer": optimizer}
-saved = torch.load(checkpoint) if os.path.exists(checkpoint) else {"step": 0}
-start = saved.pop("step")
-for name, state in saved.items():
-    parts[name].load_state_dict(state)
-for step in range(start, 18):
-    if step == kill_at:
-        os.kill(os.getpid(), signal.SIGKILL)
-    rows = torch.arange(8) + 8 * (step % 6)
-    optimizer.zero_grad()
-    loss_function(model(inputs[rows]), labels[rows]).backward()
-    optimizer.step()
-    if step % 6 == 5:
-        loss_function.end_epoch()
-    if step % 2 == 1:
-        state = {name: part.state_dict() for name, part in parts.items()}
-        torch.save({"step": step + 1, **state}, checkpoint + ".tmp")
-        os.replace(checkpoint + ".tmp", checkpoint)
-torch.save({"matrix": loss_function.matrix, "weight": model.weight.data}, result)
-"""
-
-
-def _train(folder: Path, name: str, kill_at: int) -> int:
-    environment = {**os.environ, "PYTHONPATH": str(Path(hf_ls.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    arguments = [str(folder / f"{name}.checkpoint"), str(folder / f"{name}.result"), str(kill_at)]
-    return subprocess.run([sys.executable, "-c", TRAIN, *arguments], env=environment, check=False).returncode
+def _train(checkpoint: str, result: str, kill_at: int) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    inputs, labels = torch.randn(48, 4), torch.randint(0, 5, (48,))
+    model, loss_function = torch.nn.Linear(4, 5), OnlineLabelSmoothing(5)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    parts = {"model": model, "loss_function": loss_function, "optimizer": optimizer}
+    saved = torch.load(checkpoint) if os.path.exists(checkpoint) else {"step": 0}
+    start = saved.pop("step")
+    for name, state in saved.items():
+        parts[name].load_state_dict(state)
+    for step in range(start, 18):
+        if step == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rows = torch.arange(8) + 8 * (step % 6)
+        optimizer.zero_grad()
+        loss_function(model(inputs[rows]), labels[rows]).backward()
+        optimizer.step()
+        if step % 6 == 5:
+            loss_function.end_epoch()
+        if step % 2 == 1:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            torch.save({"step": step + 1, **state}, checkpoint + ".tmp")
+            os.replace(checkpoint + ".tmp", checkpoint)
+    torch.save({"matrix": loss_function.matrix, "weight": model.weight.data}, result)
 
 
 def test_training_killed_inside_an_epoch_resumes_exactly(tmp_path):
-    assert _train(tmp_path, "whole", kill_at=-1) == 0
-    assert _train(tmp_path, "killed", kill_at=9) == -signal.SIGKILL
+    def train(name: str, kill_at: int) -> int:
+        return Forked(_train, str(tmp_path / f"{name}.checkpoint"), str(tmp_path / f"{name}.result"), kill_at).wait()
+
+    assert train("whole", kill_at=-1) == 0
+    assert train("killed", kill_at=9) == -signal.SIGKILL
     partial = torch.load(tmp_path / "killed.checkpoint")
     assert partial["step"] == 8 and partial["loss_function"]["count"].any(), "its epoch must be open"
-    assert _train(tmp_path, "killed", kill_at=-1) == 0
+    assert train("killed", kill_at=-1) == 0
     whole, resumed = (torch.load(tmp_path / f"{name}.result") for name in ("whole", "killed"))
     assert all(torch.equal(whole[key], resumed[key]) for key in ("matrix", "weight"))
 
@@ -390,7 +378,8 @@ def _two_processes(rank: int, folder: str) -> None:
 
 
 def test_two_processes_and_a_checkpoint_between_give_the_matrix_of_one(tmp_path):
-    mp.spawn(_two_processes, args=(str(tmp_path),), nprocs=2)
+    code, output = all_ended([Forked(_two_processes, rank, str(tmp_path)) for rank in (0, 1)], 120)
+    assert code == 0, output
     one = OnlineLabelSmoothing(K)
     for epoch in range(3):
         one(*_batch(101, seed=epoch, dtype=torch.float32))

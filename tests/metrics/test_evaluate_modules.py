@@ -9,6 +9,7 @@ from pathlib import Path
 import evaluate
 import numpy as np
 import pytest
+from forked import Forked, run_file
 
 from hf_ls import metrics
 from hf_ls.metrics.evaluate_modules import Ece, Nll, SignedGap
@@ -198,30 +199,29 @@ def test_two_settings_of_one_metric_combine_under_their_own_names(load, data):
     assert set(combined.compute(predictions=data[1], references=data[2])) == {"fine_ece", "coarse_ece"}
 
 
-LOAD_ALL = """
+LOAD_ALL = f"""
 import socket
 def refuse(*_): raise AssertionError("the network was used")
 socket.socket.connect = refuse
 import evaluate
 from hf_ls import metrics
-values = {}
-for name in NAMES:
+values = {{}}
+for name in {NAMES}:
     values |= evaluate.load(metrics.path(name)).compute(predictions=[[.9, .1], [.4, .6], [.3, .7]], references=[0, 1, 0])
 print(values)
 """
 
 
 def test_two_offline_processes_load_every_module_into_one_fresh_cache_at_once(tmp_path):
-    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     for variable in ("HF_MODULES_CACHE", "HF_METRICS_CACHE", "HF_EVALUATE_CACHE"):
         environment.pop(variable, None)
-    command = [sys.executable, "-c", f"NAMES = {NAMES}\n{LOAD_ALL}"]
-    both = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
-    ]
-    outputs = [process.communicate(timeout=120) for process in both]
+    (tmp_path / "load.py").write_text(LOAD_ALL)
+    both = [Forked(run_file, str(tmp_path / "load.py"), [], environment=environment) for _ in range(2)]
+    outputs = [process.communicate(timeout=120)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
-    assert outputs[0][0] == outputs[1][0] and "'smooth_ece'" in outputs[0][0]
+    assert outputs[0] == outputs[1] and "'smooth_ece'" in outputs[0]
+    assert len(list((tmp_path / "home").rglob("smooth_ece.py"))) == 1
 
 
 def test_the_numpy_core_needs_neither_evaluate_nor_torch():

@@ -10,16 +10,13 @@ import subprocess
 import sys
 
 import pytest
-import torch
-import transformers as tf
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, is_deepspeed_available
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from places import ROOT
+from tiny_run import save_tiny_model
 from torch.distributed.fsdp import StateDictType
-
-from hf_ls.data.classification import EMBEDDED_MODEL, model_path
 
 FOLDER = ROOT / "configs" / "accelerate"
 # name -> distributed type, processes, machines, on the CPU, precision
@@ -129,13 +126,7 @@ def test_deepspeed_is_stage_3(environment):
 
 
 def test_the_lines_for_the_cpu_train_and_agree(tmp_path):
-    tokenizer = tf.AutoTokenizer.from_pretrained(model_path(EMBEDDED_MODEL))
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-    off = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    config = tf.BertConfig(vocab_size=len(tokenizer), num_labels=3, **sizes, **off)
-    tf.BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    save_tiny_model(tmp_path / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     results = {}
     launchers = {"accelerate launch": ("accelerate.commands.launch", 16), "torchrun": ("torch.distributed.run", 8)}
     for name, (module, batch) in launchers.items():

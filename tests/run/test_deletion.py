@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from test_checkpoint import names, train
-from tiny_run import arguments, save_tiny_model
+from tiny_run import arguments
 
 import hf_ls.run.manifest
 from hf_ls.common.files import TEMPORARY, TEMPORARY_FOLDER, tell, write_atomically
@@ -22,11 +22,6 @@ SHORT = ["--do_train", "--max_train_samples", "32", "--max_eval_samples", "20", 
 SAVING = ["--save_strategy", "steps", "--save_steps", "1", "--label_smoothing_factor", "0.1"]
 FOREIGN = ["notes.txt", "checkpoint-notes.txt", ".sync.data.csv.tmp", "_unfinished chapters/3.tex", "other/_unfinished/model.bin",
            "checkpoint-1/notes.txt", "plots/mine.png"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 def write(folder: Path, *paths: str) -> None:

@@ -22,7 +22,7 @@ from faults import Fault, with_fault
 from huggingface_hub import ModelCard
 from places import ROOT
 from safetensors.torch import load_file
-from tiny_run import ALL, arguments, save_tiny_model, script, torchrun
+from tiny_run import ALL, arguments, script, torchrun
 from transformers.trainer_pt_utils import safe_globals
 
 from hf_ls.report.calibration_report import CalibrationReport
@@ -42,11 +42,6 @@ SHORT = [
     *("--max_train_samples", "96", "--max_eval_samples", "60", "--max_predict_samples", "70"),
 ]
 RESUME = ["--resume_from_checkpoint", "last"]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

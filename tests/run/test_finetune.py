@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import torch
 import transformers as tf
 from huggingface_hub import HfApi, RepoUrl
 from safetensors.torch import load_file
-from tiny_run import ALL, arguments, save_tiny_model, script, started
+from tiny_run import ALL, arguments, script, started
 
 from hf_ls.calibration.temperature import fit_temperature
 from hf_ls.common.errors import one_sentence
@@ -25,11 +27,6 @@ from hf_ls.run.config import parse_config
 from hf_ls.run.finetune import _planned, finetune
 from hf_ls.run.outcome import run_name
 from hf_ls.trainer.arguments import smoothing_of, techniques_of
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +144,32 @@ def test_a_dry_run_finds_what_would_end_the_run_before_its_first_step(tiny, tmp_
         finetune(parse_config(arguments(tiny, tmp_path / "out", *ALL, "--dry_run", *words)))
     assert one_sentence(found.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ([], "an output_dir without an earlier run"), (["--resume_from_checkpoint", "last", "--weight_decay", "0.1"], "weight_decay"),
+    (["--overwrite_output_dir"], r"did not write: notes\.txt"),
+], ids=["again", "other settings", "foreign"])  # fmt: skip
+@pytest.mark.parametrize("dry", [[], ["--dry_run"]], ids=["run", "dry run"])
+def test_a_dry_run_refuses_the_folder_which_the_run_would(done, tiny, tmp_path, change, said, dry):
+    folder = shutil.copytree(done[0], tmp_path / "out")
+    (folder / "notes.txt").write_text("mine")
+    argv = arguments(tiny, folder, *ALL, "--label_smoothing_factor", "0.1", "--with_baseline", "--num_train_epochs", "2",
+                     "--save_strategy", "no", *dry, *change)  # fmt: skip
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(ValueError, match=f"^expected .*{said}"):
+        finetune(parse_config(argv))
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("place", ["file", "file/out", "closed/out"])
+def test_a_dry_run_refuses_a_place_which_cannot_be_written(tiny, tmp_path, place, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "closed").mkdir()
+    monkeypatch.setattr("hf_ls.run.output.os.access", lambda path, mode: Path(path).name != "closed")  # root may everywhere
+    with pytest.raises(OSError) as found:
+        finetune(parse_config(arguments(tiny, tmp_path / place, *ALL, "--dry_run")))
+    assert re.match(rf"expected to (read or )?write .*{place}, got: ", one_sentence(found.value) or "")
 
 
 @pytest.mark.parametrize("name", ["settings.json", "outcome.json", "baseline/outcome.json"])

@@ -5,20 +5,24 @@ from __future__ import annotations
 import copy
 import json
 import os
-import subprocess
+import pickle
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers as tf
 import yaml
 from huggingface_hub import HfApi, RepoUrl
-from tiny_run import ALL, arguments, save_tiny_model
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from tiny_run import ALL, arguments
 
 from hf_ls import LabelSmoothingArguments
-from hf_ls.common.privacy import without_paths, without_secrets, yaml_without_secrets
+from hf_ls.common.errors import uploading
+from hf_ls.common.privacy import pickled_for_others, without_paths, without_secrets, yaml_without_secrets
 from hf_ls.compare.experiment import parse_compare, run_comparison
+from hf_ls.compare.worker import run_cell
 from hf_ls.run.config import parse_config
 from hf_ls.run.evaluate import evaluate, parse_evaluation
 from hf_ls.run.finetune import finetune
@@ -27,11 +31,6 @@ SECRET = "hf_plantedPlantedPlanted"
 SHORT = ["--max_train_samples", "48", "--max_eval_samples", "40", "--max_predict_samples", "50", "--max_steps", "2"]
 SAVING = ["--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "steps", "--save_steps", "1",
           "--load_best_model_at_end", "--metric_for_best_model", "nll"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -96,19 +95,27 @@ def test_hub_strategies_which_push_checkpoints_are_refused(tiny, tmp_path, pushe
 
 def test_a_comparison_gives_its_cells_the_token_and_no_file(tiny, tmp_path, capfd, monkeypatch):
     """From the command line and from a YAML file; the cells find it in their environment."""
-    started, start = [], subprocess.Popen
+    started = []
 
-    def recorded(command, **kwargs):
-        if "hf_ls.compare.worker" in command:
-            started.append((command, kwargs["env"].get("HF_TOKEN")))
-        return start(command, **kwargs)
+    class Ended:
+        """A cell which has run in this process."""
 
-    monkeypatch.setattr("hf_ls.compare.cells.subprocess.Popen", recorded)
+        returncode, stdin = 0, None
+
+        def __init__(self, command, *, env, **kwargs):
+            started.append((command, env.get("HF_TOKEN")))
+            run_cell(Path(command[-1]))
+
+        def poll(self):
+            return self.returncode
+
+    monkeypatch.setattr("hf_ls.compare.cells.subprocess.Popen", Ended)
     own = tmp_path / "own.yaml"
     own.write_text(f"hub_token: {SECRET}\nseed: 3\n")
     argv = arguments(tiny, tmp_path / "out", *SHORT, "--epsilons", "0.2", "--seeds", "0", "--repetitions", "20", "--jobs", "1")
     run_comparison(*parse_compare([*argv, "--config", str(own), "--hub-token", SECRET]))
-    assert [token for _, token in started] == [SECRET] * 2 and SECRET not in repr([command for command, _ in started])
+    assert [token for _, token in started] == [SECRET] * 2 and all("hf_ls.compare.worker" in command for command, _ in started)
+    assert SECRET not in repr([command for command, _ in started])
     assert holding(tmp_path / "out", SECRET) == [] and SECRET not in "".join(capfd.readouterr())
     assert (tmp_path / "out" / "config.yaml").read_text() == "hub_token: null\nseed: 3\n"
 
@@ -125,10 +132,49 @@ def test_an_evaluation_writes_no_token(tiny, tmp_path, capfd, monkeypatch):
         assert tiny not in (tmp_path / "out" / name).read_text()
 
 
-def test_a_copy_of_the_arguments_keeps_the_token_and_a_pickle_does_not(tmp_path):
-    args = LabelSmoothingArguments(output_dir=str(tmp_path), hub_token=SECRET)
-    assert copy.copy(args).hub_token == copy.deepcopy(args).hub_token == args.hub_token == SECRET
-    assert SECRET not in repr(args.__reduce_ex__(4)) + str(args) + args.to_json_string()
+@pytest.mark.parametrize("kind", [LabelSmoothingArguments, tf.TrainingArguments])
+def test_the_arguments_which_a_trainer_pickles_hold_no_secret_and_no_path(tmp_path, kind):
+    """Of plain arguments too; pickles of others, as for a new process, and copies stay whole."""
+    args = kind(output_dir=str(tmp_path / "out"), hub_token=SECRET, fsdp_config={"x": str(tmp_path / "out" / "y")})
+    with pickled_for_others(args):
+        torch.save(args, tmp_path / "training_args.bin")
+    assert holding(tmp_path, SECRET) == holding(tmp_path, str(tmp_path)) == []
+    found = torch.load(tmp_path / "training_args.bin", weights_only=False)
+    assert (type(found), found.hub_token, found.output_dir, found.seed) == (kind, None, "./out", args.seed)
+    whole = pickle.loads(pickle.dumps(args))
+    for same in (args, whole, copy.copy(args), copy.deepcopy(args)):
+        assert (same.hub_token, same.output_dir) == (SECRET, str(tmp_path / "out"))
+    assert SECRET not in str(args) + args.to_json_string()
+
+
+def _status(number):
+    return SimpleNamespace(headers={}, request=None, status_code=number)
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (HFValidationError("Repo id must use alphanumeric chars"), "give a name such as owner/name as hub_model_id"),
+        (LocalTokenNotFoundError("no token"), "log in"),
+        (HfHubHTTPError("401 Unauthorized", response=_status(401)), "log in"),
+        (HfHubHTTPError("500 Server Error", response=_status(500)), "try again later"),
+        (OfflineModeIsEnabled("offline"), "unset HF_HUB_OFFLINE"),
+        (TimeoutError("timed out"), "try again later"),
+    ],
+    ids=["name", "no token", "refused", "broken", "offline", "slow"],
+)
+def test_what_the_hub_refuses_is_a_sentence_with_a_remedy(error, remedy):
+    with (
+        pytest.raises(ValueError, match=r"^expected to upload the model to me/x, got: ") as found,
+        uploading("the model", "me/x"),
+    ):
+        raise error
+    assert remedy in str(found.value) and "\n" not in str(found.value)
+
+
+def test_an_error_of_ours_while_something_is_sent_stays_as_it_is():
+    with pytest.raises(KeyError), uploading("the model", "me/x"):
+        raise KeyError("ours")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import time
 
 import psutil
 import pytest
-from tiny_run import ALL, arguments, save_tiny_model, started, torchrun
+from tiny_run import ALL, arguments, started, torchrun
 from transformers import TrainerCallback
 
 from hf_ls.run.checkpoint import MARK, last_complete_checkpoint
@@ -22,11 +22,6 @@ from hf_ls.run.stopping import Stopped
 SHORT = [*ALL, "--max_steps", "9", "--label_smoothing_factor", "0.1", "--save_strategy", "no", "--snippet_sources", "tweets",
          "--max_train_samples", "96", "--max_eval_samples", "40", "--max_predict_samples", "40"]  # fmt: skip
 RESUME = ["--resume_from_checkpoint", "last"]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 class AtStep(TrainerCallback):

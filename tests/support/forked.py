@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import runpy
@@ -18,6 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from subprocess import TimeoutExpired
 from typing import Any
+
+import psutil
 
 _SERVER = multiprocessing.get_context("forkserver")
 # By names which are found without pytest's path.
@@ -38,6 +41,7 @@ def _begin(call: Callable[..., None], arguments: Sequence[Any], output: str, env
     os.dup2(written, 2)
     os.environ.clear()
     os.environ.update(environment)
+    gc.freeze()
     call(*arguments)
 
 
@@ -81,6 +85,12 @@ class Forked:
         """With SIGKILL, waited for."""
         self.process.kill()
         self.process.join()
+
+
+def survivors(processes: Sequence[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """Those which still run after so long; one which has ended and which nobody has waited for yet is none."""
+    _, left = psutil.wait_procs(processes, timeout=seconds)
+    return [one for one in left if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
 
 
 def run_file(path: str, argv: Sequence[str]) -> None:

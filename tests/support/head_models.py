@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import transformers as tf
 from helpers import Rows, arguments, collate
-from torch.utils._python_dispatch import TorchDispatchMode
+from largest import Largest as Largest
 from transformers.trainer_callback import PrinterCallback
 
 from hf_ls import LabelSmoothingArguments, LabelSmoothingTrainer, Smoothing
@@ -138,23 +138,6 @@ def batch(task: str, seed: int = 0) -> dict[str, torch.Tensor]:
     if task == "masked":
         ids = torch.where(labels != -100, 3, ids)
     return dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor which any operation makes, and every shape made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-        self.shapes: set[tuple[int, ...]] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-                self.shapes.add(tuple(tensor.shape))
-        return out
 
 
 def prepared(model: Any, task: str, seed: int = 0) -> tuple[dict[str, Any], torch.Tensor]:

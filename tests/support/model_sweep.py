@@ -78,7 +78,9 @@ def batches(mapping: str, model: Any) -> Iterator[dict[str, Tensor]]:
         if mapping == "IMAGE_TEXT_TO_TEXT":
             yield {**text, "pixel_values": image, "labels": labels}
             yield {"pixel_values": image, "labels": labels}
-            yield {**text, "pixel_values": image[:, None], "labels": labels}
+            pictures = image[:, None]
+            yield {**text, "pixel_values": pictures, "labels": labels}
+            yield {**text, "pixel_values": pictures, "image_attention_mask": torch.ones(ROWS, LENGTH, 1).long(), "labels": labels}
     elif mapping == "MASKED_LM":
         yield {**text, "input_ids": torch.where(labels != -100, ids, 3), "labels": labels}
         yield {"input_ids": ids, "labels": labels}
@@ -89,12 +91,14 @@ def batches(mapping: str, model: Any) -> Iterator[dict[str, Tensor]]:
         if mapping == "SEQ_TO_SEQ_CAUSAL_LM":
             yield {"input_ids": source, "attention_mask": torch.ones_like(source), "labels": labels}
         for frames in (64, 3000, 600):
-            for bins in (16, 80, 128):
+            for bins in (16, 32, 80, 128):
                 yield {"input_features": torch.randn(ROWS, bins, frames, generator=g), "labels": labels}
                 yield {"input_features": torch.randn(ROWS, frames, bins, generator=g), "labels": labels}
         for samples in (400, 16000):
             yield {"input_values": torch.randn(ROWS, samples, generator=g), "labels": labels}
             yield {"input_values": torch.randn(ROWS, 1, samples, generator=g), "labels": labels}
+            sound = torch.randn(ROWS, samples, generator=g)
+            yield {"input_values": sound, "attention_mask": torch.ones_like(sound).long(), "labels": labels}
         yield {**text, "labels": ids}  # decoders alone
         yield {"input_values": torch.randn(ROWS, 64, 16, generator=g), "labels": labels}
     elif mapping == "SEQUENCE_CLASSIFICATION":

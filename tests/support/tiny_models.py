@@ -39,8 +39,11 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"(num_feature_levels|num_query_tokens|mm_tokens_per_image|n_queries|num_queries)$", 4),
     (r"(conv_channels|num_channels_hidden)$", 16),
 )  # fmt: skip
+_SECTION = [2, 1, 1]  # half of a head of 8
+# Models which have a section of their own where the config names none.
+_THREE_POSITIONS = ("glm4v", "glm46v", "glm_ocr", "paddleocr_vl", "qwen2_vl", "qwen2_5_vl")
 _NEVER = re.compile(
-    r"(_id|_index|_ids|dropout|_prob|_std|theta|_factor|eps|version|interval|_loss|_coef)$|^(num_labels|pad_|bos_|eos_)"
+    r"(_id|_index|_ids|dropout|_prob|_std|theta|_factor|eps|version|interval|_loss|_coef)$|^(num_feat_extract_layers$|num_labels|pad_|bos_|eos_)"
 )
 _TOKEN = re.compile(r"(token_id|token_index|_id|token_idx|_token)$")
 
@@ -52,6 +55,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ministral": dict(head_dim=8),
     "nemotron": dict(num_key_value_heads=2, head_dim=8),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
+    "moonshine": dict(encoder_num_key_value_heads=4, decoder_num_key_value_heads=4),
+    "speecht5": dict(vocab_size=VOCAB),
+    "dbrx": dict(
+        attn_config=dict(kv_n_heads=2, rope_theta=10000.0, clip_qkv=8.0),
+        ffn_config=dict(hidden_size=32, ffn_hidden_size=32, moe_num_experts=4, moe_top_k=2),
+    ),
     "deepseek_v2": dict(num_experts_per_tok=2),
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
     "encoder-decoder": dict(decoder_start_token_id=1),
@@ -79,10 +88,12 @@ def shrunk(value: Any, name: str = "", counter: Iterator[int] | None = None) -> 
         return value
     if isinstance(value, int) and _TOKEN.search(name) and value >= VOCAB:
         return next(counter)
-    if isinstance(value, float) and ("dropout" in name or name.endswith(("_pdrop", "layerdrop", "_drop")) or "jitter" in name):
+    if isinstance(value, float) and (
+        "dropout" in name or name.endswith(("_pdrop", "layerdrop", "_drop")) or "jitter" in name or re.match("mask_.*_prob", name)
+    ):
         return 0.0
     if name == "mrope_section":
-        return [2, 1, 1]  # half of a head of 8
+        return _SECTION
     if isinstance(value, list | tuple) and value and all(type(v) is int for v in value):
         if "token_id" in name or "_ids" in name:
             return [v if v < VOCAB else next(counter) for v in value]
@@ -133,7 +144,11 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
     small = shrunk(config_class().to_dict()) | SETTINGS.get(model_type, {})
     for name in ("pad_token_id", "decoder_start_token_id") if small.get("is_encoder_decoder") else ():
         small.setdefault(name, 0)
-    return config_class(**small)
+    config = config_class(**small)
+    rope = getattr(config.get_text_config(), "rope_parameters", None)
+    if model_type in _THREE_POSITIONS and isinstance(rope, dict):
+        rope["mrope_section"] = _SECTION
+    return config
 
 
 def tiny_model(model_type: str, class_name: str, **settings: Any) -> Any:

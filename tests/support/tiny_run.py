@@ -22,12 +22,12 @@ FAST = [
 ALL = ["--do_train", "--do_eval", "--do_predict"]
 
 
-def save_tiny_model(folder):
-    """A BERT of 16 dimensions with dropout and the real tokenizer."""
+def save_tiny_model(folder, kind=tf.BertForSequenceClassification, **settings):
+    """A BERT of 16 dimensions with dropout, unless the settings say otherwise, and the real tokenizer."""
     tokenizer = tf.AutoTokenizer.from_pretrained(model_path(EMBEDDED_MODEL))
     torch.manual_seed(0)
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-    tf.BertForSequenceClassification(tf.BertConfig(vocab_size=len(tokenizer), num_labels=3, **sizes)).save_pretrained(folder)
+    kind(tf.BertConfig(vocab_size=len(tokenizer), num_labels=3, **sizes, **settings)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 

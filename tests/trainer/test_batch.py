@@ -91,7 +91,9 @@ def test_no_tensor_of_the_users_batch_is_changed(tmp_path, name):
     assert all(torch.equal(old, new) for old, new in zip(before, every_tensor(batch), strict=True))
 
 
-def test_a_model_which_writes_into_its_labels_is_trained_on_the_right_ones(tmp_path):
+@pytest.mark.parametrize("given", ["labels", "decoder_input_ids"])
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_a_model_which_writes_into_its_labels_is_trained_on_the_right_ones(tmp_path, use_cache, given):
     model, rows = tiny_fsmt().eval(), seq2seq_rows()
     batch = collate(rows.rows)
     labels = batch.pop("labels")
@@ -102,7 +104,15 @@ def test_a_model_which_writes_into_its_labels_is_trained_on_the_right_ones(tmp_p
     nll = -log_p.gather(1, labels[kept][:, None]).squeeze(1)
     expected = (0.9 * nll - 0.1 * log_p.mean(1)).mean().item()
     settings = dict(per_device_train_batch_size=2, gradient_accumulation_steps=4, label_smoothing_factor=0.1, learning_rate=0.0)
-    trainer = ours(tmp_path, model, rows, **settings)
+    trainer = ours(tmp_path, model, rows, use_cache=use_cache, **settings)
+    assert model.config.use_cache is use_cache
+    if given == "decoder_input_ids":  # as transformers' collator makes them
+
+        def with_decoder_inputs(rows):
+            made = collate(rows)
+            return made | {given: model.prepare_decoder_input_ids_from_labels(labels=made["labels"].clone())}
+
+        trainer.data_collator = with_decoder_inputs
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=2e-6)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(nll.mean().item(), rel=2e-6)

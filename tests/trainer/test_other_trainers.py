@@ -187,6 +187,27 @@ def test_an_own_evaluation_step_leaves_our_metrics_whole(tmp_path, size):
     assert found["eval_loss"] == found["eval_nll"] == pytest.approx(expected, rel=1e-5)
 
 
+class Writing(tf.T5ForConditionalGeneration):
+    """Turns ignored labels into padding, in place."""
+
+    def forward(self, *args, labels=None, **kwargs):
+        found = super().forward(*args, labels=None if labels is None else labels.clone(), **kwargs)
+        if labels is not None:
+            labels[labels == -100] = 0
+        return found
+
+
+@pytest.mark.parametrize("kind", [GeneratingBehind, GeneratingInFront])
+def test_an_own_evaluation_step_hands_no_tensor_of_the_user_to_the_model(tmp_path, kind):
+    rows, batch = seq2seq_rows(), collate(seq2seq_rows().rows)
+    before = {key: value.clone() for key, value in batch.items()}
+    trainer = trainer_of(kind, tmp_path, Writing(tiny_t5().config), rows, LabelSmoothingSeq2SeqArguments)
+    trainer.data_collator = lambda rows: batch
+    found = trainer.predict(rows)
+    assert (before["labels"] == -100).any() and (found.label_ids == before["labels"].numpy()).all()
+    assert all(torch.equal(batch[key], before[key]) for key in before)
+
+
 def test_an_evaluation_step_which_never_reaches_ours_is_named(tmp_path, caplog):
     trainer = trainer_of(GeneratingInFront, tmp_path, tiny_t5(), seq2seq_rows(), LabelSmoothingSeq2SeqArguments)
     with caplog.at_level(logging.WARNING, logger="hf_ls"):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers as tf
@@ -68,6 +69,11 @@ def uploads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         assert done.returncode == 0, done.stderr[-3000:]
     assert files.pop("me/stock") == {}  # refused before anything was uploaded
     assert all("model.safetensors" in found for found in files.values())
+    leaks = [
+        (repo, name) for repo, found in files.items() for name, content in found.items()
+        if b"hf_fake" in content or str(folder).encode() in content
+    ]  # fmt: skip
+    assert leaks == [] and all("training_args.bin" in files[repo] for repo in ("me/ours", "me/reported"))
     stock = {"stock": (folder / "stock" / "README.md").read_text(), "refusal": (folder / "stock.txt").read_text()}
     return stock | {repo: found["README.md"].decode() for repo, found in files.items()}
 
@@ -279,3 +285,19 @@ def test_trl_writes_the_same_card_with_every_checkpoint(tmp_path: Path) -> None:
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert "effective epsilon: 0.1" in card.text and {"trl", "sft", "label-smoothing"} <= set(card.data.tags)
     assert card.data.pipeline_tag == "text-generation" and card.data.eval_results is None
+
+
+def test_a_text_which_is_uploaded_with_a_path_of_this_machine_is_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_bert().save_pretrained(tmp_path / "base")
+    base = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(base, peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+    trainer = made(tmp_path / "out", model=model)
+    trainer.save_model()
+    trainer._finish_current_push()  # a training without a push
+    assert caplog.text == ""
+    trainer.push_in_progress = None
+    trainer._finish_current_push()
+    trainer._finish_current_push()
+    assert caplog.text.count("adapter_config.json is uploaded with a path of this machine") == 1

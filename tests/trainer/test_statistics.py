@@ -6,26 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import arguments, collate, tiny_llama, token_rows
-from torch.utils._python_dispatch import TorchDispatchMode
+from largest import Largest
 
 from hf_ls import LabelSmoothingTrainer
 from hf_ls.trainer import evaluation as module
 from hf_ls.trainer.evaluation import item_statistics
-
-
-class Largest(TorchDispatchMode):
-    """The number of float64 elements of the largest tensor made inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64:
-                self.elements = max(self.elements, tensor.numel())
-        return out
 
 
 def test_four_numbers_of_each_item():
@@ -52,7 +37,7 @@ def test_extreme_logits_keep_an_exact_nll():
 def test_trap_15_memory_does_not_grow_with_the_number_of_tokens(monkeypatch):
     monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 4 * 1000)
     logits, labels = torch.randn(2, 50, 1000), torch.randint(0, 1000, (2, 50))
-    with Largest() as largest:
+    with Largest(torch.float64) as largest:
         item_statistics(logits, labels)
     assert largest.elements <= 4 * 1000
 

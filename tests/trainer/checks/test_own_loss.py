@@ -215,13 +215,30 @@ def test_a_model_without_labels_has_no_own_loss():
         ("SEQ_TO_SEQ_CAUSAL_LM", "blenderbot", "BlenderbotForConditionalGeneration"),
         ("CAUSAL_LM", "hyperclovax", "HyperCLOVAXForCausalLM"),
         ("CAUSAL_LM", "mpt", "MptForCausalLM"),
+        ("CAUSAL_LM", "minicpm3", "MiniCPM3ForCausalLM"),
+        ("CAUSAL_LM", "dbrx", "DbrxForCausalLM"),
         ("IMAGE_TEXT_TO_TEXT", "aya_vision", "AyaVisionForConditionalGeneration"),
+        ("IMAGE_TEXT_TO_TEXT", "blip", "BlipForConditionalGeneration"),
+        ("IMAGE_TEXT_TO_TEXT", "idefics", "IdeficsForVisionText2Text"),
     ],
 )
 def test_classes_of_transformers_are_exact_without_logits(mapping, kind, name):
     """A few of the sweep: decoder inputs made in the forward alone; heads whose factor no config names as others do."""
     outcome = examine(mapping, kind, name)
     assert (outcome.state, outcome.reason, outcome.logits_free) == ("exact", "", "yes")
+
+
+def test_a_classifier_which_could_make_decoder_inputs_of_labels_does_not():
+    """T5Gemma2 inherits the method, and makes them of its `input_ids`."""
+    assert examine("TOKEN_CLASSIFICATION", "t5gemma2", "T5Gemma2ForTokenClassification").state == "exact"
+
+
+def test_rows_of_an_image_before_the_text_are_refused_with_the_reason(tmp_path):
+    """GIT has as many logits as patches and tokens together, and labels for the tokens."""
+    model, ids = tiny_model("git", "GitForCausalLM"), torch.randint(90, 97, (2, 6))
+    inputs = {"input_ids": ids, "labels": ids, "pixel_values": torch.randn(2, 3, 28, 28)}
+    with pytest.raises(ValueError, match="one row of logits per label from GitForCausalLM, got 11 for 6 labels: it puts rows"):
+        trainer_of(tmp_path, model).compute_loss(model.train(), inputs)
 
 
 def test_evaluation_and_the_users_batch_stay_as_they_are(tmp_path):

@@ -9,6 +9,7 @@ import torch
 import transformers as tf
 from launching import launch
 from processes_worker import FOUR_ONLY, RUNS, trained
+from same_training import alone, check_same, relative
 
 SLOW = pytest.mark.slow  # two processes are also in test_trainer_distributed
 WORLDS = [pytest.param(2, marks=SLOW), 4]
@@ -32,17 +33,6 @@ def results(tmp_path_factory):
     return of
 
 
-@cache
-def alone(name):
-    return trained(name, evaluate_first=True)
-
-
-def relative(found, wanted):
-    assert found.keys() == wanted.keys()
-    difference = sum(float((found[name] - wanted[name]).square().sum()) for name in wanted)
-    return (difference / sum(float(value.square().sum()) for value in wanted.values())) ** 0.5
-
-
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_processes_make_the_training_of_one(results, case):
     """The first loss and gradient, every later loss, the last weights, and the evaluations before and after.
@@ -50,20 +40,9 @@ def test_processes_make_the_training_of_one(results, case):
     "llama late": the first batches of some processes hold no label, and still their forwards are made in step."""
     world, i = case
     _, name, options = (RUNS + FOUR_ONLY)[i]
-    found, one = results(world)["runs"][i], alone(name)
-    assert found["apart"] == 0.0
-    assert len(found["records"]) == len(one["records"])
-    for here, there in zip(found["records"], one["records"], strict=True):
-        assert here["loss"] == pytest.approx(there["loss"], rel=1e-6)
-        assert here["nll"] == pytest.approx(there["nll"], rel=1e-9)
-        assert here["smoothing_term"] == pytest.approx(there["smoothing_term"], abs=1e-9)
-    assert relative(found["gradient"], one["gradient"]) < 1e-9
-    assert relative(found["weights"], one["weights"]) < 1e-9
-    assert found["after"] == pytest.approx(one["after"], abs=1e-9)
-    if options.get("evaluate_first"):
-        assert found["before"] == pytest.approx(one["before"], abs=1e-9)
-    if options.get("logits_free") == "on":
-        assert found["logits_free"]
+    found = results(world)["runs"][i]
+    check_same(found, name, options, 1e-9)
+    assert relative(found["gradient"], alone(name)["gradient"]) < 1e-9
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -68,3 +68,9 @@ def test_trap_03_stock_processes_drift_apart(two):
     if two["drift"]["Trainer", True] == 0.0:
         pytest.skip("this version of accelerate wraps a model that was prepared for evaluation (before 1.14, or mended since)")
     assert two["drift"]["Trainer", True] > 1e-4
+
+
+def test_context_parallelism_is_refused_by_every_process(two):
+    """accelerate 1.15 refuses it on a CPU, torch 2.13 has no operators for it there: no test could show an evaluation right."""
+    assert len(two["cut"]) == 2
+    assert all(said.startswith("expected no context parallelism, got cp_size = 2") for said in two["cut"])
