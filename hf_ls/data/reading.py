@@ -133,28 +133,31 @@ def _check_lines(path: str) -> None:
 
 
 def _check_json(path: str) -> None:
-    """Refuse a `null` for a row: at the beginning of a block it ends the whole process in pyarrow's reader (26.0)."""
+    """Refuse rows which are no objects, with their place: pyarrow's reader (26.0) does not survive all of them."""
     if _FORMATS[Path(path).suffix.lower()] != "json":
         return
     with open(path, "rb") as file:
-        begins = file.read(2**10).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+        first = file.readline().removeprefix(codecs.BOM_UTF8).strip()
         file.seek(0)
-        if begins == b"[":
-            lines, what = _elements(file.read()), "element"
+        if first.startswith(b"["):
+            values, what = _elements(file.read()), "element"
+        elif b"\0" in first or (first.startswith(b"{") and not first.endswith(b"}")):
+            return  # another encoding, or one object over many lines
         else:
-            lines, what = (line.removeprefix(codecs.BOM_UTF8).strip() == b"null" for line in file), "line"
-        for number, is_null in enumerate(lines, 1):
-            if is_null:
+            values, what = (line.removeprefix(codecs.BOM_UTF8).strip() for line in file), "line"
+        for number, value in enumerate(values, 1):
+            if value and not value.startswith(b"{"):
                 raise ValueError(
-                    f'expected rows such as {{"text": ...}} in {path}, got null in {what} {number}; delete that {what}'
+                    f'expected rows such as {{"text": ...}} in {path}, got {value[:40].decode("utf-8", "replace")} in {what} '
+                    f"{number}; delete that {what}"
                 )
 
 
-def _elements(data: bytes) -> Iterator[bool]:
-    """Of an array in a file, whether each is null; none of what only the reader can tell."""
+def _elements(data: bytes) -> Iterator[bytes]:
+    """The elements of a JSON array; none of what only the reader can tell."""
     with suppress(ValueError, RecursionError):
-        found = json.loads(data) if b"null" in data else []
-        yield from (element is None for element in found)
+        found = json.loads(data)
+        yield from (b"{" if isinstance(element, dict) else json.dumps(element).encode() for element in found)
 
 
 def check_length(part: Dataset, split: str) -> None:

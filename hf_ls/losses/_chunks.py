@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hf_ls.losses import _checks
 from hf_ls.losses._rows import RowLoss, exact_dtype, prior_dot
+from hf_ls.losses._skipping import SKIPPING_ROWS, ColumnSkipping, GradientCertificate
 
 # Rows per chunk by bytes per element: fewer starve the matmuls (each chunk reads W), more cost memory.
 CHUNK_ROWS = {2: 512, 4: 384, 8: 192}
@@ -94,6 +95,7 @@ class RowsAndGradients(NamedTuple):
     grad_hidden: Tensor | None  # [n, d], float32 or float64
     grad_weight: Tensor | None  # [K, d], dtype of the parameter
     grad_bias: Tensor | None  # [K], float32 or float64
+    certificate: GradientCertificate | None = None  # of gradients made with a tolerance
 
 
 @dataclass
@@ -147,10 +149,12 @@ def chunk_loop(
     needs: Needs,
     weight_dtype: torch.dtype,
     chunk_rows: int | None,
+    tolerance: float | None = None,
 ) -> RowsAndGradients:
     """Terms and gradients of rows hidden [n, d] under weight [K, d] and bias [K], all of one dtype, with
     labels [n].
 
+    tolerance: of the gradients' relative error, for `_skipping`; None for exact ones. The terms are exact either way.
     Memory beyond the results: chunk_rows × K logits and, in half precision, one tile of float32; on CUDA a float32 dW.
     """
     (n, width), classes, exact, scale = hidden.shape, weight.shape[0], exact_dtype(hidden.dtype), loss.logit_scale
@@ -158,17 +162,24 @@ def chunk_loop(
     if row_weight is None and needs_bias and rows.mask is not None:
         row_weight = rows.mask.to(exact)  # ignored rows add nothing to dW, since their hidden states are 0, but to db
     rider = PriorRow.of(loss, labels, row_weight, classes, hidden) if loss.rides_along and n else None
-    sum_dtype = exact if _checks.reading_waits(hidden) else weight_dtype
+    skips = tolerance is not None and n > 0 and (needs_hidden or needs_weight) and can_skip(loss, hidden)
+    # In half precision each addition to dW rounds, and skipping makes more of them.
+    sum_dtype = exact if skips or _checks.reading_waits(hidden) else weight_dtype
     rounds = needs_weight and sum_dtype != exact
-    size = chunk_rows or default_chunk_rows(n, width, hidden.dtype, rounds, cuda=hidden.is_cuda)
+    size = chunk_rows or default_chunk_rows(n, width, hidden.dtype, rounds, cuda=hidden.is_cuda, skips=skips)
     nll, label_logit, smoothing_term = (hidden.new_zeros(n, dtype=exact) for _ in range(3))
     grad_hidden = hidden.new_empty((n, width), dtype=exact) if needs_hidden else None
     # Empty, because the first chunk overwrites it: clearing [K, d] costs as much as 1 % of the matmuls.
-    grad_weight = weight.new_empty((classes, width), dtype=sum_dtype) if needs_weight else None
+    new = weight.new_zeros if skips else weight.new_empty
+    grad_weight = new((classes, width), dtype=sum_dtype) if needs_weight else None
     grad_bias = hidden.new_zeros(classes, dtype=exact) if needs_bias else None
     offset = hidden.new_zeros(1) if bias is None else bias
     # A factor which only the device knows multiplies the sums at the end.
     alpha = scale * factor if isinstance(factor, float) else scale
+    skipping = None
+    if skips and tolerance:
+        prior = None if rider is None else (rider.prior, rider.weighted_mixing)
+        skipping = ColumnSkipping(tolerance, weight, grad_hidden, grad_weight, alpha, prior)
 
     def logits_of(some: Tensor, out: Tensor | None = None) -> Tensor:
         beta = 0.0 if bias is None else scale
@@ -189,7 +200,12 @@ def chunk_loop(
             any(needs),
             partial(logits_again, chunk),
         )
-        riding = rider if start == 0 else None
+        if skipping is not None:
+            mass = (1 + 2 * loss.z_loss * (nll + label_logit)[start:stop]).to(exact)
+            mass = mass if row_weight is None else mass * row_weight[start:stop]
+            if skipping.add(start, buffer[:used], chunk, labels[start:stop], mass):
+                continue
+        riding = rider if start == 0 and skipping is None else None
         if riding is not None:
             buffer[used] = riding.row
             used += 1
@@ -204,7 +220,7 @@ def chunk_loop(
             if padding:
                 buffer[used : used + padding] = 0
                 partner = F.pad(partner, (0, 0, 0, padding))
-            accumulate(grad_weight, buffer[: used + padding], partner, alpha, fresh=start == 0)
+            accumulate(grad_weight, buffer[: used + padding], partner, alpha, fresh=start == 0 and skipping is None)
     if grad_weight is not None and not n:
         grad_weight.zero_()
 
@@ -218,6 +234,7 @@ def chunk_loop(
             grad_hidden.addr_(rider.weighted_mixing, prior_mean, alpha=-1)
         if grad_bias is not None:
             grad_bias -= rider.weighted_mixing.sum() * rider.prior
+    certificate = None if skipping is None else skipping.finish(hidden)
     for small in (grad_hidden, grad_bias):
         if small is not None:
             small.mul_(factor * scale)
@@ -231,7 +248,17 @@ def chunk_loop(
             grad_hidden.masked_fill_(ignored.unsqueeze(1), 0)
     if grad_weight is not None:
         grad_weight = in_parameter_dtype(grad_weight, factor, weight_dtype)
-    return RowsAndGradients(losses, nll, smoothing_term, grad_hidden, grad_weight, grad_bias)
+    return RowsAndGradients(losses, nll, smoothing_term, grad_hidden, grad_weight, grad_bias, certificate)
+
+
+def can_skip(loss: RowLoss, hidden: Tensor) -> bool:
+    """Whether columns may be skipped: the plain smoothed cross entropy on a CPU; float16 cannot hold the tails of p.
+
+    With a soft-cap each column has a slope of its own, so that its tail is not of rank one. On CUDA to choose the columns would
+    wait for the device in every chunk.
+    """
+    plain = loss.objective is None and loss.softcap is None and (loss.rides_along or not loss.smoothing.epsilon)
+    return plain and hidden.is_cpu and hidden.dtype != torch.float16
 
 
 def in_parameter_dtype(grad_weight: Tensor, factor: float | Tensor, dtype: torch.dtype) -> Tensor:
@@ -280,12 +307,15 @@ def later(number: Tensor) -> Callable[[], int]:
     return value
 
 
-def default_chunk_rows(n: int, width: int, dtype: torch.dtype, rounds_each_chunk: bool, *, cuda: bool = False) -> int:
+def default_chunk_rows(
+    n: int, width: int, dtype: torch.dtype, rounds_each_chunk: bool, *, cuda: bool = False, skips: bool = False
+) -> int:
     """Rows per chunk for n rows: balanced, multiples of 32; more when dW [K, width] is rounded at each chunk.
 
     Beyond the usual size a chunk stays no larger than dW itself: at most `width` rows.
     """
     rows = CUDA_CHUNK_ROWS if cuda else CHUNK_ROWS[dtype.itemsize]
+    rows = min(rows, SKIPPING_ROWS) if skips else rows
     if rounds_each_chunk:
         rows = max(rows, min(-(-n // MAX_HALF_CHUNKS), width))
     balanced = -(-n // max(1, -(-n // rows)))

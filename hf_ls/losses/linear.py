@@ -7,7 +7,7 @@ costs in `_rows`, and the same for a head which is divided among processes in `_
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from hf_ls.losses import _checks
 from hf_ls.losses._checks import Reduction, check_finite, check_options, check_range, check_weights, class_ids
 from hf_ls.losses._chunks import KeptRows, Needs, RowsAndGradients, chunk_loop, scaled_sum
 from hf_ls.losses._rows import RowLoss, RowObjective, exact_dtype
+from hf_ls.losses._skipping import GradientCertificate
 from hf_ls.losses.cross_entropy import check_soft_targets
 from hf_ls.losses.smoothing import Smoothing
 
@@ -25,12 +26,16 @@ if TYPE_CHECKING:
     from hf_ls.losses._vocab_parallel import Shard
 
 
+GradientTolerance = float | Literal["auto"] | None
+
+
 class LinearTerms(NamedTuple):
     """The loss with its graph, and its parts per item for logging: detached, unweighted, like the labels."""
 
     loss: Tensor  # a scalar; shaped as the labels for reduction="none"
     nll: Tensor  # lse(z) − z_y in nats, 0 where ignored
     smoothing_term: Tensor  # e·(z_y − ⟨u, z⟩) in nats, 0 where ignored; with an objective: its loss − nll
+    certificate: GradientCertificate | None = None  # of gradients made with a tolerance
 
 
 def linear_smoothed_cross_entropy(
@@ -50,6 +55,7 @@ def linear_smoothed_cross_entropy(
     num_items_in_batch: Tensor | float | None = None,
     group: dist.ProcessGroup | None = None,
     chunk_rows: int | None = None,
+    gradient_tolerance: GradientTolerance = None,
 ) -> Tensor:
     """Smoothed cross entropy of the logits hidden·weightᵀ + bias, in nats, without building them.
 
@@ -70,6 +76,11 @@ def linear_smoothed_cross_entropy(
             [K_r, d] and [K_r], in the order of the ranks and of any sizes, hidden and labels the same everywhere, and a prior
             covers all K = Σ K_r classes. A DTensor with the placement Shard(0) on one mesh dimension says so itself.
         chunk_rows: rows of logits in memory at a time; None chooses (384 in float32, 4096 on CUDA).
+        gradient_tolerance: the relative error which the gradients may have, e.g. 5e-3: then only the classes with nearly all
+            probability take part in their matmuls, the rest as one mean (see `_skipping`). "auto" is a quarter of bfloat16's
+            step, and exact in other dtypes. The loss is exact always. Without effect on CUDA, in float16, with a soft-cap, an
+            objective or a group; where over half of the classes are needed (an untrained model), all take part.
+            `linear_smoothed_terms` returns a certificate of the error.
 
     Gradients are made in the forward, in the parameters' dtype, none for a frozen weight. Half precision does
     its softmax in float32. Under autocast the matmuls run in its dtype, as those of `nn.Linear`. A second
@@ -102,6 +113,7 @@ def linear_smoothed_cross_entropy(
         num_items_in_batch=num_items_in_batch,
         group=group,
         chunk_rows=chunk_rows,
+        gradient_tolerance=gradient_tolerance,
     ).loss
 
 
@@ -120,6 +132,7 @@ def linear_smoothed_terms(
     num_items_in_batch: Tensor | float | None = None,
     group: dist.ProcessGroup | None = None,
     chunk_rows: int | None = None,
+    gradient_tolerance: GradientTolerance = None,
 ) -> LinearTerms:
     """`linear_smoothed_cross_entropy` with the nll and the smoothing term of each item, in one pass.
 
@@ -152,6 +165,7 @@ def linear_smoothed_terms(
             reduction=reduction,
             factor=mean_factor(rows, row_weight, num_items_in_batch, exact_dtype(dtype)) if reduction == "mean" else 1.0,
             chunk_rows=chunk_rows,
+            tolerance=tolerance_in(gradient_tolerance, dtype),
             dtype=dtype,
             shard=shard,
         )
@@ -172,6 +186,7 @@ class LinearCall:
     reduction: str
     factor: float | Tensor  # a reduced loss is factor · Σ weight_i · loss_i; a tensor where its value is on a GPU
     chunk_rows: int | None
+    tolerance: float | None  # of the gradients; None: exact
     dtype: torch.dtype  # of the matmuls
     shard: Shard | None  # which classes this process holds; None: all
 
@@ -188,7 +203,10 @@ class LinearCall:
         # These casts are all that autocast stands for; left on, it would round the float32 sums.
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             if self.shard is None:
-                found = chunk_loop(self.loss, chosen, head, offset, self.labels, self.row_weight, rows=self.rows, **options)
+                found = chunk_loop(
+                    self.loss, chosen, head, offset, self.labels, self.row_weight,
+                    rows=self.rows, tolerance=self.tolerance, **options,
+                )  # fmt: skip
             else:
                 from hf_ls.losses._vocab_parallel import shard_chunk_loop
 
@@ -203,8 +221,8 @@ class LinearCall:
         losses = found.losses if self.row_weight is None else found.losses * self.row_weight
         nll, smoothing_term = (self.scatter(part).reshape(self.shape) for part in (found.nll, found.smoothing_term))
         if self.reduction == "none":
-            return LinearTerms(self.scatter(losses).reshape(self.shape), nll, smoothing_term)
-        return LinearTerms(losses.sum() * self.factor, nll, smoothing_term)
+            return LinearTerms(self.scatter(losses).reshape(self.shape), nll, smoothing_term, found.certificate)
+        return LinearTerms(losses.sum() * self.factor, nll, smoothing_term, found.certificate)
 
     def scatter(self, values: Tensor) -> Tensor:
         """Values [n, ...] of the kept rows at their places in [N, ...], 0 at ignored ones."""
@@ -227,7 +245,7 @@ class LinearLoss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         terms = call.terms(found)
         ctx.mark_non_differentiable(terms.nll, terms.smoothing_term)
-        return tuple(terms)
+        return tuple(terms)  # type: ignore[arg-type]  # the certificate is no tensor, and passes through
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -296,6 +314,25 @@ def mean_factor(
         total = total.detach().to(dtype).reshape(())
         return torch.where(total == 0, empty, total.reciprocal())
     return 1 / float(total) if total else empty
+
+
+def tolerance_in(gradient_tolerance: GradientTolerance, dtype: torch.dtype) -> float | None:
+    """The relative error which gradients made in `dtype` may have; None for exact ones.
+
+    "auto" is a quarter of bfloat16's step: plain bfloat16 arithmetic has two to nine times that error.
+
+    Raises: ValueError for anything but a number between 0 and 1, "auto" and None.
+    """
+    if gradient_tolerance == "auto":
+        return torch.finfo(dtype).eps / 4 if dtype == torch.bfloat16 else None
+    if gradient_tolerance is None:
+        return None
+    if isinstance(gradient_tolerance, str | bool) or not 0 < gradient_tolerance < 1:
+        raise ValueError(
+            f"expected gradient_tolerance above 0 and below 1, 'auto' or None, got {gradient_tolerance!r}; 5e-3 is about half "
+            "the error of bfloat16"
+        )
+    return float(gradient_tolerance)
 
 
 def matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

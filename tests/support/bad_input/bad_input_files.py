@@ -75,7 +75,7 @@ DATA = [
     Row("data: text missing in a row", sentence=r"text in every row of train, got 1 empty", **_with(train_csv=CSV + ",good\n")),
     Row("data: texts are numbers", sentence=r"text in column 'text' of train, got", **_with(train_csv=_column(9, "1,good", "2,bad"))),
     Row("data: labels are lists", sentence=r"got .*List", **_with("--train_file", "train.jsonl", train_jsonl="".join(json.dumps({"text": f"w{i}", "label": [i % 2]}) + "\n" for i in range(9)))),
-    Row("data: null for a row", sentence=r"rows such as .* in train\.jsonl, got null in line 1; delete that line", given=files(train_jsonl="null\n" + JSONL), call=finetune("--train_file", "train.jsonl")),
+    Row("data: a number for a row", sentence=r"rows such as .* in train\.jsonl, got 3 in line 1; delete that line", given=files(train_jsonl="3\n" + JSONL), call=finetune("--train_file", "train.jsonl")),
     Row("data: malformed JSON", sentence=r"rows in \['train\.jsonl'\], got: .*; check the files", given=files(train_jsonl=JSONL + '{"text": "w1", "lab'), call=finetune("--train_file", "train.jsonl")),
     Row("data: JSON of another shape", sentence=r"got", given=files(train_json='"text"'), call=finetune("--train_file", "train.json")),
     Row("data: ragged CSV", sentence=r"rows in \['train\.csv'\], got: .*; check the files", **_with(train_csv=CSV + "w1,good,and,more\n")),

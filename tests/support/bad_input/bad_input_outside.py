@@ -86,7 +86,7 @@ DISK = [
     Row("disk: full when resumed", sentence=r"to write .*, got: No space left on device", error=OSError, given=lambda p: (_earlier(p), p.patch.setattr("transformers.Trainer.save_model", _no_room("out/x", errno.ENOSPC))), call=_resumed()["call"], may_add="out/(?!checkpoint-1/|settings)"),
     Row("disk: read-only output folder", sentence=r"to write out/settings\.json, got: Read-only file system", error=OSError, given=lambda p: (files()(p), p.patch.setattr("hf_ls.common.files.os.replace", _no_room("out", errno.EROFS))), call=finetune()),
     Row("disk: output folder of somebody else", sentence=r"to read or write out/settings\.json, got: Permission denied", error=PermissionError, given=lambda p: (files()(p), p.patch.setattr("hf_ls.common.files.os.replace", _no_room("out", errno.EACCES))), call=finetune()),
-    Row("disk: output folder is a file", sentence=r"to write out.*, got: (Not a directory|File exists)", error=FileExistsError, given=lambda p: (files()(p), (p.folder / "out").write_text("mine")), call=finetune()),
+    Row("disk: output folder is a file", sentence=r"to write out.*, got: (Not a directory|File exists)", error=NotADirectoryError, given=lambda p: (files()(p), (p.folder / "out").write_text("mine")), call=finetune()),
     Row("disk: output folder in a file", sentence=r"to write train\.csv/out.*, got: Not a directory", error=NotADirectoryError, given=files(), call=finetune("--output_dir", "train.csv/out")),
     Row("disk: output folder in /proc", sentence=r"got: No such file or directory", error=FileNotFoundError, given=files(), call=finetune("--output_dir", "/proc/out")),
 ]  # fmt: skip
