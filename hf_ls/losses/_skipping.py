@@ -19,7 +19,7 @@ from torch import Tensor
 # Columns are dropped until their energy is (tolerance / MARGIN)² of all: a first guess, good for states of SmolLM2-135M. What the
 # first chunk would miss by it is then measured, and the guess moved until that is between ENOUGH and 1 tolerance.
 MARGIN = 5.0
-ENOUGH, AIM = 0.6, 0.9
+ENOUGH, AIM, TRIES = 0.6, 0.9, 6
 # Where more of the columns would stay, the whole matmuls are as fast.
 LARGEST_SHARE = 0.5
 # Columns gathered at a time, rows of a chunk, and tails kept before they are added: together less memory than today's logits.
@@ -143,30 +143,39 @@ class ColumnSkipping:
 
     def _choose(self, rows: slice, gradient: Tensor, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tail] | None:
         """The columns to keep, in order, and the tail of the others; None for all columns."""
-        energy = _column_energy(gradient, self.dtype)
+        energy, sums = _column_energy(gradient, self.dtype), gradient.sum(0, dtype=self.dtype)
         total = energy.sum()
         if not bool(torch.isfinite(total)):
             return None  # the caller refuses such losses
-        level = energy.clamp_min(_LEAST_ENERGY).log2_().mul_(_LEVELS_PER_OCTAVE).floor_().long()
+        # What rows have in common is no error: a rank-1 tail has it.
+        energy -= sums.square() / len(gradient)
+        level = energy.clamp_min_(0).clamp_min(_LEAST_ENERGY).log2_().mul_(_LEVELS_PER_OCTAVE).floor_().long()
         level -= level.min()
         up_to = torch.bincount(level, weights=energy).cumsum(0)
-        sums = gradient.sum(0, dtype=self.dtype)
         hidden_probes = hidden @ self._probes
-        for _ in range(1 if self.calibrated else 4):
+        best: tuple[Tensor, Tail] | None = None
+        for _ in range(1 if self.calibrated else TRIES):
             kept = level >= (up_to <= self.budget * total).sum()
             kept[labels] = True
             columns = kept.nonzero().squeeze(1)
             if len(columns) > LARGEST_SHARE * self.classes:
-                return None
-            tail = self._tail(gradient, hidden_probes, columns, sums)
+                if best is not None or self.calibrated:
+                    break
+                self.budget *= 4
+                continue
+            found = columns, self._tail(gradient, hidden_probes, columns, sums)
             if self.calibrated:
-                break
-            error = self._error(rows, gradient, hidden_probes, tail)
-            self.calibrated = not error or ENOUGH * self.tolerance <= error <= self.tolerance
-            if not self.calibrated:
-                self.budget *= (AIM * self.tolerance / error) ** 1.5
-        self.calibrated = True
-        return columns, tail
+                return found
+            error = self._error(rows, gradient, hidden_probes, found[1])
+            if error <= self.tolerance:
+                if best is None or len(columns) <= len(best[0]):
+                    best, budget = found, self.budget
+                if not error or error >= ENOUGH * self.tolerance:
+                    break
+            self.budget *= (AIM * self.tolerance / error) ** 1.5
+        if best is not None:
+            self.calibrated, self.budget = True, budget
+        return best
 
     def _tail(self, gradient: Tensor, hidden_probes: Tensor, columns: Tensor, sums: Tensor) -> Tail:
         """What is outside of the columns; sums: of G over its rows [K]."""
