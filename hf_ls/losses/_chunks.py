@@ -162,7 +162,9 @@ def chunk_loop(
     if row_weight is None and needs_bias and rows.mask is not None:
         row_weight = rows.mask.to(exact)  # ignored rows add nothing to dW, since their hidden states are 0, but to db
     rider = PriorRow.of(loss, labels, row_weight, classes, hidden) if loss.rides_along and n else None
-    skips = tolerance is not None and n > 0 and (needs_hidden or needs_weight) and can_skip(loss, hidden)
+    if not (n and (needs_hidden or needs_weight) and can_skip(loss, hidden)):
+        tolerance = None
+    skips = tolerance is not None
     # In half precision each addition to dW rounds, and skipping makes more of them.
     sum_dtype = exact if skips or _checks.reading_waits(hidden) else weight_dtype
     rounds = needs_weight and sum_dtype != exact
@@ -177,7 +179,7 @@ def chunk_loop(
     # A factor which only the device knows multiplies the sums at the end.
     alpha = scale * factor if isinstance(factor, float) else scale
     skipping = None
-    if skips and tolerance:
+    if tolerance is not None:
         prior = None if rider is None else (rider.prior, rider.weighted_mixing)
         skipping = ColumnSkipping(tolerance, weight, grad_hidden, grad_weight, alpha, prior)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 # Columns are dropped until their energy is (tolerance / MARGIN)² of all: a first guess, good for states of SmolLM2-135M. What the
 # first chunk would miss by it is then measured, and the guess moved until that is between ENOUGH and 1 tolerance.
 MARGIN = 5.0
-ENOUGH, AIM = 0.6, 0.9
+ENOUGH, AIM, TRIES = 0.6, 0.9, 6
 # Where more of the columns would stay, the whole matmuls are as fast.
 LARGEST_SHARE = 0.5
 # Columns gathered at a time, rows of a chunk, and tails kept before they are added: together less memory than today's logits.
@@ -135,41 +135,54 @@ class ColumnSkipping:
             self.grad_weight.addr_(prior.to(self.grad_weight.dtype), partner.to(self.grad_weight.dtype), alpha=-self.alpha)
         hidden_error = weight_error = 0.0
         if self.grad_hidden is not None:
-            hidden_error = _ratio((self.rows_missed / PROBES) ** 0.5, self.grad_hidden)
+            hidden_error = _ratio((self.rows_missed / PROBES) ** 0.5, _norm(self.grad_hidden))
         if self.grad_weight is not None:
-            weight_error = _ratio(abs(self.alpha) * float(self._classes_missed.norm()) / PROBES**0.5, self.grad_weight)
+            missed = abs(self.alpha) * float(self._classes_missed.norm()) / PROBES**0.5
+            weight_error = _ratio(missed, _norm(self.grad_weight))
         mean = self.dropped / self.total if self.total else 0.0
         return GradientCertificate(self.kept / max(1, self.rows), self.largest, mean, hidden_error, weight_error)
 
     def _choose(self, rows: slice, gradient: Tensor, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tail] | None:
         """The columns to keep, in order, and the tail of the others; None for all columns."""
-        energy = _column_energy(gradient, self.dtype)
+        energy, sums = _column_energy(gradient, self.dtype), gradient.sum(0, dtype=self.dtype)
         total = energy.sum()
         if not bool(torch.isfinite(total)):
             return None  # the caller refuses such losses
-        level = energy.clamp_min(_LEAST_ENERGY).log2_().mul_(_LEVELS_PER_OCTAVE).floor_().long()
+        # What rows have in common is no error: a rank-1 tail has it.
+        energy -= sums.square() / len(gradient)
+        level = energy.clamp_min_(0).clamp_min(_LEAST_ENERGY).log2_().mul_(_LEVELS_PER_OCTAVE).floor_().long()
         level -= level.min()
         up_to = torch.bincount(level, weights=energy).cumsum(0)
-        sums = gradient.sum(0, dtype=self.dtype)
         hidden_probes = hidden @ self._probes
-        for _ in range(1 if self.calibrated else 4):
+        of_classes = torch.mm(gradient.t(), hidden_probes).to(self.dtype)
+        norms = None if self.calibrated else self._norms(rows, gradient, hidden_probes, of_classes)
+        best: tuple[Tensor, Tail] | None = None
+        for _ in range(1 if norms is None else TRIES):
             kept = level >= (up_to <= self.budget * total).sum()
             kept[labels] = True
             columns = kept.nonzero().squeeze(1)
             if len(columns) > LARGEST_SHARE * self.classes:
-                return None
-            tail = self._tail(gradient, hidden_probes, columns, sums)
-            if self.calibrated:
-                break
-            error = self._error(rows, gradient, hidden_probes, tail)
-            self.calibrated = not error or ENOUGH * self.tolerance <= error <= self.tolerance
-            if not self.calibrated:
-                self.budget *= (AIM * self.tolerance / error) ** 1.5
-        self.calibrated = True
-        return columns, tail
+                if best is not None or norms is None:
+                    break
+                self.budget *= 4
+                continue
+            found = columns, self._tail(gradient, hidden_probes, of_classes, columns, sums)
+            if norms is None:
+                return found
+            missed = found[1].rows_missed, found[1].classes_missed
+            error = max(_ratio(float(part.norm()), whole) for part, whole in zip(missed, norms, strict=True))
+            if error <= self.tolerance:
+                if best is None or len(columns) <= len(best[0]):
+                    best, budget = found, self.budget
+                if not error or error >= ENOUGH * self.tolerance:
+                    break
+            self.budget *= (AIM * self.tolerance / error) ** 1.5
+        if best is not None:
+            self.calibrated, self.budget = True, budget
+        return best
 
-    def _tail(self, gradient: Tensor, hidden_probes: Tensor, columns: Tensor, sums: Tensor) -> Tail:
-        """What is outside of the columns; sums: of G over its rows [K]."""
+    def _tail(self, gradient: Tensor, hidden_probes: Tensor, of_classes: Tensor, columns: Tensor, sums: Tensor) -> Tail:
+        """What is outside of the columns; of_classes: Gᵀ·hidden_probes [K, PROBES]; sums: of G over its rows [K]."""
         outside = self._weight_probes.new_ones(self.classes, 1).index_fill_(0, columns, 0)
         seen = torch.cat((self._weight_probes * outside, outside), dim=1)
         found = torch.mm(gradient, seen).to(self.dtype)
@@ -177,24 +190,21 @@ class ColumnSkipping:
         mean = sums.index_fill(0, columns, 0)
         mean /= mean.sum().clamp_min(torch.finfo(self.dtype).tiny)
         rows_missed = rows_missed.addr(mass, mean @ seen[:, :PROBES].to(self.dtype), alpha=-1)
-        classes_missed = torch.mm(gradient.t(), hidden_probes).to(self.dtype).index_fill_(0, columns, 0)
+        classes_missed = of_classes.index_fill(0, columns, 0)
         classes_missed.addr_(mean, mass @ hidden_probes.to(self.dtype), alpha=-1)
         return Tail(mean, mass, rows_missed, classes_missed)
 
-    def _error(self, rows: slice, gradient: Tensor, hidden_probes: Tensor, tail: Tail) -> float:
-        """‖error‖ / ‖gradient‖ of this chunk along the probes: the larger one of dH and dW, of those which are wanted."""
+    def _norms(self, rows: slice, gradient: Tensor, hidden_probes: Tensor, of_classes: Tensor) -> tuple[float, float]:
+        """‖dH‖ and ‖dW‖ of this chunk along the probes; infinite where one is not wanted, so that its error is 0."""
         of_rows = torch.mm(gradient, self._weight_probes).to(self.dtype)
-        of_classes = torch.mm(gradient.t(), hidden_probes).to(self.dtype)
         if self.prior is not None:
             prior, mixing = self.prior[0], self.prior[1][rows]
             of_rows.addr_(mixing, prior @ self._weight_probes.to(prior.dtype), alpha=-1)
-            of_classes.addr_(prior, mixing @ hidden_probes.to(mixing.dtype), alpha=-1)
-        errors = [0.0]
-        if self.grad_hidden is not None:
-            errors.append(_ratio(float(tail.rows_missed.norm()), of_rows))
-        if self.grad_weight is not None:
-            errors.append(_ratio(float(tail.classes_missed.norm()), of_classes))
-        return max(errors)
+            of_classes = of_classes.addr(prior, mixing @ hidden_probes.to(mixing.dtype), alpha=-1)
+        return (
+            math.inf if self.grad_hidden is None else float(of_rows.norm()),
+            math.inf if self.grad_weight is None else float(of_classes.norm()),
+        )
 
     def _add_tails(self) -> None:
         if not self._tails:
@@ -219,9 +229,12 @@ def _column_energy(gradient: Tensor, dtype: torch.dtype) -> Tensor:
     return energy
 
 
-def _ratio(error: float, gradient: Tensor) -> float:
-    """error / ‖gradient‖, 0 without an error."""
+def _norm(gradient: Tensor) -> float:
+    return float(gradient.to(torch.promote_types(gradient.dtype, torch.float32)).norm())
+
+
+def _ratio(error: float, whole: float) -> float:
+    """error / whole, 0 without an error."""
     if not error:
         return 0.0
-    whole = float(gradient.to(torch.promote_types(gradient.dtype, torch.float32)).norm())
     return error / whole if whole else math.inf

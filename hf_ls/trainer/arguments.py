@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
+import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_ls.losses.adaptive import OnlineLabelSmoothing
+from hf_ls.losses.linear import tolerance_in
 from hf_ls.losses.objectives import Objective
 from hf_ls.losses.smoothing import Schedule, Smoothing
 from hf_ls.metrics.core import direction
@@ -61,6 +64,13 @@ class LabelSmoothingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Train on the distributions in the column soft_labels (raters, teachers) instead of the labels."},
     )
+    gradient_tolerance: str | None = field(
+        default=None,
+        metadata={
+            "help": "Relative error which the gradients of a head without logits may have on a CPU, e.g. 5e-3; 'auto': below the "
+            "rounding of bfloat16; none for exact ones."
+        },
+    )
     distillation_teacher: str | None = field(
         default=None,
         metadata={
@@ -92,6 +102,9 @@ class LabelSmoothingArguments(TrainingArguments):
                 f"expected label_smoothing_logits_free in {get_args(LogitsFree)}, got {self.label_smoothing_logits_free!r}; "
                 "'auto' is the default"
             )
+        with suppress(TypeError, ValueError):  # a number from the command line; what is none is refused below
+            self.gradient_tolerance = None if self.gradient_tolerance is None else float(self.gradient_tolerance)  # type: ignore[assignment]
+        tolerance_in(self.gradient_tolerance, torch.float32)  # type: ignore[arg-type]
         if self.greater_is_better is None and direction(self.metric_for_best_model or "") == "lower":
             self.greater_is_better = False
         super().__post_init__()

@@ -8,6 +8,7 @@ graph there. Outside of that call the model is untouched: generation, evaluation
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -20,11 +21,14 @@ from transformers.modeling_utils import unwrap_model
 
 from hf_ls.common.models import base_model, in_eval_mode, output_embedding
 from hf_ls.losses._rows import Observer, RowLoss
+from hf_ls.losses._skipping import GradientCertificate
 from hf_ls.losses.cross_entropy import logits_of, smoothed_terms
-from hf_ls.losses.linear import LinearTerms, linear_smoothed_terms
+from hf_ls.losses.linear import GradientTolerance, LinearTerms, linear_smoothed_terms, tolerance_in
 from hf_ls.losses.smoothing import Smoothing
 from hf_ls.trainer.batch import Batch, copied
 from hf_ls.trainer.shift import added_loss, without_cross_entropy
+
+logger = logging.getLogger(__name__)
 
 
 class HeadLoss(NamedTuple):
@@ -34,6 +38,7 @@ class HeadLoss(NamedTuple):
     nll: Tensor
     smoothing_term: Tensor
     outputs: Any  # of the model; its logits are empty
+    certificate: GradientCertificate | None  # of gradients made with a tolerance
 
 
 class PostProcessing(NamedTuple):
@@ -87,6 +92,7 @@ class LogitsFreeHead:
         observer: Observer | None = None,
         added: tuple[int, ...] = (),
         share: float = 1.0,
+        gradient_tolerance: GradientTolerance = None,
     ) -> HeadLoss:
         """One forward of `model` with the smoothed loss of the head, in nats.
 
@@ -99,6 +105,7 @@ class LogitsFreeHead:
             observer: sees the logits and labels of the kept items, a chunk at a time.
             added: which calls of cross entropy to silence in the model's own loss (`shift.OwnLoss.calls`), whose labels are
                 then among the inputs; () for inputs without labels.
+            gradient_tolerance: as in `linear.linear_smoothed_cross_entropy`.
 
         Raises: ValueError when the head is not called exactly once with one hidden state per label; as
         `linear.linear_smoothed_terms`.
@@ -122,6 +129,7 @@ class LogitsFreeHead:
                     bias=_one_bias(self.head.bias, final_bias, scale),
                     token_weight=token_weight,
                     num_items_in_batch=num_items_in_batch,
+                    gradient_tolerance=gradient_tolerance,
                 )
             found.append(terms)
             # Empty, but in the graph of the loss: FSDP and ZeRO hang their backward hooks on what a module returns.
@@ -140,7 +148,7 @@ class LogitsFreeHead:
 
         with self._replaced(head_forward, with_loss), without_cross_entropy(added) if added else nullcontext():
             outputs = model(**inputs)
-        return HeadLoss(outputs["loss"], found[0].nll, found[0].smoothing_term, outputs)
+        return HeadLoss(outputs["loss"], found[0].nll, found[0].smoothing_term, outputs, found[0].certificate)
 
     @torch.no_grad()
     def probe(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, added: tuple[int, ...] = ()) -> None:
@@ -229,6 +237,44 @@ class LogitsFreeHead:
 
         with _forward_of(self.head, head_forward), _forward_of(self.model, model_forward):
             yield
+
+
+class GradientWatch:
+    """The tolerance of the gradients of one training; none any more, with one warning, after an error which is larger.
+
+    It decides for its own process: the gradients of others do not wait for it.
+    """
+
+    def __init__(self, tolerance: GradientTolerance) -> None:
+        self.tolerance = tolerance
+        self._since: list[GradientCertificate] = []
+
+    def see(self, certificate: GradientCertificate | None, dtype: torch.dtype) -> None:
+        """Remember what a step says of its gradients, made in `dtype`."""
+        if certificate is None:
+            return
+        self._since.append(certificate)
+        asked = tolerance_in(self.tolerance, dtype)
+        if asked is not None and certificate.error > 2 * asked:  # as much as chance makes of a small batch
+            logger.warning(
+                "The gradients of the head are exact from here on: their error was %.2g where gradient_tolerance asks for %.2g",
+                certificate.error,
+                asked,
+            )
+            self.tolerance = None
+
+    def add_to(self, logs: dict[str, float]) -> None:
+        """Put what was seen since the last log of this process into a training log."""
+        if not self._since or "loss" not in logs:
+            return
+        kept, largest, dropped, *_ = zip(*self._since, strict=True)
+        logs |= {
+            "gradient_error": max(found.error for found in self._since),
+            "kept_columns": sum(kept) / len(kept),
+            "dropped_mass": sum(dropped) / len(dropped),
+            "largest_dropped_mass": max(largest),
+        }
+        self._since.clear()
 
 
 def head_for(

@@ -40,7 +40,7 @@ from hf_ls.trainer.card import warn_of_paths, write_trainer_card
 from hf_ls.trainer.criterion import LoggedTerms, OnlineState, check_one_loss
 from hf_ls.trainer.distillation import teacher_for
 from hf_ls.trainer.evaluation import Evaluation, Steps, beside_loss, class_names_of, end_of_sequence, for_prediction, given_copies
-from hf_ls.trainer.logits_free import LogitsFreeHead, head_for, is_compiled
+from hf_ls.trainer.logits_free import GradientWatch, LogitsFreeHead, head_for, is_compiled
 from hf_ls.trainer.mixup import check_mixable
 from hf_ls.trainer.processes import (
     check_parallelism,
@@ -162,6 +162,7 @@ class LabelSmoothingMixin(Steps):
         settled = loss_of(args, self._given_smoothing, self._given_objective, self._has_teacher)
         self.smoothing, self.criterion, self.distillation, self.mixup = settled
         self._logits_free = getattr(args, "label_smoothing_logits_free", "auto")
+        self._gradients = GradientWatch(getattr(args, "gradient_tolerance", None))
         check_span_settings(self)
         self._settings = loss_settings(args)
 
@@ -254,7 +255,9 @@ class LabelSmoothingMixin(Steps):
             model, batch.with_labels(self.model) if self._added else batch.for_model(self.model), batch.labels, smoothing,
             objective=self.criterion.for_rows(smoothing), token_weight=None if self.class_weight is None else weight,
             num_items_in_batch=1 / per_count, observer=self._observer, added=self._added or (), share=self._added_share(),
+            gradient_tolerance=self._gradients.tolerance,
         )  # fmt: skip
+        self._gradients.see(found.certificate, head.head.weight.dtype)
         terms = torch.stack([(part * weight).sum() * per_count for part in (found.nll, found.smoothing_term)])
         self._terms.add(terms, batch.items(num_items_in_batch), self.state.global_step)
         return found.loss, found.outputs
@@ -365,6 +368,7 @@ class LabelSmoothingMixin(Steps):
         `train`; after a resume `train_nll_steps` says how many those are. NaN where no label counted."""
         if "loss" in logs or "train_loss" in logs:
             self._terms.add_to(logs, self.state.global_step, self.accelerator.gather)
+            self._gradients.add_to(logs)
             if "nll" in logs and self.smoothing.schedule is not None:
                 logs["epsilon"] = self.smoothing.at(self.state.global_step - 1, self.state.max_steps).epsilon
         super().log(logs, *args, **kwargs)
@@ -372,6 +376,7 @@ class LabelSmoothingMixin(Steps):
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Once per try of `auto_find_batch_size`: nothing of a failed one may stay.
         self._terms, self._head, self._head_sought = LoggedTerms(), None, False
+        self._gradients = GradientWatch(getattr(self.args, "gradient_tolerance", None))
         self.criterion.restart()
         return super()._inner_training_loop(*args, **kwargs)
 
