@@ -21,7 +21,7 @@ import psutil
 import pytest
 import torch
 import transformers as tf
-from forked_script import end, family, running, seconds, start
+from forked_script import end, family, seconds, start
 from small_tokenizer import WORDS, save_tokenizer
 from test_deletion import write
 from test_faults import RESUME, check_same_result, check_whole_files
@@ -80,7 +80,7 @@ def whole(request, inputs, tmp_path_factory):
     first = folder.with_name("first")  # it fills the cache of the data
     assert end(start(command(inputs, first, processes), first.with_suffix(".log"), processes), 300) == 0
     process = start(command(inputs, folder, processes, "--save_total_limit", "9"), folder.with_suffix(".log"), processes)
-    while running(process):
+    while process.poll() is None:
         spent = max(spent, seconds(process))
         time.sleep(0.005)
     assert end(process, 60) == 0, folder.with_suffix(".log").read_text()
@@ -181,7 +181,7 @@ def test_cut_by_a_signal(inputs, whole, tmp_path, number, moment):
     at = (moment + draw.random()) / len(MOMENTS) * whole.seconds * 1.03
     plant(folder)
     process = start(command(inputs, folder, whole.processes), log, whole.processes)
-    while seconds(process) < at and running(process):
+    while seconds(process) < at and process.poll() is None:
         time.sleep(0.005)
     for member in family(process) if number == signal.SIGKILL or moment % 2 else [process]:
         try:

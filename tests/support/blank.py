@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import base64
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
-from PIL import Image
 
 from hf_ls.common.files import write_atomically
+from hf_ls.report import pictures, plots
+
+# A PNG of one black pixel.
+_PIXEL = base64.b64decode(b"iVBORw0KGgoAAAANSUhEUgAAAAEAAAABAQAAAAA3bvkkAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
+
+
+def leave_blank(replace: Callable[[object, str, object], None] = setattr) -> None:
+    """Every plot is one pixel."""
+    for module in (plots, pictures):
+        replace(module, "save_figure", lambda figure, path: write_atomically(Path(path), _PIXEL))
 
 
 @pytest.fixture(autouse=True)
-def blank_figures(monkeypatch, tmp_path_factory):
-    blank = tmp_path_factory.getbasetemp() / "blank.png"
-    Image.new("1", (1, 1)).save(blank)
-    for module in ("plots", "pictures"):
-        monkeypatch.setattr(f"hf_ls.report.{module}.save_figure", lambda figure, path: write_atomically(path, blank.read_bytes()))
+def blank_figures(monkeypatch):
+    leave_blank(monkeypatch.setattr)

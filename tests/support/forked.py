@@ -27,32 +27,44 @@ _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload([
     *("hf_ls", "hf_ls.run.config", "hf_ls.run.finetune", "hf_ls.run.evaluate", "hf_ls.trainer.sft", "hf_ls.losses.linear"),
     *("transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama", "transformers.models.t5.modeling_t5"),
-    *("torch.distributed.fsdp", "torch.distributed.tensor", "peft", "relplot", "torch._dynamo"),
+    *("torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.run", "peft", "relplot", "torch._dynamo"),
 ])  # fmt: skip
 
 
-def _begin(call: Callable[..., None], arguments: Sequence[Any], output: str, environment: dict[str, str]) -> None:
+def begin(output: str, environment: Mapping[str, str]) -> None:
+    """As a fresh interpreter in a session of its own begins, its output added to a file."""
     os.setsid()
-    if sys.platform == "linux":  # the server ends with the tests, and this process with the server
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    written = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    written = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(written, 1)
     os.dup2(written, 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     os.environ.clear()
     os.environ.update(environment)
-    gc.freeze()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # an agent of torchrun has handlers of its own
+        signal.signal(number, signal.SIG_DFL)
+    gc.freeze()  # accelerate collects garbage, all that the server has imported among it
+
+
+def _run(call: Callable[..., None], arguments: Sequence[Any], output: str, environment: dict[str, str]) -> None:
+    begin(output, environment)
+    if sys.platform == "linux":  # the server ends with the tests, and this process with the server
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     call(*arguments)
 
 
 class Forked:
     """A process which calls a function of a module; its output is in a file."""
 
-    def __init__(self, call: Callable[..., None], *arguments: Any, environment: Mapping[str, str] | None = None) -> None:
-        file, self.output = tempfile.mkstemp(suffix=".log")
-        os.close(file)
+    def __init__(
+        self, call: Callable[..., None], *arguments: Any, environment: Mapping[str, str] | None = None, output: str | None = None
+    ) -> None:
+        if output is None:
+            file, output = tempfile.mkstemp(suffix=".log")
+            os.close(file)
+        self.output = output
         wanted = dict(os.environ if environment is None else environment)
-        self.process = _SERVER.Process(target=_begin, args=(call, arguments, self.output, wanted))
+        self.process = _SERVER.Process(target=_run, args=(call, arguments, output, wanted))
         self.process.start()
         self.pid = self.process.pid
 
