@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -32,6 +34,8 @@ _NAMES = {
 }
 _TEXTS, _WHOLE = ("string", "large_string"), ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool")
 
+_LOOKED_AT = 50  # rows whose values tell what a column holds
+
 
 def guess_task(part: Dataset) -> str | None:
     """The task of a file by its columns; None where they do not tell."""
@@ -41,9 +45,20 @@ def guess_task(part: Dataset) -> str | None:
     source, target = (_named(part, kind, texts) for kind in ("source", "target"))
     if source and target and source != target and not _repeats(part, target):
         return "causal-lm" if source.lower() == "prompt" else "seq2seq"
-    if texts and _label(part, set()) is not None:
+    if texts and (_label(part, set()) is not None or guess_soft_labels(part)):
         return "text-classification"
-    return "causal-lm" if len(texts) == 1 and _named(part, "label", part.column_names) is None else None
+    return "causal-lm" if len(texts) == 1 and all(name in texts or _numbers_rows(part, name) for name in part.column_names) else None
+
+
+def guess_soft_labels(part: Dataset) -> list[str]:
+    """The one column of mappings or lists of numbers (or of either as JSON), a vote or share for each class; [] without one.
+
+    A file which has classes too is left to these.
+    """
+    if _label(part, set()) is not None:
+        return []
+    found = [name for name in part.column_names if _is_soft(part[name][:_LOOKED_AT])]
+    return found if len(found) == 1 else []
 
 
 def guess_columns(part: Dataset, given: Mapping[str, str | None]) -> tuple[dict[str, str], str | None]:
@@ -112,11 +127,35 @@ def _label(part: Dataset, taken: set[str]) -> str | None:
         for name, feature in part.features.items()
         if name not in taken
         and (isinstance(feature, ClassLabel) or getattr(feature, "dtype", None) in (*_TEXTS, *_WHOLE, "float64"))
+        and not _is_soft(part[name][:_LOOKED_AT])
     ]
     if named := _named(part, "label", single):
         return named
     likely = [name for name in single if getattr(part.features[name], "dtype", None) != "float64" and _repeats(part, name)]
     return likely[0] if len(likely) == 1 else None
+
+
+def _is_soft(values: Sequence[Any]) -> bool:
+    """Whether every value is a mapping, or a list of one length, of numbers from 0 on, the sum above 0."""
+    if values and all(isinstance(value, str) and value[:1] in ("{", "[") for value in values):
+        try:
+            values = [json.loads(value) for value in values]
+        except json.JSONDecodeError:
+            return False
+    rows = [[n or 0 for n in value.values()] if isinstance(value, dict) else value for value in values]
+    alike = bool(rows) and all(isinstance(row, list) for row in rows) and len({type(value) for value in values}) == 1
+    if not alike or (isinstance(values[0], list) and len({len(row) for row in rows}) > 1):
+        return False
+    return all(len(row) > 0 and all(_is_share(n) for n in row) and sum(row) > 0 for row in rows)
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+
+
+def _numbers_rows(part: Dataset, column: str) -> bool:
+    """Whether a column of whole numbers has another one in every row: an id."""
+    return getattr(part.features[column], "dtype", None) in _WHOLE and len(part.unique(column)) == len(part)
 
 
 def _repeats(part: Dataset, column: str) -> bool:

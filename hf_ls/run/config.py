@@ -20,7 +20,7 @@ from hf_ls.common.errors import did_you_mean, settling
 from hf_ls.common.help import ShowAll, show_help
 from hf_ls.data.classification import EMBEDDED_DATASET, EMBEDDED_MODEL
 from hf_ls.data.g2p import EMBEDDED_G2P
-from hf_ls.data.guessing import guess_task
+from hf_ls.data.guessing import guess_soft_labels, guess_task
 from hf_ls.data.reading import read_files
 from hf_ls.metrics.classes import CLASS_SCORES
 from hf_ls.metrics.text import TEXT_METRICS
@@ -320,11 +320,15 @@ def _filled_in(words: list[str], *, configured: bool) -> tuple[list[str], list[s
     file = next((_value(words, name) for name in ("train_file",) if name in given), None)
     if file is None:
         return [], []
-    filled, notes = [], []
-    task = None if given.keys() & {"task", "soft_label_columns"} else _guessed_task(file)  # soft labels are of whole texts
+    filled: list[str] = []
+    notes: list[str] = []
+    task, soft = (None, []) if given.keys() & {"task", "soft_label_columns"} else _guessed(file)  # soft labels are of whole texts
     if task is not None:
         filled.append(f"--task={task}")
         notes.append(f"Task: {task}, guessed by the columns of {Path(file).name}; --task changes that")
+    if soft and task == "text-classification" and "label_column" not in given:
+        filled += ["--soft_label_columns", *soft]
+        notes.append(f"No column of classes, but one of numbers for each class: soft_label_columns: {soft[0]!r}, guessed")
     if not configured and not given.keys() & {"do_train", "do_eval", "do_predict"}:
         missing = {name: value for name, value in OWN_DATA.items() if name not in given}
         filled += [f"--{name}={value}" for name, value in missing.items()]
@@ -344,12 +348,13 @@ def _value(words: Sequence[str], name: str) -> str | None:
     return found
 
 
-def _guessed_task(file: str) -> str | None:
-    """The task of a file; None where it does not tell, or cannot be read: the loader says why."""
+def _guessed(file: str) -> tuple[str | None, list[str]]:
+    """The task of a file and its soft labels; none where it does not tell, or cannot be read: the loader says why."""
     try:
-        return guess_task(read_files({"train": file})["train"])
+        part = read_files({"train": file})["train"]
+        return guess_task(part), guess_soft_labels(part)
     except (ValueError, OSError):
-        return None
+        return None, []
 
 
 def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:

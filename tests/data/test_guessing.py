@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from hf_ls.data.guessing import guess_columns, guess_task
+from hf_ls.data.guessing import guess_columns, guess_soft_labels, guess_task
 
 N = 60
 TEXTS = [f"a sentence about number {i}" for i in range(N)]
@@ -64,3 +64,29 @@ def test_what_the_user_says_is_not_guessed():
     part = rows(a=TEXTS, b=["x", "y"] * 30, label=["p", "q", "r"] * 20)
     columns, said = guess_columns(part, {"text": None, "label": "b"})
     assert columns == {"text": "a", "label": "b"} and said.endswith("text_column: 'a'")
+
+
+SHARES = [{"no": i % 3 / 2, "yes": 1 - i % 3 / 2} for i in range(N)]
+
+
+@pytest.mark.parametrize(
+    "votes",
+    [SHARES, [list(share.values()) for share in SHARES], [str(list(share.values())) for share in SHARES], [{"no": 3, "yes": None}] * N],
+    ids=["mapping", "list", "JSON", "a class without votes"],
+)  # fmt: skip
+def test_numbers_for_each_class_are_soft_labels(votes):
+    part = rows(id=list(range(N)), text=TEXTS, votes=votes)
+    assert guess_task(part) == "text-classification" and guess_soft_labels(part) == ["votes"]
+    assert not guess_soft_labels(rows(text=TEXTS, votes=votes, label=["a", "b"] * 30)), "classes are there"
+    assert not guess_soft_labels(rows(text=TEXTS, votes=votes, more=votes)), "which one?"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [[[0.5, -0.5]] * N, [[1], [1, 2]] * 30, [["a", "b"]] * N, [[0, 0]] * N, [0.5] * N, [3, 4, 4] * 20],
+    ids=["negative", "ragged", "words", "nothing", "numbers", "whole"],
+)
+def test_a_text_beside_something_else_is_no_language_model(other):
+    assert not guess_soft_labels(rows(text=TEXTS, other=other))
+    assert guess_task(rows(text=TEXTS, other=other)) in (None, "text-classification")
+    assert guess_task(rows(text=TEXTS, id=list(range(N)))) == "causal-lm"
