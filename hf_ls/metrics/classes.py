@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array, hstack
 
 from hf_ls.metrics.core import N_BINS, bin_index, row_chunks, softmax
 from hf_ls.metrics.paired import Draws, fingerprint, poisson_means
@@ -92,7 +93,7 @@ def class_scores(
     """Every score of this file for logits [n, K] and labels [n]: {name: {"value", "low", "high"}}, and its draws for pairing.
 
     `f1_macro`, `f1_weighted`, `balanced_accuracy`; with targets [n, K] also `soft_nll` and `soft_brier`. 95 % percentile
-    intervals, examples drawn anew.
+    intervals, examples drawn anew; none where every draw is the same, which says only that no other outcome was seen.
 
     Raises: as `check_logits`, `check_labels` and `soft_scores`.
     """
@@ -100,23 +101,25 @@ def class_scores(
     n, k = matrix.shape
     y, best = check_labels(labels, n, k), matrix.argmax(axis=1)
     counts = ClassCounts.of(best, y, k)
-    # A count of each class per replicate is a sum over examples of one-hot rows.
-    one_hot = np.zeros((n, 3 * k))
-    index = np.arange(n)
-    one_hot[index[best == y], y[best == y]] = 1
-    one_hot[index, k + y] = 1
-    one_hot[index, 2 * k + best] = 1
+    # A count of each class per replicate is a sum over examples of one-hot rows, sparse: of the classes which occur.
+    present, ids = np.unique(np.concatenate([y, best]), return_inverse=True)
+    label, prediction, size = ids[:n], ids[n:], len(present)
+    index, hits = np.arange(n), np.flatnonzero(best == y)
+    columns = np.concatenate([label[hits], size + label, 2 * size + prediction])
+    one_hot = csr_array((np.ones(len(columns)), (np.concatenate([hits, index, index]), columns)), shape=(n, 3 * size))
     soft = np.empty((n, 0)) if targets is None else np.column_stack(soft_scores(matrix, targets))
-    means = poisson_means(np.concatenate([one_hot, soft], axis=1), repetitions, seed)
-    drawn = ClassCounts(means[:, :k], means[:, k : 2 * k], means[:, 2 * k : 3 * k])
+    parts = []
+    for means in poisson_means(hstack([one_hot, csr_array(soft)], format="csr"), repetitions, seed):
+        drawn = ClassCounts(means[:, :size], means[:, size : 2 * size], means[:, 2 * size : 3 * size])
+        parts.append(np.column_stack([*(score(drawn) for score in CLASS_SCORES.values()), means[:, 3 * size :]]))
+    names = [*CLASS_SCORES, *("soft_nll", "soft_brier")[: soft.shape[1]]]
+    draws = dict(zip(names, np.concatenate(parts).T, strict=True))
     values = {name: float(score(counts)) for name, score in CLASS_SCORES.items()}
-    draws = {name: score(drawn) for name, score in CLASS_SCORES.items()}
-    for i, name in enumerate(("soft_nll", "soft_brier")[: soft.shape[1]]):
-        values[name], draws[name] = float(soft[:, i].mean()), means[:, 3 * k + i]
+    values |= dict(zip(names[len(CLASS_SCORES) :], map(float, soft.mean(axis=0)), strict=True))
     table = {}
     for name, value in values.items():
         low, high = np.quantile(draws[name], _TAILS)
-        table[name] = {"value": value, "low": float(low), "high": float(high)}
+        table[name] = {"value": value} | ({"low": float(low), "high": float(high)} if high > low else {})
     marks = [y, *([] if targets is None else [np.asarray(targets, dtype=np.float64)])]
     return table, Draws(fingerprint(*marks, repetitions, seed, "classes"), n, values, draws)
 

@@ -8,13 +8,14 @@ and Miller 2008 for clusters.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise, product
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 from scipy.special import stdtr, stdtrit
 
 from hf_ls.metrics.core import N_BINS, PredictionStatistics, aurc, bin_index, direction, e_aurc
@@ -26,6 +27,7 @@ from hf_ls.metrics.validation import Floats, Integers, as_array
 RESAMPLED = ("accuracy", "nll", "brier", "signed_gap", "aurc", "e_aurc", "ece")
 COMPARED = ("accuracy", "nll", "brier", "ece", "aurc", "e_aurc")  # the difference of two signed gaps says nothing
 Finding = Literal["better", "worse", "none"]
+_CELLS = 2**24  # numbers of drawn means at a time: 134 MB
 _UNITS = 4096  # examples or clusters per block of weights: 33 MB at 1000 repetitions
 
 
@@ -107,15 +109,19 @@ def draws_of_examples(stats: PredictionStatistics, labels: Any, *, repetitions: 
     )
 
 
-def poisson_means(values: Floats, repetitions: int, seed: int) -> Floats:
-    """The means of the columns of values [n, m] when its rows are drawn anew [R, m], with the weights of `Resamples`."""
-    n = len(values)
-    count, sums = np.zeros(repetitions), np.zeros((repetitions, values.shape[1]))
-    for block, start in enumerate(range(0, n, _UNITS)):
-        weights = unit_weights(seed, block, repetitions, min(_UNITS, n - start))
-        count += weights.sum(axis=1)
-        sums += weights @ values[start : start + _UNITS]
-    return sums[count > 0] / count[count > 0, None]
+def poisson_means(values: csr_array, repetitions: int, seed: int) -> Iterator[Floats]:
+    """The means of the columns of values [n, m] when its rows are drawn anew, with the weights of `Resamples`: parts of [R, m],
+    of some replicates each, so that memory does not grow with m."""
+    n, m = values.shape
+    size = max(1, _CELLS // m)
+    for first in range(0, repetitions, size):
+        part = slice(first, min(first + size, repetitions))
+        count, sums = np.zeros(part.stop - first), np.zeros((part.stop - first, m))
+        for block, start in enumerate(range(0, n, _UNITS)):
+            weights = unit_weights(seed, block, repetitions, min(_UNITS, n - start))[part]
+            count += weights.sum(axis=1)
+            sums += weights @ values[start : start + _UNITS]
+        yield sums[count > 0] / count[count > 0, None]
 
 
 def unit_weights(seed: int, block: int, repetitions: int, width: int) -> Floats:

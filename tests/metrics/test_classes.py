@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from scipy.special import log_softmax, softmax
@@ -50,6 +52,37 @@ def test_a_replicate_is_the_score_of_the_drawn_rows():
     for r in range(3):
         rows = np.repeat(np.arange(5000), weights[r])
         assert draws.draws["f1_macro"][r] == pytest.approx(f1_score(y[rows], logits.argmax(1)[rows], average="macro"), abs=1e-12)
+
+
+def test_many_classes_need_no_matrix_of_examples_and_classes():
+    """50,000 classes, of which few occur: dense, the one-hot rows alone would be 360 MB and the draws 1.2 GB."""
+    n, k = 300, 50_000
+    labels = np.random.default_rng(0).integers(0, k, n)
+    logits = np.zeros((n, k), dtype=np.float32)
+    logits[np.arange(n), np.where(np.arange(n) % 3, labels, 7)] = 1
+    check = logits.argmax(1)
+    tracemalloc.start()
+    found, draws = class_scores(logits, labels)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100 * 2**20
+    assert found["f1_macro"]["value"] == pytest.approx(f1_score(labels, check, average="macro", zero_division=0))
+    assert all(len(drawn) == 1000 for drawn in draws.draws.values())
+
+
+def test_draws_come_in_parts_which_are_those_of_one(monkeypatch):
+    logits, y = drawn(3, n=5000)
+    q = np.random.default_rng(0).dirichlet(np.ones(6), size=5000)
+    whole, _ = class_scores(logits, y, q, repetitions=50)
+    monkeypatch.setattr("hf_ls.metrics.paired._CELLS", 20 * 7)
+    assert class_scores(logits, y, q, repetitions=50)[0] == whole
+
+
+def test_an_interval_without_width_is_none():
+    """All right in two classes, all wrong in the third: no draw shows anything else."""
+    logits, y = np.eye(3)[[0] * 50 + [1] * 20 + [1] * 5], np.array([0] * 50 + [1] * 20 + [2] * 5)
+    found, _ = class_scores(logits, y)
+    assert found["balanced_accuracy"] == {"value": pytest.approx(2 / 3)} and found["f1_macro"]["low"] < found["f1_macro"]["high"]
 
 
 def test_two_models_on_the_same_examples_are_paired():
