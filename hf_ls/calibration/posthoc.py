@@ -86,7 +86,7 @@ def _centred(z: Floats) -> Floats:
     """Logits less the mean of their row."""
     if not np.isfinite(z).all():
         raise ValueError(
-            "expected finite logits for vector scaling, got −inf (a probability of 0); use a temperature or isotonic regression "
+            "expected finite logits for vector scaling, got a probability which is exactly 0; use a temperature or isotonic regression "
             "where classes are masked"
         )
     return z - z.mean(axis=1, keepdims=True)
@@ -174,7 +174,7 @@ def selective_score(logits: Any, power: int | None = None) -> Floats:
         raise ValueError(f"expected power >= 1 or None, got {power}; None is the maximal probability")
     if not np.isfinite(z).all():
         raise ValueError(
-            "expected finite logits for logit normalisation, got −inf (a probability of 0); use power=None where classes are "
+            "expected finite logits for logit normalisation, got a probability which is exactly 0; use power=None where classes are "
             "masked"
         )
     centred = z - z.mean(axis=1, keepdims=True)

@@ -44,6 +44,11 @@ def regime(report: CalibrationReport) -> str:
         advice = " Smoothing lowers confidence further: it may hurt here." if row.epsilon == 0 else ""
         if row.epsilon:
             advice = " Its targets ask for less confidence than it is right: try a smaller epsilon, or temperature scaling."
+        if "soft_nll" in row.metrics:
+            advice += (
+                " That is against the one label: a model which gives the shares of the raters is under-confident too. soft nll and "
+                "soft brier say how near it is to them."
+            )
         return f"{who} is under-confident: {facts}.{advice}"
     sentence = f"{who} is, on average, not distinguishable from calibrated at this n: {facts}."
     null_q95 = row.metrics["ece"].get("null_q95")
@@ -200,7 +205,7 @@ def _gap_interval(report: CalibrationReport, row: CalibrationRow) -> tuple[float
 
 
 def _clause(report: CalibrationReport, row: CalibrationRow, rival: CalibrationRow, metric: str, who: str | None = None) -> str:
-    who = who or ("smoothing" if row.epsilon else one_line(row.run))
+    who = who or ("smoothing" if row.epsilon else f"training with {one_line(row.run)}")
     title = _title(metric)
     title = title[0].upper() + title[1:] if title.islower() else title
     text = f"{title} {row.show(metric)} against {rival.show(metric)}"

@@ -22,7 +22,10 @@ _SCORE_NOTE = (
     "95 % intervals in brackets. f1 macro: mean F1 of the classes, each counting alike; f1 weighted: by how often a class is the "
     "label; balanced accuracy: mean recall of the classes; 0 to 1, higher is better."
 )
-_SOFT_NOTE = " soft nll (nats, at least the entropy of the soft labels) and soft brier (0 to 2): against them; lower is better."
+_SOFT_NOTE = (
+    " soft nll (nats, at least the entropy of the soft labels) and soft brier (0 to 2): against them; lower is better. A temperature "
+    "is fitted to the labels, not to these."
+)
 _MOST_CLASSES = 30
 GROUP_NOTE = "A small n makes ece larger: compare it between runs, not between groups."
 _CLASS_NOTE = (
@@ -46,7 +49,8 @@ def note(report: CalibrationReport) -> str:
 def cells(report: CalibrationReport) -> list[list[str]]:
     """The headings, then one line of text a row; "–" where a row has no such number.
 
-    Rows of examples always have the same columns; rows of tokens those of the metrics which any of them carries.
+    Rows of examples have the same columns; rows of tokens those of the metrics which any of them carries. Where no epsilon is known
+    there is no column of it.
     """
     metrics = list(CLASS_METRICS)
     if report.is_token_task:
@@ -54,10 +58,10 @@ def cells(report: CalibrationReport) -> list[list[str]]:
         metrics = [*quality, "accuracy", "nll", "perplexity", "ece", "signed_gap"]
         metrics += ["sequence_ece"] if any("sequence_ece" in row.metrics for row in report.rows) else []
     headings = [word for metric in metrics for word in ([metric, "null ece"] if metric == "ece" else [metric])]
-    start = ["run", "epsilon", "T"]
+    epsilon = ["epsilon"] if any(row.epsilon is not None for row in report.rows) else []
     return [
-        [*start, *(one_line(word.replace("_", " ")) for word in headings)],
-        *(_row(report, row, headings) for row in report.rows),
+        ["run", *epsilon, "T", *(one_line(word.replace("_", " ")) for word in headings)],
+        *(_row(report, row, headings, with_epsilon=bool(epsilon)) for row in report.rows),
     ]
 
 
@@ -90,7 +94,9 @@ def posthoc_note(report: CalibrationReport) -> str:
     refused = {name: one_line(str(row["refused"])) for name, row in report.posthoc.items() if "refused" in row}
     # What came in place of what was expected: the rest of such a sentence is for who calls the method.
     reasons = [f"No {name}: {text.partition(', got ')[2].partition(';')[0] or text}." for name, text in refused.items()]
-    return " ".join(["Fitted on the validation data alone, measured on the reported examples; no intervals.", *reasons])
+    infinite = ["∞: a label has probability 0."] if any("∞" in cell for line in posthoc_cells(report) for cell in line) else []
+    measured = "Fitted on the validation data alone, measured on the reported examples; no intervals."
+    return " ".join([measured, *infinite, *reasons])
 
 
 def score_cells(report: CalibrationReport) -> list[list[str]]:
@@ -250,12 +256,12 @@ def _empty(title: str, caption: str) -> Table:
     )  # fmt: skip
 
 
-def _row(report: CalibrationReport, row: CalibrationRow, metrics: list[str]) -> list[str]:
+def _row(report: CalibrationReport, row: CalibrationRow, metrics: list[str], *, with_epsilon: bool) -> list[str]:
     null = row.metrics["ece"].get("null")
     null_ece = "–" if null is None else f"{null:.3f}"
     temperature = f"{row.temperature:.2f}" if row.tempered else "–"
     shown = (null_ece if metric == "null ece" else row.show(metric) for metric in metrics)
-    return [one_line(row.name), report.epsilon_text(row), temperature, *shown]
+    return [one_line(row.name), *([report.epsilon_text(row)] if with_epsilon else []), temperature, *shown]
 
 
 def _number(group: dict[str, Any], metric: str) -> str:

@@ -73,6 +73,14 @@ def test_logits_and_their_probabilities_give_one_report() -> None:
     assert (first.predictions, second.predictions) == ("logits", "probabilities")
 
 
+def test_a_card_speaks_of_no_epsilon_which_nobody_knows(split: dict[str, Any]) -> None:
+    model = RandomForestClassifier(30, random_state=0)
+    text = model_card(report_of(model, split, validation=validation(model, split), library="sklearn"))
+    assert "| epsilon |" not in text and "moothing" not in text and "−inf" not in text
+    assert "No vector scaling: a probability which is exactly 0." in text
+    assert "| epsilon |" in model_card(report_of(model, split, epsilon=0.1))
+
+
 @pytest.mark.parametrize("precision", [np.float64, np.float32])
 def test_probabilities_of_zero_are_counted_and_never_hidden(precision: Any, tmp_path: Path) -> None:
     p = np.full((40, 3), 1 / 3)
