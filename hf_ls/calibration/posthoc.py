@@ -86,8 +86,8 @@ def _centred(z: Floats) -> Floats:
     """Logits less the mean of their row."""
     if not np.isfinite(z).all():
         raise ValueError(
-            "expected finite logits for vector scaling, got a probability which is exactly 0; use a temperature or isotonic regression "
-            "where classes are masked"
+            "expected finite logits for vector scaling, got a probability which is exactly 0; use a temperature or isotonic "
+            "regression where classes are masked"
         )
     return z - z.mean(axis=1, keepdims=True)
 
@@ -174,8 +174,8 @@ def selective_score(logits: Any, power: int | None = None) -> Floats:
         raise ValueError(f"expected power >= 1 or None, got {power}; None is the maximal probability")
     if not np.isfinite(z).all():
         raise ValueError(
-            "expected finite logits for logit normalisation, got a probability which is exactly 0; use power=None where classes are "
-            "masked"
+            "expected finite logits for logit normalisation, got a probability which is exactly 0; use power=None where classes "
+            "are masked"
         )
     centred = z - z.mean(axis=1, keepdims=True)
     top = np.abs(centred).max(axis=1, keepdims=True)

@@ -47,7 +47,9 @@ def guess_task(part: Dataset) -> str | None:
         return "causal-lm" if source.lower() == "prompt" else "seq2seq"
     if texts and (_label(part, set()) is not None or guess_soft_labels(part)):
         return "text-classification"
-    return "causal-lm" if len(texts) == 1 and all(name in texts or _numbers_rows(part, name) for name in part.column_names) else None
+    return (
+        "causal-lm" if len(texts) == 1 and all(name in texts or _numbers_rows(part, name) for name in part.column_names) else None
+    )
 
 
 def guess_soft_labels(part: Dataset) -> list[str]:

@@ -2,12 +2,14 @@
 
 An npz has the arrays `labels` and `probabilities` or `logits`, or those which a run leaves (`logits_test`, `labels_test`, …). A
 table has a column of labels and either a column `probabilities` or `logits` of lists, or one column of numbers a class, whose
-heading is the class (`probability_` or `logit_` before it is taken off).
+heading is the class (`probability_` or `logit_` before it is taken off, and so is another beginning which all headings share
+where the labels are without it).
 """
 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -103,4 +105,11 @@ def _from_table(path: str, label_column: str) -> PredictionFile:
             )
         kind = "probabilities"
     scores = np.column_stack([np.asarray(rows[column], dtype=np.float64) for column in wanted]) if wanted else np.empty((0, 0))
-    return PredictionFile(kind, scores, labels, names)
+    return PredictionFile(kind, scores, labels, _as_labelled(names, labels))
+
+
+def _as_labelled(names: list[str], labels: list[Any]) -> list[str]:
+    """The names of columns without what all begin with, where only then the labels are among them."""
+    known, shared = {str(label) for label in labels}, os.path.commonprefix(names)  # noqa: RUF071
+    short = [name.removeprefix(shared) for name in names]
+    return names if known <= set(names) or not known <= set(short) else short

@@ -257,7 +257,8 @@ class TokenCalibration:
         return ends
 
     def entity_f1(self) -> dict[str, float] | None:
-        """2·right / (there + predicted), 0 to 1, higher is better, with its 95 % interval over sequences; None without entities.
+        """2·right / (there + predicted), 0 to 1, higher is better, with its 95 % interval over sequences (none where every
+        draw is the same); None without entities.
 
         An entity is right where its words and its type are.
         """
@@ -268,7 +269,7 @@ class TokenCalibration:
         drawn = self._entity_draws()
         if self._sequences > 1 and len(drawn):
             low, high = np.quantile(drawn, _TAILS)
-            found |= {"low": float(low), "high": float(high)}
+            found |= {"low": float(low), "high": float(high)} if high > low else {}
         return found
 
     def _entity_draws(self) -> Floats:

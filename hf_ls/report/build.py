@@ -221,6 +221,11 @@ def write_report_files(report: CalibrationReport, folder: str | os.PathLike[str]
 def _ids(labels: Any, names: list[str] | None, label_map: Mapping[str, str] | None) -> Any:
     """Class ids of labels: themselves without names, else as `match_labels` finds them."""
     if names is None:
+        if as_array(labels).dtype.kind in "OSUT":
+            raise ValueError(
+                "expected label_names with labels which are names of classes, got none; give the classes in the order of the "
+                "columns, such as classes_ of scikit-learn"
+            )
         return labels
     from hf_ls.data.labels import match_labels  # imports datasets
 

@@ -290,7 +290,7 @@ def plots_of(report: CalibrationReport) -> list[Plot]:
         (bool(logged & {*_CURVES}), "loss_curve.png", "NLL during training and evaluation of each run",
          "The NLL can be compared between runs; the training objective of a smoothed run cannot, since smoothing adds a term."),
         (any(_names(report, kind) for kind in _GROUPS), "groups.png", "NLL and ECE by group of tokens for each row of the table",
-         "How good the probabilities are by the position of a token and by how often it was seen in training."),
+         _group_caption(report)),
         (bool(logged & {*_STEPS}), "calibration_steps.png", "NLL, ECE and signed gap during training of each run",
          "How calibration changes while the model trains; a signed gap above 0 means over-confident."),
         ("logit_gap.png" in report.pictures, "logit_gap.png", "Gap between the logit of the label and the mean of the others",
@@ -380,6 +380,11 @@ def _left(report: CalibrationReport) -> float:
 def _names(report: CalibrationReport, kind: str) -> dict[str, int]:
     """The groups of one kind with their numbers of tokens, in order."""
     return {group["name"]: group["n"] for row in report.rows for group in row.groups if group["kind"] == kind}
+
+
+def _group_caption(report: CalibrationReport) -> str:
+    words = {"position": "by the position of a token", "frequency": "by how often it was seen in training"}
+    return f"How good the probabilities are {' and '.join(words[kind] for kind in _GROUPS if _names(report, kind))}."
 
 
 def _grid(panels: int) -> tuple[int, int]:

@@ -18,6 +18,8 @@ _TITLES = {
     "soft_nll": "NLL against the soft labels",
 }  # fmt: skip
 
+_TOO_SHORT = -0.1  # signed gap below which a model trained on plain labels has hardly begun to fit them
+
 
 def regime(report: CalibrationReport) -> str:
     """Plain sentences: is the baseline (else the first row) under- or over-confident at this n?
@@ -42,12 +44,14 @@ def regime(report: CalibrationReport) -> str:
         return f"{who} is over-confident: {facts}.{advice}"
     if interval[1] < 0:
         advice = " Smoothing lowers confidence further: it may hurt here." if row.epsilon == 0 else ""
+        if row is report.baseline and report.training is not None and interval[1] < _TOO_SHORT:
+            advice += " So far below, plain training was most likely too short: more epochs or a higher learning rate come first."
         if row.epsilon:
             advice = " Its targets ask for less confidence than it is right: try a smaller epsilon, or temperature scaling."
         if "soft_nll" in row.metrics:
             advice += (
-                " That is against the one label: a model which gives the shares of the raters is under-confident too. soft nll and "
-                "soft brier say how near it is to them."
+                " That is against the one label: a model which gives the shares of the raters is under-confident too. soft nll "
+                "and soft brier say how near it is to them."
             )
         return f"{who} is under-confident: {facts}.{advice}"
     sentence = f"{who} is, on average, not distinguishable from calibrated at this n: {facts}."

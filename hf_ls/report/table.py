@@ -19,12 +19,12 @@ GROUP_HEADINGS = ("tokens", "run", "n", "nll", "ece", "signed gap")
 POSTHOC_METRICS = ("accuracy", "nll", "brier", "ece", "aurc")
 _SCORES = ("f1_macro", "f1_weighted", "balanced_accuracy", "soft_nll", "soft_brier")
 _SCORE_NOTE = (
-    "95 % intervals in brackets. f1 macro: mean F1 of the classes, each counting alike; f1 weighted: by how often a class is the "
+    "f1 macro: mean F1 of the classes, each counting alike; f1 weighted: by how often a class is the "
     "label; balanced accuracy: mean recall of the classes; 0 to 1, higher is better."
 )
 _SOFT_NOTE = (
-    " soft nll (nats, at least the entropy of the soft labels) and soft brier (0 to 2): against them; lower is better. A temperature "
-    "is fitted to the labels, not to these."
+    " soft nll (nats, at least the entropy of the soft labels) and soft brier (0 to 2): against them; lower is better. A "
+    "temperature is fitted to the labels, not to these."
 )
 _MOST_CLASSES = 30
 GROUP_NOTE = "A small n makes ece larger: compare it between runs, not between groups."
@@ -49,8 +49,8 @@ def note(report: CalibrationReport) -> str:
 def cells(report: CalibrationReport) -> list[list[str]]:
     """The headings, then one line of text a row; "–" where a row has no such number.
 
-    Rows of examples have the same columns; rows of tokens those of the metrics which any of them carries. Where no epsilon is known
-    there is no column of it.
+    Rows of examples have the same columns; rows of tokens those of the metrics which any of them carries. Where no epsilon is
+    known there is no column of it.
     """
     metrics = list(CLASS_METRICS)
     if report.is_token_task:
@@ -110,7 +110,9 @@ def score_cells(report: CalibrationReport) -> list[list[str]]:
 
 def score_note(report: CalibrationReport) -> str:
     """How to read the scores."""
-    return _SCORE_NOTE + (_SOFT_NOTE if any("soft_nll" in row.metrics for row in report.rows) else "")
+    shown = any(row.interval(name) for row in report.rows for name in _SCORES)
+    start = "95 % intervals in brackets. " if shown else ""
+    return start + _SCORE_NOTE + (_SOFT_NOTE if any("soft_nll" in row.metrics for row in report.rows) else "")
 
 
 def class_cells(report: CalibrationReport) -> list[list[str]]:

@@ -55,6 +55,15 @@ def test_every_kind_of_file_is_read_as_its_arrays(kind: str, tmp_path: Path) -> 
     assert [NAMES[label] if isinstance(label, int) else str(label) for label in np.asarray(found.labels).tolist()] == WORDS[:80]
 
 
+@pytest.mark.parametrize("prefix", ["prob_", "p(", "proba "])
+def test_what_all_headings_begin_with_is_no_part_of_a_class(prefix: str, tmp_path: Path) -> None:
+    table(slice(0, 80), prefix).to_csv(tmp_path / "p.csv", index=False)
+    assert read_predictions(str(tmp_path / "p.csv"), "test").names == NAMES
+    frame = table(slice(0, 80), "class ").assign(label=[f"class {word}" for word in WORDS[:80]])
+    frame.to_csv(tmp_path / "q.csv", index=False)
+    assert read_predictions(str(tmp_path / "q.csv"), "test").names == [f"class {name}" for name in NAMES]
+
+
 def test_two_files_give_the_report_of_their_arrays(tmp_path: Path) -> None:
     paths = [write("csv", tmp_path, split, rows) for split, rows in (("test", slice(0, 80)), ("dev", slice(80, 120)))]
     report = evaluate(

@@ -76,9 +76,15 @@ def test_logits_and_their_probabilities_give_one_report() -> None:
 def test_a_card_speaks_of_no_epsilon_which_nobody_knows(split: dict[str, Any]) -> None:
     model = RandomForestClassifier(30, random_state=0)
     text = model_card(report_of(model, split, validation=validation(model, split), library="sklearn"))
-    assert "| epsilon |" not in text and "moothing" not in text and "−inf" not in text
+    assert "| epsilon |" not in text and "moothing" not in text
     assert "No vector scaling: a probability which is exactly 0." in text
     assert "| epsilon |" in model_card(report_of(model, split, epsilon=0.1))
+    assert "∞: a label has probability 0." in text
+
+
+def test_names_as_labels_need_the_classes_in_order(split: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"expected label_names .* got none.*classes_"):
+        hf_ls.calibration_report(probabilities=np.full((3, 2), 0.5), labels=["a", "b", "a"])
 
 
 @pytest.mark.parametrize("precision", [np.float64, np.float32])

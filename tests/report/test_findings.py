@@ -51,6 +51,26 @@ def test_regime_does_not_trust_a_bootstrap_without_an_error() -> None:
     assert "not distinguishable" in regime(report)
 
 
+@pytest.mark.parametrize(("high", "short"), [(-0.05, False), (-0.15, True)])
+def test_a_baseline_far_below_its_accuracy_was_trained_too_short(high: float, short: bool) -> None:
+    report = make_report()
+    rows = [with_metrics(report.rows[0], signed_gap=interval(-0.3, -0.4, high)), *report.rows[1:]]
+    assert ("too short" in regime(replace(report, rows=rows))) == short
+    unseen = replace(report, rows=rows, training=None)
+    assert "too short" not in regime(unseen), "nobody knows how it was trained"
+
+
+def test_against_raters_under_confidence_is_told_apart() -> None:
+    report = make_report()
+    low = with_metrics(report.rows[0], signed_gap=interval(-0.3, -0.4, -0.2))
+    soft = with_metrics(low, soft_nll=interval(0.7, 0.6, 0.8))
+    assert "raters" in regime(replace(report, rows=[soft, *report.rows[1:]]))
+    assert "raters" not in regime(replace(report, rows=[low, *report.rows[1:]]))
+    raters = replace(report.rows[2], run="soft labels", epsilon=0.0)
+    run = replace(report, rows=[report.rows[0], raters], history={}, published=None)
+    assert "training with soft labels is worse" in verdict(with_difference(run, nll=interval(0.3, 0.2, 0.4)))
+
+
 def test_regime_of_a_smoothed_run_alone_gives_no_advice_to_smooth() -> None:
     report = make_report()
     alone = replace(report, rows=[report.rows[2]], history={}, published=None)

@@ -21,7 +21,7 @@ from reports import make_report, make_token_report
 from hf_ls.metrics import wilson_interval
 from hf_ls.report.calibration_report import CalibrationReport
 from hf_ls.report.figures import DPI
-from hf_ls.report.plots import confidence, groups, loss_curve, reliability, write_plots
+from hf_ls.report.plots import confidence, groups, loss_curve, plots_of, reliability, write_plots
 
 REPORTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -319,3 +319,10 @@ def test_group_names_are_text_and_never_formulas(hostile: str, tokens: Calibrati
     group = tokens.rows[0].groups[-1] | {"name": hostile}
     row = replace(tokens.rows[0], run=hostile, groups=[group])
     drawn(groups(replace(tokens, rows=[row], history={}, published=None)))
+
+
+def test_the_caption_of_groups_names_the_kinds_which_are_drawn() -> None:
+    report = make_token_report()
+    rows = [replace(row, groups=[group for group in row.groups if group["kind"] == "position"]) for row in report.rows]
+    captions = [{p.file: p.caption for p in plots_of(r)}["groups.png"] for r in (report, replace(report, rows=rows))]
+    assert "seen in training" in captions[0] and "seen in training" not in captions[1]
