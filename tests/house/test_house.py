@@ -241,7 +241,8 @@ def test_nothing_stands_about_unused():
     offered = {f"hf_ls.{home}" for home in hf_ls._MODULES.values()} & MODULES.keys()  # what stands public in these is for users
     statements = [node for tree in [*SOURCES.values(), *SCRIPTS.values()] for node in tree.body]
     uses = Counter(name for node in statements for name in used_in(node))
-    readme = set(re.findall(r"\w+", (ROOT / "README.md").read_text(encoding="utf-8")))
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    readme = {word for page in pages for word in re.findall(r"\w+", page.read_text(encoding="utf-8"))}
     unused = [
         f"{module}.{name}"
         for module, name, node in top_level()
@@ -256,9 +257,9 @@ def test_no_path_of_one_machine():
     """Absolute paths below the folders where people and build machines keep their work."""
     path = re.compile(r"(?<![\w.~:/-])/(?:home|Users|root|opt|mnt|srv|work|workspace|scratch|private)/\w")
     files = [
-        file for folder in ("hf_ls", "scripts", "tests", "configs", "model_cards", ".ci") for file in ROOT.glob(f"{folder}/**/*")
+        file for folder in ("hf_ls", "scripts", "tests", "configs", "docs", "model_cards", ".ci") for file in ROOT.glob(f"{folder}/**/*")
     ]
-    texts = [file for file in files if file.suffix in {"", ".py", ".md", ".yaml", ".json", ".html", ".txt"} and file.is_file()]
+    texts = [file for file in files if file.suffix in {"", ".py", ".md", ".yaml", ".json", ".html", ".txt", ".ipynb"} and file.is_file()]
     found = []
     for file in [*texts, ROOT / "README.md", ROOT / "pyproject.toml"]:
         found += [f"{file.name}: {hit}" for hit in path.findall(file.read_text(encoding="utf-8"))]

@@ -1,4 +1,5 @@
-"""The README: its Python runs, its commands are accepted by the real parsers, its links and names exist.
+"""The README and docs/: their Python runs and prints what they say, their commands are accepted by the real parsers,
+their links and names exist.
 
 A new block that needs a new name gets it in `known_to_the_reader`; a new command gets a line in `check_command`. Nothing here
 trains more than a tiny model, and nothing is downloaded.
@@ -29,6 +30,8 @@ from accelerate.state import AcceleratorState
 from helpers import CLASSES, arguments, classification_rows, collate, tiny_bert, tiny_llama
 from model_sweep import MAPPINGS
 from places import ROOT
+from sklearn.datasets import make_classification
+from sklearn.linear_model import LogisticRegression
 from torch.distributed.run import get_args_parser
 
 from hf_ls.compare.experiment import CompareArguments, parse_compare
@@ -36,10 +39,17 @@ from hf_ls.run.config import DataArguments, ModelArguments, Parser, RunArguments
 from hf_ls.run.evaluate import EvaluateArguments, parse_evaluation
 from hf_ls.trainer.arguments import LabelSmoothingSeq2SeqArguments
 
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
-BLOCKS = [(m.group(1), m.group(2), TEXT.count("\n", 0, m.start(2))) for m in FENCE.finditer(TEXT)]
-PROSE = FENCE.sub("", TEXT)
+DOCUMENTS = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+}
+BLOCKS = [
+    (name, m.group(1), m.group(2), text.count("\n", 0, m.start(2)))
+    for name, text in DOCUMENTS.items()
+    for m in FENCE.finditer(text)
+]
+PROSE = {name: FENCE.sub("", text) for name, text in DOCUMENTS.items()}
 USER_FILES = {".csv": "sentence,stars,text,label\ngood,1,good,1\nbad,0,bad,0\n", ".jsonl": '{"text": "good", "label": 1}\n'}
 # These do what the words say, in a fresh environment; what can be wrong in them is checked below.
 PROGRAMS = {"cd": None, "git": None, "pip": None, "pytest": None}
@@ -61,8 +71,15 @@ def known_to_the_reader() -> dict[str | None, dict[str, Any]]:
             language_model=tiny_llama(), conversations=sft_rows.conversations(), tokenizer=tokenizer, texts=["w5 w6", "w7"],
             pipe=tf.pipeline("text-classification", tiny_bert(), tokenizer=tokenizer, device="cpu"),
         ),
+        "predict_proba": predictions_of_scikit_learn(),
         "evaluate.load": dict(probabilities=scores.softmax(-1).numpy(), labels=answers.numpy()),
     }  # fmt: skip
+
+
+def predictions_of_scikit_learn() -> dict[str, Any]:
+    x, y = make_classification(400, n_informative=4, n_classes=3, random_state=0)
+    parts = {"x_validation": x[200:300], "y_validation": y[200:300], "x_test": x[300:], "y_test": y[300:]}
+    return {"classifier": LogisticRegression().fit(x[:200], y[:200])} | parts
 
 
 def commands(block: str) -> Iterator[list[str]]:
@@ -111,6 +128,9 @@ def check_command(words: list[str]) -> None:
     elif program == "torchrun":
         args = get_args_parser().parse_args(rest)
         name, argv = args.training_script, args.training_script_args
+    elif program == "hf-ls":
+        assert rest[0] in ("finetune", "compare", "evaluate"), rest[0]
+        name, argv = f"scripts/{rest[0]}.py", rest[1:]
     elif program in PROGRAMS:
         declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         for extra in re.findall(r"\[([\w,]+)\]", " ".join(rest)) if program == "pip" else []:
@@ -135,24 +155,33 @@ def checkout(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_every_python_block_runs_in_its_order(checkout):
-    """All in one namespace, each unchanged; a traceback names the line of the README."""
+@pytest.mark.parametrize("document", sorted({name for name, language, *_ in BLOCKS if language == "python"}))
+def test_every_python_block_runs_in_its_order(document, checkout, capsys):
+    """All of a document in one namespace, each unchanged; a traceback names the line. A `text` block right below is what it prints."""
     given = known_to_the_reader()
-    namespace, run = dict(given[None]), 0
-    for language, code, line in BLOCKS:
+    namespace = dict(given[None])
+    blocks = [block for block in BLOCKS if block[0] == document]
+    for (_, language, code, line), after in zip(blocks, [*blocks[1:], None], strict=True):
         if language != "python":
             continue
         for mark, names in given.items():
             namespace |= names if mark is not None and mark in code else {}
         AcceleratorState._reset_state(reset_partial_state=True)  # TRL trains in bfloat16, and one process keeps one precision
-        exec(compile("\n" * line + code, str(ROOT / "README.md"), "exec"), namespace)
-        run += 1
-    assert run >= 3
+        capsys.readouterr()
+        exec(compile("\n" * line + code, str(ROOT / document), "exec"), namespace)
+        if after and after[1] == "text" and after[3] == line + code.count("\n") + 3:
+            assert capsys.readouterr().out == after[2]
+
+
+def test_the_readme_is_short_and_speaks_of_every_other_page():
+    assert len(PROSE["README.md"].split()) <= 1500
+    linked = set(re.findall(r"\]\((docs/[^)#]+)\)", PROSE["README.md"]))
+    assert linked == {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").iterdir() if path.is_file()}
 
 
 @pytest.mark.parametrize(
     "words",
-    [c for language, block, _ in BLOCKS if language in ("bash", "sh") for c in commands(block)],
+    [c for _, language, block, _ in BLOCKS if language in ("bash", "sh") for c in commands(block)],
     ids=lambda c: " ".join(c)[:60],
 )
 def test_every_command_is_accepted(words, checkout):
@@ -174,28 +203,28 @@ def test_commands_with_a_mistake_are_noticed(checkout):
 
 
 def test_every_block_says_its_language_and_yaml_can_be_read():
-    for language, block, line in BLOCKS:
-        assert language in ("python", "bash", "sh", "yaml", "text"), f"README.md:{line}"
+    for document, language, block, line in BLOCKS:
+        assert language in ("python", "bash", "sh", "yaml", "text"), f"{document}:{line}"
         if language == "yaml":
             yaml.safe_load(block)
 
 
-def test_links_and_images_exist():
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_and_images_exist(document):
     def slug(heading: str) -> str:
         return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
-    anchors = {slug(m.group(1)) for m in re.finditer(r"^#+ (.*)$", PROSE, re.M)}
-    targets = re.findall(r"\]\(([^)\s]+)\)", PROSE)
-    assert targets
-    for target in targets:
+    prose = PROSE[document]
+    anchors = {slug(m.group(1)) for m in re.finditer(r"^#+ (.*)$", prose, re.M)}
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
         if target.startswith("#"):
             assert target[1:] in anchors, target
         elif not target.startswith(("http://", "https://", "mailto:")):
-            assert (ROOT / target.split("#")[0]).exists(), target
+            assert ((ROOT / document).parent / target.split("#")[0]).exists(), target
 
 
 def spans() -> list[str]:
-    return re.findall(r"(?<!`)`([^`\n]+)`(?!`)", PROSE)
+    return [span for prose in PROSE.values() for span in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", prose)]
 
 
 def test_flags_in_the_text_exist():
