@@ -257,9 +257,15 @@ def test_no_path_of_one_machine():
     """Absolute paths below the folders where people and build machines keep their work."""
     path = re.compile(r"(?<![\w.~:/-])/(?:home|Users|root|opt|mnt|srv|work|workspace|scratch|private)/\w")
     files = [
-        file for folder in ("hf_ls", "scripts", "tests", "configs", "docs", "model_cards", ".ci") for file in ROOT.glob(f"{folder}/**/*")
+        file
+        for folder in ("hf_ls", "scripts", "tests", "configs", "docs", "model_cards", ".ci")
+        for file in ROOT.glob(f"{folder}/**/*")
     ]
-    texts = [file for file in files if file.suffix in {"", ".py", ".md", ".yaml", ".json", ".html", ".txt", ".ipynb"} and file.is_file()]
+    texts = [
+        file
+        for file in files
+        if file.suffix in {"", ".py", ".md", ".yaml", ".json", ".html", ".txt", ".ipynb"} and file.is_file()
+    ]
     found = []
     for file in [*texts, ROOT / "README.md", ROOT / "pyproject.toml"]:
         found += [f"{file.name}: {hit}" for hit in path.findall(file.read_text(encoding="utf-8"))]
