@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf_ls[demo]"]
+#
+# [tool.uv.sources]
+# hf_ls = { path = "..", editable = true }
+# ///
 """Compare the baseline, label smoothing and temperature scaling fairly, over several seeds, and end in a verdict.
 
 python scripts/compare.py --config configs/text-classification.yaml --output_dir outputs/compare

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf_ls[demo]"]
+#
+# [tool.uv.sources]
+# hf_ls = { path = "..", editable = true }
+# ///
 """Calibration of a model which is already trained: report, plots and card, without training.
 
 python scripts/evaluate.py --model_name_or_path outputs/text-classification --dataset_name snippets --output_dir outputs/again

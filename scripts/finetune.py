@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["hf_ls[demo]"]
+#
+# [tool.uv.sources]
+# hf_ls = { path = "..", editable = true }
+# ///
 """Fine-tune with label smoothing and see the calibration.
 
 accelerate launch scripts/finetune.py --config configs/text-classification.yaml

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import tomllib
 from dataclasses import fields
@@ -100,3 +101,16 @@ def test_a_second_load_is_quiet_and_leaves_the_settings_as_they_were() -> None:
         assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.ERROR, False)
         raise KeyError
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+@pytest.mark.parametrize("name", ["finetune", "compare", "evaluate"])
+def test_uv_run_finds_what_a_script_needs(name: str) -> None:
+    """The header of PEP 723, as its reference implementation reads it: this checkout, with an extra which it has."""
+    text = (ROOT / "scripts" / f"{name}.py").read_text(encoding="utf-8")
+    (found,) = re.finditer(r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$", text)
+    header = tomllib.loads("".join(line[2:] if line[:2] == "# " else line[1:] for line in found["content"].splitlines(True)))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert found["type"] == "script" and header["requires-python"] == project["requires-python"]
+    (extra,) = re.fullmatch(r"hf_ls\[(\w+)\]", header["dependencies"][0]).groups()
+    assert extra in project["optional-dependencies"]
+    assert (ROOT / "scripts" / header["tool"]["uv"]["sources"]["hf_ls"]["path"]).resolve() == ROOT
