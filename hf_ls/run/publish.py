@@ -34,6 +34,7 @@ from hf_ls.run.config import Config
 from hf_ls.run.launch import announce
 from hf_ls.run.outcome import DRAWS, GENERATIONS, OUTCOME, PREDICTIONS, Outcome
 from hf_ls.run.tasks import TASKS
+from hf_ls.run.tracking import show_plots
 from hf_ls.trainer.arguments import LabelSmoothingArguments, criterion_of, smoothing_of, techniques_of
 from hf_ls.trainer.criterion import ADAPTIVE
 
@@ -76,7 +77,8 @@ def publish(
     folder = folder_of(config)
     pictures = pictures_of(report, folders, folder / "plots")
     report = replace(report, pictures=[path.name for path in pictures])
-    write_report_files(report, folder)
+    written = write_report_files(report, folder)
+    show_plots(training, sorted({*pictures, *(path for path in written if path.suffix == ".png")}))
     console = Console()
     console.print(table(report, console.width))
     for found in more_tables(report):
