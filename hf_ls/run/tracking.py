@@ -9,7 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_ls.run.manifest import CHECKPOINT, Manifest
 from hf_ls.trainer.arguments import LabelSmoothingArguments
+
+_LOGS = "runs"  # where TensorBoard's callback of the Trainer writes
 
 
 def show_plots(training: LabelSmoothingArguments, plots: Sequence[Path]) -> None:
@@ -19,11 +22,17 @@ def show_plots(training: LabelSmoothingArguments, plots: Sequence[Path]) -> None
             _TRACKERS[name](training, plots)
 
 
+def list_logs(training: LabelSmoothingArguments, manifest: Manifest) -> None:
+    """List the folder which TensorBoard's callback is about to make in that of a run: it is the run's, to delete with it."""
+    if training.should_save and "tensorboard" in (training.report_to or []) and not os.getenv("TENSORBOARD_LOGGING_DIR"):
+        manifest.add(Path(training.output_dir or "trainer_output", _LOGS), CHECKPOINT)
+
+
 def _tensorboard(training: LabelSmoothingArguments, plots: Sequence[Path]) -> None:
     from matplotlib.image import imread
 
     module = "torch.utils.tensorboard" if importlib.util.find_spec("tensorboard") else "tensorboardX"  # as the Trainer
-    folder = os.getenv("TENSORBOARD_LOGGING_DIR") or str(Path(training.output_dir or "trainer_output", "runs", "plots"))
+    folder = os.getenv("TENSORBOARD_LOGGING_DIR") or str(Path(training.output_dir or "trainer_output", _LOGS, "plots"))
     with importlib.import_module(module).SummaryWriter(log_dir=os.path.expanduser(folder)) as writer:
         for plot in plots:
             writer.add_image(f"plots/{plot.stem}", imread(plot)[..., :3], dataformats="HWC")

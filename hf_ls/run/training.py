@@ -34,6 +34,7 @@ from hf_ls.run.outcome import write_metrics
 from hf_ls.run.publish import folder_of
 from hf_ls.run.stopping import EarlyStopping, StopOnSignal, check_trained
 from hf_ls.run.tasks import TASKS
+from hf_ls.run.tracking import list_logs
 from hf_ls.trainer.arguments import smoothing_of
 
 
@@ -109,6 +110,7 @@ def train(config: Config, loaded: Loaded, manifest: Manifest, more: Sequence[Any
     callbacks += [] if patience is None else [EarlyStopping(patience)]
     trainer = make_trainer(config, loaded, callbacks, quiet=True)  # the rehearsal has loaded it
     if training.do_train:
+        list_logs(training, manifest)
         result = trainer.train(resume_from_checkpoint=checkpoint_of(config, trainer.model))
         check_trained(trainer, stop)
         write_metrics(trainer, "train", result.metrics)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -12,7 +13,8 @@ import pytest
 from helpers import arguments
 from matplotlib.image import imsave
 
-from hf_ls.run.tracking import show_plots
+from hf_ls.run.manifest import Manifest
+from hf_ls.run.tracking import list_logs, show_plots
 
 SHAPE = (4, 6, 3)
 
@@ -77,3 +79,20 @@ def test_tensorboard_reads_what_was_written(plots: list[Path], tmp_path: Path) -
     events = EventAccumulator(str(tmp_path / "run" / "runs" / "plots"))
     events.Reload()
     assert sorted(events.Tags()["images"]) == [f"plots/{path.stem}" for path in plots]
+
+
+def test_the_logs_of_a_run_are_its_own(tmp_path: Path) -> None:
+    """Else a run with TensorBoard could not be started over in its folder."""
+    args = arguments(tmp_path)
+    for report_to, own in (([], False), (["tensorboard"], True)):
+        args.report_to, manifest = report_to, Manifest(tmp_path)
+        list_logs(args, manifest)
+        (tmp_path / "runs" / "Nov28").mkdir(parents=True)
+        (tmp_path / "runs" / "Nov28" / "events").touch()
+        if own:
+            manifest.delete(first="settings.json")
+        else:
+            with pytest.raises(ValueError, match="runs/"):
+                manifest.check_alone()
+            shutil.rmtree(tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
