@@ -109,7 +109,7 @@ def _from_table(path: str, label_column: str) -> PredictionFile:
 
 
 def _as_labelled(names: list[str], labels: list[Any]) -> list[str]:
-    """The names of columns without what all begin with, where only then the labels are among them."""
+    """The names of columns, without a beginning of all where only then the labels are among them."""
     known, shared = {str(label) for label in labels}, os.path.commonprefix(names)  # noqa: RUF071
-    short = [name.removeprefix(shared) for name in names]
-    return names if known <= set(names) or not known <= set(short) else short
+    shorter = ([name[cut:] for name in names] for cut in range(len(shared) + 1))
+    return next((found for found in shorter if known <= set(found)), names)

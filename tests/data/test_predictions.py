@@ -59,6 +59,9 @@ def test_every_kind_of_file_is_read_as_its_arrays(kind: str, tmp_path: Path) -> 
 def test_what_all_headings_begin_with_is_no_part_of_a_class(prefix: str, tmp_path: Path) -> None:
     table(slice(0, 80), prefix).to_csv(tmp_path / "p.csv", index=False)
     assert read_predictions(str(tmp_path / "p.csv"), "test").names == NAMES
+    words = {f"{prefix}digit {name}": P[:80, k] for k, name in enumerate(NAMES)}  # they share more than the prefix
+    pd.DataFrame({"label": [f"digit {word}" for word in WORDS[:80]], **words}).to_csv(tmp_path / "r.csv", index=False)
+    assert read_predictions(str(tmp_path / "r.csv"), "test").names == [f"digit {name}" for name in NAMES]
     frame = table(slice(0, 80), "class ").assign(label=[f"class {word}" for word in WORDS[:80]])
     frame.to_csv(tmp_path / "q.csv", index=False)
     assert read_predictions(str(tmp_path / "q.csv"), "test").names == [f"class {name}" for name in NAMES]
