@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,11 +35,13 @@ from hf_ls.report.sentences import regime, verdict, warnings
 from hf_ls.report.table import more_tables, table
 from hf_ls.run.config import Config
 from hf_ls.run.launch import announce
+from hf_ls.run.manifest import CHECKPOINT, Manifest
 from hf_ls.run.outcome import DRAWS, GENERATIONS, OUTCOME, PREDICTIONS, Outcome
 from hf_ls.run.tasks import TASKS
-from hf_ls.run.tracking import show_plots
 from hf_ls.trainer.arguments import LabelSmoothingArguments, criterion_of, smoothing_of, techniques_of
 from hf_ls.trainer.criterion import ADAPTIVE
+
+_LOGS = "runs"  # where TensorBoard's callback of the Trainer writes
 
 
 def folder_of(config: Config) -> Path:
@@ -213,3 +218,47 @@ def _training_facts(config: Config, runs: dict[str, Outcome]) -> TrainingFacts:
         num_processes=PartialState().num_processes,
         train_runtime_s=round(sum(seconds), 1) if len(seconds) == len(runs) else None,
     )
+
+
+def show_plots(training: LabelSmoothingArguments, plots: Sequence[Path]) -> None:
+    """Log each picture as `plots/NAME` to TensorBoard, Weights & Biases and Trackio, as far as `report_to` names them."""
+    for name in training.report_to or []:
+        if name in _TRACKERS and plots:
+            _TRACKERS[name](training, plots)
+
+
+def list_logs(training: LabelSmoothingArguments, manifest: Manifest) -> None:
+    """List the folder which TensorBoard's callback is about to make in that of a run: it is the run's, to delete with it."""
+    if training.should_save and "tensorboard" in (training.report_to or []) and not os.getenv("TENSORBOARD_LOGGING_DIR"):
+        manifest.add(Path(training.output_dir or "trainer_output", _LOGS), CHECKPOINT)
+
+
+def _tensorboard(training: LabelSmoothingArguments, plots: Sequence[Path]) -> None:
+    from matplotlib.image import imread
+
+    module = "torch.utils.tensorboard" if importlib.util.find_spec("tensorboard") else "tensorboardX"  # as the Trainer
+    folder = os.getenv("TENSORBOARD_LOGGING_DIR") or str(Path(training.output_dir or "trainer_output", _LOGS, "plots"))
+    with importlib.import_module(module).SummaryWriter(log_dir=os.path.expanduser(folder)) as writer:
+        for plot in plots:
+            writer.add_image(f"plots/{plot.stem}", imread(plot)[..., :3], dataformats="HWC")
+
+
+def _wandb(training: LabelSmoothingArguments, plots: Sequence[Path]) -> None:
+    wandb = importlib.import_module("wandb")
+    if wandb.run is not None:  # the Trainer's callback leaves it open
+        wandb.run.log({f"plots/{plot.stem}": wandb.Image(str(plot)) for plot in plots})
+
+
+def _trackio(training: LabelSmoothingArguments, plots: Sequence[Path]) -> None:
+    trackio: Any = importlib.import_module("trackio")
+    trackio.init(  # as the Trainer's callback, which has finished it
+        project=training.project, name=training.run_name, space_id=training.trackio_space_id, resume="allow",
+        private=training.hub_private_repo, bucket_id=training.trackio_bucket_id,
+    )  # fmt: skip
+    trackio.log({f"plots/{plot.stem}": trackio.Image(str(plot)) for plot in plots})
+    trackio.finish()
+
+
+_TRACKERS: dict[str, Callable[[LabelSmoothingArguments, Sequence[Path]], None]] = {
+    "tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio,
+}  # fmt: skip

@@ -31,10 +31,9 @@ from hf_ls.run.launch import announce, silenced
 from hf_ls.run.loading import Loaded, check_tokens, load_distillation_teacher, load_model
 from hf_ls.run.manifest import Manifest
 from hf_ls.run.outcome import write_metrics
-from hf_ls.run.publish import folder_of
+from hf_ls.run.publish import folder_of, list_logs
 from hf_ls.run.stopping import EarlyStopping, StopOnSignal, check_trained
 from hf_ls.run.tasks import TASKS
-from hf_ls.run.tracking import list_logs
 from hf_ls.trainer.arguments import smoothing_of
 
 

@@ -14,7 +14,7 @@ from helpers import arguments
 from matplotlib.image import imsave
 
 from hf_ls.run.manifest import Manifest
-from hf_ls.run.tracking import list_logs, show_plots
+from hf_ls.run.publish import list_logs, show_plots
 
 SHAPE = (4, 6, 3)
 
