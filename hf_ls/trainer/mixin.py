@@ -202,8 +202,7 @@ class LabelSmoothingMixin(Steps):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        columns: Any = self._signature_columns
-        self._signature_columns = [*columns, *({SOFT} - {*columns})]  # type: ignore[assignment]
+        self._signature_columns: Any = [*dict.fromkeys([*self._signature_columns, SOFT])]
 
     def _is_evaluation(self, model: nn.Module) -> bool:
         # The mode of a wrapper says nothing: DeepSpeed's engine hands eval() on to the model and stays in training mode itself.
