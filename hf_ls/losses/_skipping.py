@@ -88,7 +88,9 @@ class ColumnSkipping:
         self.on, self.calibrated = True, False
         self.rows = 0
         self.kept = self.largest = self.dropped = self.total = self.rows_missed = 0.0
-        self._tails: list[tuple[Tail, slice, Tensor]] = []  # with the rows, and the part of dW [d]
+        self._tails: list[
+            tuple[Tensor, Tensor, slice, Tensor]
+        ] = []  # t [K], m [m], the rows, and what t is multiplied by in dW [d]
         signs = torch.randint(2, (width, PROBES), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
         self._probes = signs.to(weight)
         # A product with few columns is several times as fast with those as rows.
@@ -122,7 +124,7 @@ class ColumnSkipping:
         self.dropped, self.total = self.dropped + float(tail.mass.sum()), self.total + float(row_scale.sum())
         self.rows_missed += float(tail.rows_missed.square().sum())
         self._classes_missed += tail.classes_missed
-        self._tails.append((tail, rows, torch.mv(hidden.t().to(self.dtype), tail.mass)))
+        self._tails.append((tail.mean, tail.mass, rows, torch.mv(hidden.t().to(self.dtype), tail.mass)))
         if len(self._tails) == MOST_TAILS:
             self._add_tails()
         return True
@@ -210,13 +212,13 @@ class ColumnSkipping:
     def _add_tails(self) -> None:
         if not self._tails:
             return
-        means = torch.stack([tail.mean for tail, _, _ in self._tails])
+        means = torch.stack([mean for mean, *_ in self._tails])
         if self.grad_hidden is not None:
             products = torch.mm(means.to(self.weight.dtype), self.weight).to(self.dtype)
-            for product, (tail, rows, _) in zip(products, self._tails, strict=True):
-                self.grad_hidden[rows].addr_(tail.mass, product)
+            for product, (_, mass, rows, _) in zip(products, self._tails, strict=True):
+                self.grad_hidden[rows].addr_(mass, product)
         if self.grad_weight is not None:
-            parts = torch.stack([part for _, _, part in self._tails]).to(self.grad_weight.dtype)
+            parts = torch.stack([part for *_, part in self._tails]).to(self.grad_weight.dtype)
             self.grad_weight.addmm_(means.t().to(self.grad_weight.dtype), parts, alpha=self.alpha)
         self._tails.clear()
 
