@@ -78,7 +78,7 @@ def _finished(config: Config) -> Outcome | None:
     """What this run left when it was complete, where a resumed one asks."""
     folder = folder_of(config)
     found = Outcome.load(folder) if config.training.resume_from_checkpoint and (folder / OUTCOME).is_file() else None
-    PartialState().wait_for_everyone()  # every process has looked before the main one publishes, which takes the file away to bake
+    PartialState().wait_for_everyone()  # all have looked before the main one publishes, which takes the file away to bake
     return found
 
 
