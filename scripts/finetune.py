@@ -18,7 +18,7 @@ from hf_ls.common.errors import end_with, one_sentence
 from hf_ls.run.config import parse_config
 from hf_ls.run.finetune import finetune
 from hf_ls.run.launch import check_started, end_processes, explain_failure
-from hf_ls.run.stopping import Stopped, end_at_signals, end_stopped
+from hf_ls.run.stopping import Stopped, end_at_signals, end_stopped, give_signals_back
 
 
 def main() -> None:
@@ -30,6 +30,7 @@ def main() -> None:
         config = parse_config()
         finetune(config)
         end_processes()
+        give_signals_back()
     except Stopped as stopped:
         sys.exit(end_stopped(stopped))
     except Exception as error:

@@ -184,7 +184,7 @@ def rows_of(draw: random.Random) -> list[dict]:
     )
     tags = draw.choice([["O", "PER"], [0, 1], [-100, 3], draw.sample(WORDS, 2), [None, "O"], [[1]]])
     rows = []
-    for i in range(draw.choice([0, 1, 2, 3, 20, 40])):
+    for i in range(draw.choice([0, 1, 2, 3, 20, 20, 40, 40])):
         words = [f"w{i}", draw.choice(WORDS)]
         rows.append({"text": f"s {i}", "label": draw.choice(labels), "source": f"a {i}", "target": f"b {i}",
                      "tokens": words, "ner_tags": [draw.choice(tags) for _ in words]})  # fmt: skip
