@@ -156,7 +156,7 @@ def rows_of(draw: random.Random) -> list[dict]:
     """Mostly rows which make sense, with something odd in some of them."""
     labels = draw.choice(
         [
-            ["pos", "neg"],
+            *[["pos", "neg"], ["a", "b", "c"]] * 8,
             [0, 1],
             ["1", "1.0"],
             [0.5, 1.5],
@@ -188,7 +188,7 @@ def rows_of(draw: random.Random) -> list[dict]:
         words = [f"w{i}", draw.choice(WORDS)]
         rows.append({"text": f"s {i}", "label": draw.choice(labels), "source": f"a {i}", "target": f"b {i}",
                      "tokens": words, "ner_tags": [draw.choice(tags) for _ in words]})  # fmt: skip
-    odd = draw.choice([0.0, 0.0, 0.02, 0.3])
+    odd = draw.choice([0.0, 0.0, 0.0, 0.0, 0.02, 0.3])
     for row in rows:
         for name in list(row):
             if draw.random() < odd:
@@ -292,7 +292,7 @@ def file_of(draw: random.Random, path) -> None:
         data = parquet_of(draw, rows)
     else:
         data = json_of(draw, rows, lines=path.suffix == ".jsonl" or draw.random() < 0.3)
-    if draw.random() < 0.2 and data:  # damaged
+    if draw.random() < 0.1 and data:  # damaged
         at = draw.randrange(len(data))
         data = draw.choice(
             [data[:at], data[:at] + draw.randbytes(3) + data[at:], data[at:], data + b"\n\n", b"\xef\xbb\xbf" + data]
