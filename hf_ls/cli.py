@@ -39,7 +39,7 @@ def finetune_command() -> None:
     from hf_ls.run.config import parse_config
     from hf_ls.run.finetune import finetune
     from hf_ls.run.launch import check_started, end_processes, explain_failure
-    from hf_ls.run.stopping import Stopped, end_at_signals, end_stopped
+    from hf_ls.run.stopping import Stopped, end_at_signals, end_stopped, give_signals_back
 
     config = None
     end_at_signals()
@@ -48,6 +48,7 @@ def finetune_command() -> None:
         config = parse_config()
         finetune(config)
         end_processes()
+        give_signals_back()
     except Stopped as stopped:
         sys.exit(end_stopped(stopped))
     except Exception as error:

@@ -172,7 +172,7 @@ def errors(runs: dict[str, Run], hidden: Tensor, weight: Tensor, labels: Tensor)
         (F.cross_entropy(logits, labels[rows], label_smoothing=EPSILON) * len(rows) / len(h)).backward()
         slope = logits.grad.bfloat16().float() if logits.grad is not None else logits
         rounded[0][rows] = (slope @ w).bfloat16().float()
-        rounded[1] += slope.t() @ h
+        rounded[1] += slope.t() @ h[rows]
     gradients.append(rounded)
     exact, *others = gradients
     found = []

@@ -28,6 +28,10 @@ _TYPES = {
 }
 
 
+# How datasets says it of a Parquet file and of a JSON file.
+_NO_ROW = ("BatchSize must be greater than 0", "corresponds to no data")
+
+
 def read_files(files: Mapping[str, str]) -> DatasetDict:
     """The rows of local CSV, TSV, JSON, JSONL or Parquet files, split -> path.
 
@@ -57,6 +61,8 @@ def read_files(files: Mapping[str, str]) -> DatasetDict:
             raise
         cause = error.__cause__ or error
         found = cause.details().rstrip(".") if isinstance(cause, CastError) else " ".join(str(cause).split())
+        if any(said in found for said in _NO_ROW):
+            found = "a file without a row"
         remedy = "give all files the same columns" if isinstance(cause, CastError) else "check the files"
         raise ValueError(f"expected rows in {paths}, got: {found}; {remedy}") from error
 

@@ -60,7 +60,7 @@ class Tail(NamedTuple):
     mean: Tensor  # t [K], 0 at the kept columns
     mass: Tensor  # m [m]
     rows_missed: Tensor  # [m, PROBES], of dH
-    classes_missed: Tensor  # [K, PROBES], of dW
+    classes_missed: Tensor  # [PROBES, K], of dW
 
 
 class ColumnSkipping:
@@ -88,11 +88,14 @@ class ColumnSkipping:
         self.on, self.calibrated = True, False
         self.rows = 0
         self.kept = self.largest = self.dropped = self.total = self.rows_missed = 0.0
-        self._tails: list[tuple[Tail, slice, Tensor]] = []  # with the rows, and the part of dW [d]
+        self._tails: list[
+            tuple[Tensor, Tensor, slice, Tensor]
+        ] = []  # t [K], m [m], the rows, and what t is multiplied by in dW [d]
         signs = torch.randint(2, (width, PROBES), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
         self._probes = signs.to(weight)
-        self._weight_probes = weight @ self._probes
-        self._classes_missed = weight.new_zeros((self.classes, PROBES), dtype=self.dtype)
+        # A product with few columns is several times as fast with those as rows.
+        self._weight_probes = self._probes.t() @ weight.t()
+        self._classes_missed = weight.new_zeros((PROBES, self.classes), dtype=self.dtype)
 
     def add(self, start: int, gradient: Tensor, hidden: Tensor, labels: Tensor, row_scale: Tensor) -> bool:
         """Add a chunk of rows from `start` on: G [m, K], hidden [m, d], labels [m], and a [m], the mass of a row.
@@ -121,7 +124,7 @@ class ColumnSkipping:
         self.dropped, self.total = self.dropped + float(tail.mass.sum()), self.total + float(row_scale.sum())
         self.rows_missed += float(tail.rows_missed.square().sum())
         self._classes_missed += tail.classes_missed
-        self._tails.append((tail, rows, torch.mv(hidden.t().to(self.dtype), tail.mass)))
+        self._tails.append((tail.mean, tail.mass, rows, torch.mv(hidden.t().to(self.dtype), tail.mass)))
         if len(self._tails) == MOST_TAILS:
             self._add_tails()
         return True
@@ -144,17 +147,18 @@ class ColumnSkipping:
 
     def _choose(self, rows: slice, gradient: Tensor, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tail] | None:
         """The columns to keep, in order, and the tail of the others; None for all columns."""
-        energy, sums = _column_energy(gradient, self.dtype), gradient.sum(0, dtype=self.dtype)
+        energy = _column_energy(gradient, self.dtype)
         total = energy.sum()
         if not bool(torch.isfinite(total)):
             return None  # the caller refuses such losses
+        hidden_probes = hidden @ self._probes
+        of_classes = torch.mm(hidden_probes.t(), gradient).to(self.dtype)
+        sums = gradient.sum(0, dtype=self.dtype)
         # What rows have in common is no error: a rank-1 tail has it.
         energy -= sums.square() / len(gradient)
         level = energy.clamp_min_(0).clamp_min(_LEAST_ENERGY).log2_().mul_(_LEVELS_PER_OCTAVE).floor_().long()
         level -= level.min()
         up_to = torch.bincount(level, weights=energy).cumsum(0)
-        hidden_probes = hidden @ self._probes
-        of_classes = torch.mm(gradient.t(), hidden_probes).to(self.dtype)
         norms = None if self.calibrated else self._norms(rows, gradient, hidden_probes, of_classes)
         best: tuple[Tensor, Tail] | None = None
         for _ in range(1 if norms is None else TRIES):
@@ -182,25 +186,24 @@ class ColumnSkipping:
         return best
 
     def _tail(self, gradient: Tensor, hidden_probes: Tensor, of_classes: Tensor, columns: Tensor, sums: Tensor) -> Tail:
-        """What is outside of the columns; of_classes: Gᵀ·hidden_probes [K, PROBES]; sums: of G over its rows [K]."""
-        outside = self._weight_probes.new_ones(self.classes, 1).index_fill_(0, columns, 0)
-        seen = torch.cat((self._weight_probes * outside, outside), dim=1)
-        found = torch.mm(gradient, seen).to(self.dtype)
+        """What is outside of the columns; of_classes: hidden_probesᵀ·G [PROBES, K]; sums: of G over its rows [K]."""
+        seen = torch.cat((self._weight_probes, self._weight_probes.new_ones(1, self.classes))).index_fill_(1, columns, 0)
+        found = torch.mm(gradient, seen.t()).to(self.dtype)
         rows_missed, mass = found[:, :PROBES], found[:, PROBES].clone()
         mean = sums.index_fill(0, columns, 0)
         mean /= mean.sum().clamp_min(torch.finfo(self.dtype).tiny)
-        rows_missed = rows_missed.addr(mass, mean @ seen[:, :PROBES].to(self.dtype), alpha=-1)
-        classes_missed = of_classes.index_fill(0, columns, 0)
-        classes_missed.addr_(mean, mass @ hidden_probes.to(self.dtype), alpha=-1)
+        rows_missed = rows_missed.addr(mass, seen[:PROBES].to(self.dtype) @ mean, alpha=-1)
+        classes_missed = of_classes.index_fill(1, columns, 0)
+        classes_missed.addr_(mass @ hidden_probes.to(self.dtype), mean, alpha=-1)
         return Tail(mean, mass, rows_missed, classes_missed)
 
     def _norms(self, rows: slice, gradient: Tensor, hidden_probes: Tensor, of_classes: Tensor) -> tuple[float, float]:
         """‖dH‖ and ‖dW‖ of this chunk along the probes; infinite where one is not wanted, so that its error is 0."""
-        of_rows = torch.mm(gradient, self._weight_probes).to(self.dtype)
+        of_rows = torch.mm(gradient, self._weight_probes.t()).to(self.dtype)
         if self.prior is not None:
             prior, mixing = self.prior[0], self.prior[1][rows]
-            of_rows.addr_(mixing, prior @ self._weight_probes.to(prior.dtype), alpha=-1)
-            of_classes = of_classes.addr(prior, mixing @ hidden_probes.to(mixing.dtype), alpha=-1)
+            of_rows.addr_(mixing, self._weight_probes.to(prior.dtype) @ prior, alpha=-1)
+            of_classes = of_classes.addr(mixing @ hidden_probes.to(mixing.dtype), prior, alpha=-1)
         return (
             math.inf if self.grad_hidden is None else float(of_rows.norm()),
             math.inf if self.grad_weight is None else float(of_classes.norm()),
@@ -209,13 +212,13 @@ class ColumnSkipping:
     def _add_tails(self) -> None:
         if not self._tails:
             return
-        means = torch.stack([tail.mean for tail, _, _ in self._tails])
+        means = torch.stack([mean for mean, *_ in self._tails])
         if self.grad_hidden is not None:
             products = torch.mm(means.to(self.weight.dtype), self.weight).to(self.dtype)
-            for product, (tail, rows, _) in zip(products, self._tails, strict=True):
-                self.grad_hidden[rows].addr_(tail.mass, product)
+            for product, (_, mass, rows, _) in zip(products, self._tails, strict=True):
+                self.grad_hidden[rows].addr_(mass, product)
         if self.grad_weight is not None:
-            parts = torch.stack([part for _, _, part in self._tails]).to(self.grad_weight.dtype)
+            parts = torch.stack([part for *_, part in self._tails]).to(self.grad_weight.dtype)
             self.grad_weight.addmm_(means.t().to(self.grad_weight.dtype), parts, alpha=self.alpha)
         self._tails.clear()
 

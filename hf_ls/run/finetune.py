@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from hf_ls.common.privacy import token_in_environment
 from hf_ls.report.calibration_report import BASELINE, CalibrationReport
 from hf_ls.report.facts import SmoothingFacts
@@ -92,7 +94,9 @@ def _planned(config: Config) -> Iterator[Config]:
 def _finished(config: Config) -> Outcome | None:
     """What this run left when it was complete, where a resumed one asks."""
     folder = folder_of(config)
-    return Outcome.load(folder) if config.training.resume_from_checkpoint and (folder / OUTCOME).is_file() else None
+    found = Outcome.load(folder) if config.training.resume_from_checkpoint and (folder / OUTCOME).is_file() else None
+    PartialState().wait_for_everyone()  # all have looked before the main one publishes, which takes the file away to bake
+    return found
 
 
 def _train_and_calibrate(config: Config, loaded: Loaded, manifest: Manifest, callbacks: Sequence[Any]) -> Outcome:

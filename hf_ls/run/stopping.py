@@ -89,6 +89,12 @@ def end_at_signals() -> None:
             signal.signal(each, stop)
 
 
+def give_signals_back() -> None:
+    """Let SIGTERM and SIGINT end the process without a word: all is done, and at its exit an exception would be a traceback."""
+    for each in _SIGNALS:
+        signal.signal(each, signal.SIG_DFL)
+
+
 def end_stopped(stopped: Stopped) -> int:
     """Say that the run was stopped and how it goes on; the exit code."""
     for each in _SIGNALS:  # a launcher sends them again, beside the terminal, and when the first process has ended

@@ -172,3 +172,12 @@ def test_empty_and_broken_files_are_refused(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match="expected rows in"):
         load_classification(None, files={"train": str(tmp_path / name)})
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.json"])
+def test_a_file_without_a_row_is_said_to_be_one(tmp_path, name):
+    path = tmp_path / name
+    empty = Dataset.from_dict({"text": [], "label": []})
+    _ = empty.to_parquet(path) if name == "a.parquet" else path.write_text("[]")
+    with pytest.raises(ValueError, match=r"expected rows in .*, got: a file without a row; check the files"):
+        load_classification(None, files={"train": str(path)})

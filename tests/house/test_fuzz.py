@@ -157,7 +157,7 @@ def rows_of(draw: random.Random) -> list[dict]:
     """Mostly rows which make sense, with something odd in some of them."""
     labels = draw.choice(
         [
-            ["pos", "neg"],
+            *[["pos", "neg"], ["a", "b", "c"]] * 8,
             [0, 1],
             ["1", "1.0"],
             [0.5, 1.5],
@@ -185,11 +185,11 @@ def rows_of(draw: random.Random) -> list[dict]:
     )
     tags = draw.choice([["O", "PER"], [0, 1], [-100, 3], draw.sample(WORDS, 2), [None, "O"], [[1]]])
     rows = []
-    for i in range(draw.choice([0, 1, 2, 3, 20, 40])):
+    for i in range(draw.choice([0, 1, 2, 3, 20, 20, 40, 40])):
         words = [f"w{i}", draw.choice(WORDS)]
         rows.append({"text": f"s {i}", "label": draw.choice(labels), "source": f"a {i}", "target": f"b {i}",
                      "tokens": words, "ner_tags": [draw.choice(tags) for _ in words]})  # fmt: skip
-    odd = draw.choice([0.0, 0.0, 0.02, 0.3])
+    odd = draw.choice([0.0, 0.0, 0.0, 0.0, 0.02, 0.3])
     for row in rows:
         for name in list(row):
             if draw.random() < odd:
@@ -293,7 +293,7 @@ def file_of(draw: random.Random, path) -> None:
         data = parquet_of(draw, rows)
     else:
         data = json_of(draw, rows, lines=path.suffix == ".jsonl" or draw.random() < 0.3)
-    if draw.random() < 0.2 and data:  # damaged
+    if draw.random() < 0.1 and data:  # damaged
         at = draw.randrange(len(data))
         data = draw.choice(
             [data[:at], data[:at] + draw.randbytes(3) + data[at:], data[at:], data + b"\n\n", b"\xef\xbb\xbf" + data]

@@ -326,12 +326,24 @@ def test_smoothing_is_stated_truthfully() -> None:
     assert "No label smoothing was used" in none and "nats" not in none
 
 
-def test_nothing_is_claimed_of_a_smoothing_of_which_only_epsilon_is_known() -> None:
-    unknown = body(replace(make_report(rows=1), rows=[replace(make_report(rows=1).rows[0], run="evaluated")], history={},
-                           published=None, differences=[], training=None, smoothing=SmoothingFacts(0.1)))  # fmt: skip
-    section = unknown.split("## Label smoothing")[1].split("## Training")[0]
-    assert "effective epsilon: 0.1" in section and "convention not known" in section and "prior: not known" in section
-    assert "`all`" not in section and "schedule: not known" in section
+@pytest.mark.parametrize("over", ["classes", "vocabulary", "text"])
+@pytest.mark.parametrize("known", [{}, {"prior": "uniform"}, {"schedule": "linear", "final_epsilon": 0.2}, {"num_classes": 3}])
+@pytest.mark.parametrize("epsilon", [None, 0.0, 0.1, 0.6])
+def test_a_convention_which_nobody_stated_is_in_no_card(epsilon: float | None, known: dict[str, Any], over: Any) -> None:
+    """Nor is what follows from one: a confidence ceiling, a logit gap, an equal epsilon."""
+    row = replace(make_report(rows=1).rows[0], run="evaluated", epsilon=epsilon)
+    stated = {"rows": [row], "history": {}, "published": None, "differences": [], "training": None}
+    text = body(replace(make_report(rows=1), **stated, smoothing=SmoothingFacts(epsilon, over=over, **known)))
+    section = text.split("## Label smoothing")[1].split("## Training")[0]
+    assert not any(said in text for said in ("`all`", "`wrong`", "ceiling", "logit gap", "the same as"))
+    if "final_epsilon" not in known and not epsilon:
+        assert ("No label smoothing was used" if epsilon == 0 else "not known: this model was not trained here") in section
+    elif epsilon is not None:
+        assert f"effective epsilon: {epsilon:g}" in section and "convention not known" in section
+        assert known.get("prior") or "prior: not known" in section
+        assert known.get("schedule") or "schedule: not known" in section
+    stated_one = body(replace(make_report(rows=1), **stated, smoothing=SmoothingFacts(0.1, "wrong", over=over, **known)))
+    assert "`wrong`" in stated_one
 
 
 def test_limitations_follow_the_report() -> None:

@@ -113,6 +113,7 @@ def test_nothing_is_claimed_about_a_training_which_nobody_saw(model: Path, files
     said = evaluate(settings(model, files, tmp_path / "said", epsilon=0.1, write_card=True))
     text = ModelCard.load(tmp_path / "said" / "README.md").text
     assert said.rows[0].epsilon == 0.1 and "as its user says" in text and "prior: not known" in text
+    assert "convention not known" in text and "`all`" not in text
 
 
 def test_the_report_beside_the_weights_says_how_they_were_trained(model: Path, files: dict[str, Any], tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import pytest
 import torch
 from faults import Fault, with_fault
 from huggingface_hub import ModelCard
+from launching import launch
 from places import ROOT
 from safetensors.torch import load_file
 from tiny_run import ALL, arguments, script, torchrun
@@ -261,6 +262,10 @@ def test_the_script_killed_at_a_random_time(tiny, tmp_path, scripted, moment):
     check_whole_files(folder)
     script([*arguments(tiny, folder, *scripted.run), *RESUME], scripted.processes)
     check_same_result(folder, scripted.folder)
+
+
+def test_processes_agree_that_a_run_is_complete(tmp_path):
+    launch(2, tmp_path, "complete_worker.py")
 
 
 LONG = ["--do_train", "--max_steps", "100000", "--save_strategy", "steps", "--save_steps", "5", "--save_total_limit", "1"]

@@ -10,6 +10,8 @@ import time
 
 import psutil
 import pytest
+from forked import Forked, run_file
+from places import ROOT
 from tiny_run import ALL, arguments, started, torchrun
 from transformers import TrainerCallback
 
@@ -84,6 +86,20 @@ def test_early_stopping_counts_on_after_a_resume(tiny, tmp_path):
         finetune(parse_config([*argv, *RESUME]))
         assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == state["global_step"]
         assert (tmp_path / "model.safetensors").read_bytes() == model
+
+
+def script_and_then(argv, number):
+    run_file(str(ROOT / "scripts" / "finetune.py"), argv)
+    os.kill(os.getpid(), number)
+    time.sleep(10)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_a_finished_script_exits_is_no_traceback(tiny, tmp_path, number):
+    process = Forked(script_and_then, arguments(tiny, tmp_path / "out", *ALL, "--dry_run"), number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == -number and "settings are sound" in output, output
+    assert "Traceback" not in output, output
 
 
 @pytest.mark.timeout(400)

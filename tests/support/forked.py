@@ -90,8 +90,9 @@ class Forked:
         return Path(self.output).read_text(encoding="utf-8", errors="replace"), None
 
     def send_signal(self, number: int) -> None:
-        """To this process alone."""
-        os.kill(self.pid, number)
+        """To this process alone; nothing where it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
 
     def kill(self) -> None:
         """With SIGKILL, waited for."""

@@ -6,7 +6,9 @@ Two processes are those of torchrun itself, whose agent forks its workers where 
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import subprocess
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import psutil
@@ -15,6 +17,7 @@ from blank import leave_blank
 from forked import Forked, begin, run_file
 from places import ROOT
 from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
 
 _SCRIPT = str(ROOT / "scripts" / "finetune.py")
@@ -67,17 +70,28 @@ def _script(argv: list[str]) -> None:
     run_file(_SCRIPT, argv)
 
 
-def _worker(argv: list[str], log: str, environment: dict[str, str]) -> None:
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+_START = SubprocessContext._start
+
+
+def _worker(argv: list[str], log: str, environment: dict[str, str], ready: Connection) -> None:
     begin(log, environment)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+    ready.close()
     _script(argv)
 
 
 class _Worker:
-    """What torchrun asks of `subprocess.Popen`."""
+    """What torchrun asks of `subprocess.Popen`: once it is made, it is a session of its own without the agent's handlers."""
 
     def __init__(self, argv: list[str], log: str, environment: dict[str, str]) -> None:
-        self.process = multiprocessing.get_context("fork").Process(target=_worker, args=(argv, log, environment))
+        began, ready = multiprocessing.Pipe(duplex=False)
+        arguments = (argv, log, environment, ready)
+        self.process = multiprocessing.get_context("fork").Process(target=_worker, args=arguments)
         self.process.start()
+        ready.close()
+        began.poll(None)
+        began.close()
         self.pid = self.process.pid
 
     def poll(self) -> int | None:
@@ -90,6 +104,17 @@ class _Worker:
         return self.process.exitcode
 
 
+def _start(self: SubprocessContext) -> None:
+    """As torchrun's, but a signal which comes meanwhile waits: torchrun would leave the workers made so far to themselves.
+
+    It takes milliseconds there, and longer here, where all that the server has imported is forked.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    _START(self)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+
+
 def _launcher(argv: list[str], log: str, processes: int) -> None:
+    SubprocessContext._start = _start  # type: ignore[method-assign]
     SubprocessHandler._popen = lambda self, args, env: _Worker(argv, log, env)  # type: ignore[method-assign,assignment]
     torchrun.main(["--standalone", "--nproc_per_node", str(processes), _SCRIPT, *argv])

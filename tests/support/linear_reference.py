@@ -150,10 +150,10 @@ def terms_of(smoothing: Smoothing | float, **options: Any) -> LinearTerms:
 
 
 class Matmuls(TorchDispatchMode):
-    """Counts matmuls of more than one row and remembers the largest tensor any operator returned."""
+    """Counts matmuls of more than one row, their multiplications, and remembers the largest tensor any operator returned."""
 
     def __enter__(self) -> Matmuls:
-        self.large, self.largest = 0, 0
+        self.large, self.largest, self.multiplications = 0, 0, 0
         return super().__enter__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -163,4 +163,5 @@ class Matmuls(TorchDispatchMode):
                 self.largest = max(self.largest, t.untyped_storage().nbytes() // t.element_size())
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm) and out.shape[0] > 1:
             self.large += 1
+            self.multiplications += out.numel() * args[-1].shape[0]
         return out
