@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict
 from numpy.typing import NDArray
 
@@ -122,6 +123,15 @@ def sample(part: Dataset, limit: int | None, seed: int | None) -> Dataset:
         return part
     chosen = np.arange(limit) if seed is None else np.sort(np.random.default_rng(seed).permutation(len(part))[:limit])
     return part.select(chosen)
+
+
+def longest_first(tokens: Dataset) -> NDArray[np.int64]:
+    """The order [n] of tokenised rows by length, the longest first and equals as they are, so that batches need little padding.
+
+    `predictions[np.argsort(order)]` are in the order of the rows again.
+    """
+    rows = tokens.select_columns(["input_ids"]).with_format("arrow")["input_ids"]
+    return np.argsort(-pc.list_value_length(rows).to_numpy(), kind="stable")
 
 
 def check_overlap(splits: Mapping[str, Dataset]) -> None:

@@ -94,7 +94,8 @@ def penultimate(model: nn.Module, batches: Iterable[Mapping[str, Any]], *, label
             if batch.get(label_name) is None:
                 raise ValueError(f"expected {label_name!r} in each batch, got {sorted(batch)}; the colours are the labels")
             inputs = {key: value.to(device) for key, value in batch.items() if key != label_name}
-            head = find_head(model, inputs)[2] if head is None else head
+            if head is None:  # two rows show it as well as a batch
+                head = find_head(model, {key: value[:2] for key, value in inputs.items()})[2]
             handles = [
                 head.register_forward_pre_hook(lambda _, args: seen.append(args[0])),
                 head.register_forward_hook(lambda _, args, output: seen.append(output)),
@@ -274,9 +275,26 @@ def write_pictures(
     return found
 
 
+def drawn_rows(labels: ArrayLike) -> NDArray[np.int64]:
+    """The rows of labels [n] which `penultimate_plane` draws, in their order; none of fewer than three classes."""
+    y = np.asarray(labels, np.int64)
+    counts = np.bincount(y)
+    if np.count_nonzero(counts) < 3:
+        return np.zeros(0, np.int64)
+    return np.sort(_points(y, _most_frequent(counts)))
+
+
+def _most_frequent(counts: NDArray[np.int64]) -> list[int]:
+    return sorted(int(c) for c in np.argsort(-counts, kind="stable")[:3])
+
+
+def _points(labels: NDArray[np.int64], three: list[int]) -> NDArray[np.int64]:
+    return np.concatenate([np.flatnonzero(labels == c)[:POINTS] for c in three])
+
+
 def _three_classes(run: Penultimate, classes: tuple[int, int, int] | None) -> list[int]:
     counts = np.bincount(run.labels, minlength=len(run.weight))
-    three = sorted(classes) if classes is not None else sorted(int(c) for c in np.argsort(-counts, kind="stable")[:3])
+    three = sorted(classes) if classes is not None else _most_frequent(counts)
     if len(set(three)) != 3 or not all(0 <= c < len(run.weight) and counts[c] for c in three):
         raise ValueError(f"expected three classes with examples, got {three} of {len(run.weight)}; name others in classes=")
     return three
@@ -284,7 +302,7 @@ def _three_classes(run: Penultimate, classes: tuple[int, int, int] | None) -> li
 
 def _draw_plane(ax: Axes, run: Penultimate, three: list[int]) -> None:
     basis = class_plane(run.weight[three])
-    kept = np.concatenate([np.flatnonzero(run.labels == c)[:POINTS] for c in three])
+    kept = _points(run.labels, three)
     points, labels = run.features[kept] @ basis.T, run.labels[kept]
     centre, half = (points.max(0) + points.min(0)) / 2, max(float(np.ptp(points, axis=0).max()) * 0.55, 1e-9)
     extent = (centre[0] - half, centre[0] + half, centre[1] - half, centre[1] + half)

@@ -19,6 +19,7 @@ from hf_ls.calibration.temperature import NoFiniteTemperature
 from hf_ls.common.errors import read_json
 from hf_ls.common.files import write_arrays, write_atomically
 from hf_ls.data.soft_labels import SOFT
+from hf_ls.data.splitting import longest_first
 from hf_ls.metrics.classes import CLASS_SCORES
 from hf_ls.metrics.paired import Draws, draws_as_arrays, draws_from_arrays, draws_of_tokens
 from hf_ls.metrics.text import draws_of_texts, signature, text_metrics
@@ -98,7 +99,7 @@ def evaluate_classes(trainer: Any, tokens: DatasetDict) -> Outcome:
     training, num_classes = trainer.args, trainer.model.config.num_labels
     logits, labels, soft = {}, {}, {}
     for split, prefix in _wanted(training, tokens):
-        output = trainer.predict(tokens[split], metric_key_prefix=prefix)
+        output = _predict(trainer, tokens[split], prefix)
         write_metrics(trainer, prefix, output.metrics)
         logits[split], labels[split] = np.asarray(output.predictions, np.float64), np.asarray(output.label_ids)
         soft[split] = np.asarray(tokens[split][SOFT]) if SOFT in tokens[split].column_names else None
@@ -172,14 +173,21 @@ def _token_scores(trainer: Any) -> dict[str, Any]:
     return found | ({} if counts is None else {name: {"value": float(score(counts))} for name, score in CLASS_SCORES.items()})
 
 
-def _predict(trainer: Any, tokens: Dataset, prefix: str, *, loss_only: bool) -> Any:
-    """As `trainer.predict`; `loss_only` keeps the logits of every token from being gathered."""
-    before = trainer.args.prediction_loss_only
+def _predict(trainer: Any, tokens: Dataset, prefix: str, *, loss_only: bool = False) -> Any:
+    """As `trainer.predict`, in the order of the rows; `loss_only` keeps the logits of every token from being gathered.
+
+    Rows of a length are evaluated together, since every token of padding costs as much as one of a text.
+    """
+    before, order = trainer.args.prediction_loss_only, longest_first(tokens)
     trainer.args.prediction_loss_only = loss_only
     try:
-        return trainer.predict(tokens, metric_key_prefix=prefix)
+        output = trainer.predict(tokens.select(order), metric_key_prefix=prefix)
     finally:
         trainer.args.prediction_loss_only = before
+    if loss_only:
+        return output
+    back = np.argsort(order)
+    return output._replace(predictions=output.predictions[back], label_ids=output.label_ids[back])
 
 
 def _wanted(training: LabelSmoothingArguments, tokens: DatasetDict) -> list[tuple[str, str]]:

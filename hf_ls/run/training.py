@@ -23,8 +23,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from hf_ls.common.errors import settling
 from hf_ls.common.files import TEMPORARY_FOLDER, move, tell, temporary_name, write_atomically
 from hf_ls.data.sequences import token_counts
+from hf_ls.data.splitting import longest_first
 from hf_ls.losses.priors import count_labels
-from hf_ls.report.pictures import PENULTIMATE, penultimate
+from hf_ls.report.pictures import PENULTIMATE, drawn_rows, penultimate
 from hf_ls.run.checkpoint import CheckpointMark, check_resumable, last_complete_checkpoint
 from hf_ls.run.config import Config
 from hf_ls.run.launch import announce, silenced
@@ -60,7 +61,7 @@ def make_trainer(config: Config, loaded: Loaded, callbacks: Sequence[Any] = (), 
         model=model,
         args=with_training(config, save_total_limit=None, enable_jit_checkpoint=False, push_to_hub=False).training,
         train_dataset=tokens["train"],
-        eval_dataset=tokens["validation"],
+        eval_dataset=tokens["validation"].select(longest_first(tokens["validation"])),  # the metrics know no order
         data_collator=task.collator(tokenizer, model),
         processing_class=tokenizer,
         callbacks=list(callbacks),
@@ -161,10 +162,13 @@ def save_model(trainer: Any, folder: Path) -> None:
 
 
 def save_penultimate(trainer: Any, tokens: Dataset, folder: Path) -> None:
-    """What the pictures of the classifier need, from the first 2,000 examples; sharded models and adapted heads have none."""
-    wanted = ("input_ids", "attention_mask", "token_type_ids", "labels", "label")
-    columns = [name for name in wanted if name in tokens.column_names]
-    rows = tokens.select(range(min(len(tokens), 2000))).select_columns(columns)
+    """What the pictures of the classifier need, of the examples which they draw; sharded models and adapted heads have none."""
+    drawn = drawn_rows(tokens["labels"])
+    if not len(drawn):
+        return
+    wanted = ("input_ids", "attention_mask", "token_type_ids", "labels")
+    rows = tokens.select(drawn).select_columns([name for name in wanted if name in tokens.column_names])
+    rows = rows.select(longest_first(rows))
     try:
         found = penultimate(trainer.model, DataLoader(rows, trainer.args.eval_batch_size, collate_fn=trainer.data_collator))
         found.save(folder / PENULTIMATE)

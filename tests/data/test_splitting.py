@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_ls.data.splitting import Rows, check_overlap, held_out, sample, with_held_out
+from hf_ls.data.splitting import Rows, check_overlap, held_out, longest_first, sample, with_held_out
 
 
 @settings(max_examples=60, deadline=None)
@@ -66,6 +66,11 @@ def test_a_sample_is_of_the_whole_in_order():
     assert chosen == sorted(set(chosen)) and len(chosen) == 100 and max(chosen) > 800
     assert sample(part, 100, None)["i"][:] == list(range(100))
     assert sample(part, None, 3) is part and sample(part, 1000, 3) is part
+
+
+def test_longest_first_is_by_the_rows_of_a_selection_and_equals_keep_their_order():
+    part = Dataset.from_dict({"input_ids": [[1], [1, 2, 3], [1, 2], [], [4, 5], [6] * 9]}).select([4, 3, 2, 1, 0])
+    assert longest_first(part).tolist() == [3, 0, 2, 4, 1]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from hf_ls.report.pictures import (
     POINTS,
     Penultimate,
     class_plane,
+    drawn_rows,
     logit_gap,
     logit_gap_histogram,
     optimal_gap,
@@ -89,6 +90,12 @@ def test_the_most_frequent_classes_are_chosen_and_points_are_limited():
     assert [len(part.get_offsets()) for part in ax.collections] == [POINTS] * 3
     basis = class_plane(run.weight[[0, 2, 4]])
     np.testing.assert_allclose(ax.collections[2].get_offsets(), run.features[run.labels == 4][:POINTS] @ basis.T)
+    drawn = drawn_rows(run.labels)  # of other rows nothing need be known
+    less = Penultimate(run.features[drawn], run.labels[drawn], run.weight, run.bias)
+    again = penultimate_plane({"x": less}).axes[0]
+    for one, other in zip(ax.collections, again.collections, strict=True):
+        np.testing.assert_array_equal(one.get_offsets(), other.get_offsets())
+    assert len(drawn) == 3 * POINTS and not len(drawn_rows([0, 1, 1]))
     with pytest.raises(ValueError, match="three classes with examples"):
         penultimate_plane({"x": run}, classes=(0, 1, 2))
     with pytest.raises(ValueError, match="three classes"):

@@ -30,6 +30,7 @@ from hf_ls.metrics.probabilities import probabilities
 from hf_ls.report.calibration_report import EVALUATED, REPORT, CalibrationReport
 from hf_ls.report.card_metadata import eval_results
 from hf_ls.run.evaluate import EvaluateArguments, evaluate, parse_evaluation, update_card
+from hf_ls.run.outcome import PREDICTIONS
 
 NAMES = ("negative", "neutral", "positive")
 
@@ -95,6 +96,29 @@ def test_report_holds_the_numbers_of_the_model_on_the_data(
     assert (tmp_path / "plots" / "reliability.png").is_file()
     output = capsys.readouterr().out
     assert "Labels were matched by name." in output and "over-confident" in output and "permuted" not in output
+
+
+def test_rows_are_evaluated_by_length_and_kept_in_the_order_of_the_data(
+    model: Path, files: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    padding = []
+    forward = tf.BertModel.forward
+    monkeypatch.setattr(
+        tf.BertModel,
+        "forward",
+        lambda self, *a, **k: padding.append(float((k["attention_mask"] == 0).sum())) or forward(self, *a, **k),
+    )
+    evaluate(settings(model, files, tmp_path, batch_size=8))
+    shuffled = sum(8 * max(sizes) - sum(sizes) for sizes in _batches([len(line.split()) for line in files["test"][1]], 8))
+    assert sum(padding) < shuffled / 4
+    with np.load(tmp_path / PREDICTIONS) as kept:
+        for split, (_, lines, ids) in files.items():
+            np.testing.assert_allclose(kept[f"logits_{split}"], logits_of(model, lines), rtol=0, atol=1e-4)
+            assert kept[f"labels_{split}"].tolist() == ids.tolist()
+
+
+def _batches(values: list[int], size: int) -> list[list[int]]:
+    return [values[i : i + size] for i in range(0, len(values), size)]
 
 
 def test_nothing_is_claimed_about_a_training_which_nobody_saw(model: Path, files: dict[str, Any], tmp_path: Path) -> None:
