@@ -329,7 +329,9 @@ def _aligned(rows: int, dtype: torch.dtype) -> int:
 def logits_(out: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """scale·(rows [m, d] · weightᵀ [d, K] + bias [K]) into [m, K]."""
     offset, beta = (out.new_zeros(1), 0.0) if bias is None else (bias, scale)
-    step = FORWARD_COLUMNS * torch.get_num_threads() if out.is_cpu and out.dtype.itemsize > 2 else weight.shape[0]
+    step = FORWARD_COLUMNS * torch.get_num_threads()
+    if not out.is_cpu or out.dtype.itemsize == 2 or step >= weight.shape[0]:
+        return torch.addmm(offset, rows, weight.t(), beta=beta, alpha=scale, out=out)
     for start in range(0, weight.shape[0], step):
         some = slice(start, start + step)
         torch.addmm(offset if bias is None else offset[some], rows, weight[some].t(), beta=beta, alpha=scale, out=out[:, some])

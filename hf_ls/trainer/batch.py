@@ -245,8 +245,8 @@ def _class_ids(inputs: Mapping[str, Any], name: str, expected: str) -> Tensor:
         given = f"expected integer labels, got {labels.dtype} {tuple(labels.shape)}"
         if labels.dim() > 1 and labels.shape[-1] > 1:
             raise TypeError(
-                f"{given}: one column per class is multi-label (use transformers.Trainer) or soft targets: name these "
-                f"`{SOFT}`, beside `{expected}` with argmax(-1), and set label_smoothing_soft_labels=True"
+                f"{given}; use labels.argmax(-1) if each example has exactly one class, or transformers.Trainer for multi-label "
+                f"classification, or name soft targets `{SOFT}` beside `{expected}` and set label_smoothing_soft_labels=True"
             )
         raise TypeError(f"{given}; cast class ids to long, or use transformers.Trainer for regression")
     return labels.to(torch.int64, copy=True)

@@ -147,7 +147,7 @@ def test_a_batch_without_distributions_and_a_second_technique_are_refused(tmp_pa
         trainer_for(tmp_path, rows, label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match="'smoothed_ce' with soft labels, got 'focal'"):
         trainer_for(tmp_path, rows, label_smoothing_objective="focal", allow_combined_softening=True)
-    with pytest.raises(TypeError, match="name these `soft_labels`"):
+    with pytest.raises(TypeError, match="name soft targets `soft_labels`"):
         floats = rows.remove_columns("labels").rename_column("soft_labels", "labels")
         trainer_for(tmp_path, floats, label_smoothing_soft_labels=False).train()
     assert not without_smoothing(trainer_for(tmp_path, rows).args).label_smoothing_soft_labels

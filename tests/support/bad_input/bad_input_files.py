@@ -64,7 +64,7 @@ CONFIGS = [
 DATA = [
     Row("data: missing file", finetune(), r"existing files, got \['train\.csv'\]; check the paths"),
     Row("data: empty file", sentence=r"rows in \['train\.csv'\], got: empty files", **_with(train_csv="")),
-    Row("data: header alone", sentence=r"got: Instruction .train. corresponds to no data", **_with(train_csv="text,label\n")),
+    Row("data: header alone", sentence=r"got: a file without a row; check the files", **_with(train_csv="text,label\n")),
     Row("data: one row", sentence=r"got 1 in train", **_with(train_csv="text,label\nw1,good\n")),
     Row("data: missing column", sentence=r"columns \['text', 'label'\] in train, got \['sentence', 'label'\]", **_with("--text_column", "text", train_csv=CSV.replace("text,", "sentence,"))),
     Row("data: missing column in test", sentence=r"rows in \['test\.csv', 'train\.csv'\], got: .*2 new columns.*; give all files the same columns", **_with("--test_file", "test.csv", test_csv="a,b\n1,2\n")),
