@@ -44,6 +44,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """
     if item.path not in _begun:
         _begun.add(item.path)
+        if transformers := sys.modules.get("transformers"):
+            transformers.logging.set_verbosity_warning()  # a run with --log_level info inside a test leaves it so
         hash_tokenizers_by_chance()
         gc.collect()
         gc.freeze()
