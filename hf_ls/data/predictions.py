@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from zipfile import BadZipFile
 
 import numpy as np
 
 from hf_ls.data.reading import read_files
 
+T = TypeVar("T")
 ScoreKind = Literal["probabilities", "logits"]
 _KINDS: tuple[ScoreKind, ScoreKind] = ("probabilities", "logits")
 _PREFIX: dict[ScoreKind, str] = {"probabilities": "probability_", "logits": "logit_"}
@@ -48,13 +50,15 @@ def splits_in(path: str) -> list[str]:
     """The splits which an npz of a run has, e.g. validation and test; empty for any other file."""
     if Path(path).suffix.lower() != ".npz":
         return []
-    return [name.removeprefix("labels_") for name in _arrays(path) if name.startswith("labels_")]
+    names = _from_arrays(path, lambda arrays: list(arrays.files))  # without reading the arrays
+    return [name.removeprefix("labels_") for name in names if name.startswith("labels_")]
 
 
-def _arrays(path: str) -> dict[str, Any]:
+def _from_arrays(path: str, read: Callable[[Any], T]) -> T:
+    """What `read` takes of an open npz."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+            return read(arrays)
     except FileNotFoundError as error:
         raise ValueError(f"expected a file of predictions, got no file at {path}; check the path") from error
     except (ValueError, OSError, BadZipFile) as error:
@@ -65,7 +69,7 @@ def _arrays(path: str) -> dict[str, Any]:
 
 
 def _from_npz(path: str, split: str) -> PredictionFile:
-    arrays = _arrays(path)
+    arrays = _from_arrays(path, dict)
     for ending in (f"_{split}", ""):
         kinds = [kind for kind in _KINDS if f"{kind}{ending}" in arrays]
         if len(kinds) == 1 and f"labels{ending}" in arrays:

@@ -88,9 +88,8 @@ class ColumnSkipping:
         self.on, self.calibrated = True, False
         self.rows = 0
         self.kept = self.largest = self.dropped = self.total = self.rows_missed = 0.0
-        self._tails: list[
-            tuple[Tensor, Tensor, slice, Tensor]
-        ] = []  # t [K], m [m], the rows, and what t is multiplied by in dW [d]
+        # t [K], m [m], the rows, and what t is multiplied by in dW [d]
+        self._tails: list[tuple[Tensor, Tensor, slice, Tensor]] = []
         signs = torch.randint(2, (width, PROBES), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
         self._probes = signs.to(weight)
         # A product with few columns is several times as fast with those as rows.
