@@ -1,4 +1,4 @@
-"""`hf-ls finetune | compare | evaluate`, and what the scripts of the same names call.
+"""`hf-ls finetune | compare | evaluate | completion`, and what the scripts of the same names call.
 
 Wrong settings, data and checkpoints end with one sentence, with a traceback under `--log_level debug`. Nothing heavy is imported
 before the command is known.
@@ -14,6 +14,7 @@ _COMMANDS = {
     "finetune": "fine-tune with label smoothing and see the calibration",
     "compare": "compare baseline, label smoothing and temperature scaling over seeds",
     "evaluate": "calibration of a finished model, or of predictions in a file",
+    "completion": "print a script which completes all this in bash, zsh or tcsh",
 }
 
 
@@ -28,7 +29,8 @@ def main() -> None:
         print("\n`hf-ls COMMAND --help` shows the settings. Several processes: accelerate launch scripts/finetune.py ...")
     elif command in _COMMANDS:
         sys.argv[:2] = [f"hf-ls {command}"]
-        {"finetune": finetune_command, "compare": compare_command, "evaluate": evaluate_command}[command]()
+        run = {"finetune": finetune_command, "compare": compare_command, "evaluate": evaluate_command}
+        run.get(command, completion_command)()
     else:
         sys.exit(f"error: expected a command of {', '.join(_COMMANDS)}, got {command!r}; see hf-ls --help")
 
@@ -84,6 +86,34 @@ def evaluate_command() -> None:
         evaluate(parse_evaluation())
     except Exception as error:
         end_with(error)
+
+
+def completion_command() -> None:
+    """`hf-ls completion bash`: the completion of every command and setting, a static script, since asking would take seconds."""
+    from argparse import ArgumentParser
+
+    from hf_ls.common.errors import extra
+
+    with extra("scripts", "hf-ls completion"):
+        import shtab
+    shells, shell = shtab.SUPPORTED_SHELLS, sys.argv[1] if len(sys.argv) > 1 else None
+    if shell not in shells:
+        sys.exit(f"error: expected a shell of {', '.join(shells)}, got {shell}; try hf-ls completion bash")
+
+    from hf_ls.compare.experiment import comparison_parser
+    from hf_ls.run.config import config_parser
+    from hf_ls.run.evaluate import evaluation_parser
+
+    parsers = {
+        "finetune": [config_parser()],
+        "compare": [comparison_parser(), config_parser()],
+        "evaluate": [evaluation_parser()],
+    }
+    root = ArgumentParser(prog="hf-ls")
+    commands = root.add_subparsers()
+    for name, kept in parsers.items():
+        commands.add_parser(name, help=_COMMANDS[name], parents=kept, add_help=False, conflict_handler="resolve")
+    print(shtab.complete(root, shell))
 
 
 if __name__ == "__main__":

@@ -83,18 +83,23 @@ class CompareArguments:
             raise ValueError(f"expected other names than those of the splits, got {names}; rename")
 
 
+def comparison_parser() -> Parser:
+    """Of what is compared; the settings which the runs share have a parser of their own."""
+    return Parser(
+        [CompareArguments],
+        allow_abbrev=False,
+        epilog="Every setting of finetune.py can be given too (see its --help), also from --config file.yaml.",
+    )
+
+
 def parse_compare(argv: Sequence[str]) -> tuple[CompareArguments, Config, list[str]]:
     """What is compared, the settings shared by all runs, and the arguments these came from.
 
     Raises: ValueError as `parse_config`, and for settings which would make the comparison unfair.
     """
-    parser = Parser(
-        [CompareArguments],
-        allow_abbrev=False,
-        prog="compare.py",
-        epilog="Every setting of finetune.py can be given too (see its --help), also from --config file.yaml.",
+    options, rest = comparison_parser().parse_args_into_dataclasses(
+        list(argv), return_remaining_strings=True, look_for_args_file=False
     )
-    options, rest = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True, look_for_args_file=False)
     config = parse_config(rest)
     if config.run.task != "text-classification":
         raise ValueError(

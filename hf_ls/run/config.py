@@ -280,6 +280,14 @@ class Parser(HfArgumentParser):
         raise ValueError(f"expected settings as --help describes them, got: {message}; see --help")
 
 
+def config_parser() -> Parser:
+    """Of all settings of a run."""
+    kinds = [RunArguments, ModelArguments, DataArguments, LabelSmoothingSeq2SeqArguments, CardArguments]
+    parser = Parser(kinds, allow_abbrev=False)
+    parser.add_argument("--config", help="YAML file of settings; the command line overrides it.")
+    return parser
+
+
 def parse_config(argv: Sequence[str] | None = None) -> Config:
     """Settings from `--config file.yaml` and the command line; the command line wins.
 
@@ -289,10 +297,7 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     Raises: ValueError for an unknown key (with the nearest known one), a wrong type, a repeated key, and settings which
     contradict each other.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    kinds = [RunArguments, ModelArguments, DataArguments, LabelSmoothingSeq2SeqArguments, CardArguments]
-    parser = Parser(kinds, allow_abbrev=False)
-    parser.add_argument("--config", help="YAML file of settings; the command line overrides it.")
+    argv, parser = list(sys.argv[1:] if argv is None else argv), config_parser()
     known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
     path, argv = _take_config(argv)
     nulls, argv = _take_nulls(argv)

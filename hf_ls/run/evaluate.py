@@ -154,12 +154,17 @@ class EvaluateArguments(CardArguments):
             raise ValueError(f"expected predictions with {unread[0]}, got a model; drop it, or give predictions")
 
 
+def evaluation_parser() -> Parser:
+    """Of the settings of an evaluation."""
+    return Parser(EvaluateArguments, allow_abbrev=False)
+
+
 def parse_evaluation(argv: Sequence[str] | None = None) -> EvaluateArguments:
     """Settings from the command line.
 
     Raises: ValueError for unknown ones and as `EvaluateArguments`.
     """
-    parser = Parser(EvaluateArguments, allow_abbrev=False)
+    parser = evaluation_parser()
     settings, *_, rest = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True, look_for_args_file=False)
     if rest:
         known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]

@@ -65,7 +65,18 @@ def test_the_version_and_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: A
     out = capsys.readouterr().out
     assert f"hf_ls {__version__}" in out and all(f"  {name} " in out for name in ("finetune", "compare", "evaluate"))
     monkeypatch.setattr(sys, "argv", ["hf-ls", "train"])
-    with pytest.raises(SystemExit, match="expected a command of finetune, compare, evaluate, got 'train'"):
+    with pytest.raises(SystemExit, match="expected a command of finetune, compare, evaluate, completion, got 'train'"):
+        cli.main()
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_knows_every_command_and_setting(shell: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["hf-ls", "completion", shell])
+    cli.main()
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("finetune", "compare", "evaluate", *OWN, "num_train_epochs", "epsilons", "predictions"))
+    monkeypatch.setattr(sys, "argv", ["hf-ls", "completion", "csh"])
+    with pytest.raises(SystemExit, match="expected a shell of bash, .*, got csh; try hf-ls completion bash"):
         cli.main()
 
 
