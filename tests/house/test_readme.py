@@ -30,6 +30,7 @@ from accelerate.state import AcceleratorState
 from helpers import CLASSES, arguments, classification_rows, collate, tiny_bert, tiny_llama
 from model_sweep import MAPPINGS
 from places import ROOT
+from shtab import SUPPORTED_SHELLS
 from sklearn.datasets import make_classification
 from sklearn.linear_model import LogisticRegression
 from torch.distributed.run import get_args_parser
@@ -133,6 +134,9 @@ def check_command(words: list[str]) -> None:
         name, argv = rest[1], rest[2:]
     elif program == "hf-ls" and rest[-1] in ("--version", "--help"):
         assert rest[:-1] in ([], ["finetune"])
+        return
+    elif program == "hf-ls" and rest[0] == "completion":
+        assert rest[1] in SUPPORTED_SHELLS
         return
     elif program == "hf-ls":
         assert rest[0] in ("finetune", "compare", "evaluate"), rest[0]

@@ -76,7 +76,7 @@ def test_completion_knows_every_command_and_setting(shell: str, monkeypatch: pyt
     out = capsys.readouterr().out
     assert all(name in out for name in ("finetune", "compare", "evaluate", *OWN, "num_train_epochs", "epsilons", "predictions"))
     monkeypatch.setattr(sys, "argv", ["hf-ls", "completion", "csh"])
-    with pytest.raises(SystemExit, match="expected a shell of bash, .*, got csh; try hf-ls completion bash"):
+    with pytest.raises(SystemExit, match=r"expected a shell of bash, .*, got csh; try hf-ls completion bash"):
         cli.main()
 
 
