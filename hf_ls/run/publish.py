@@ -180,7 +180,8 @@ def _dataset_facts(config: Config, data: ClassificationData | SequenceData, main
     return DatasetFacts(
         name=card.dataset_title or data.name, named=bool(card.dataset_title) or embedded, hub_id=card.dataset_id or data.hub_id,
         split=main.split, n=main.n, n_sequences=main.n_sequences,
-        class_counts=main.class_counts, licence=data.licence, example=example, **sizes,
+        class_counts=main.class_counts, licence=data.licence, example=example,
+        conversational=isinstance(data, SequenceData) and data.conversational, **sizes,
     )  # fmt: skip
 
 

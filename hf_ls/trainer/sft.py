@@ -6,7 +6,9 @@ TRL prepares the data; here are the Trainer, its config, and entropy and top-1 a
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +30,14 @@ logger = logging.getLogger(__name__)
 @dataclass
 class LabelSmoothingSFTConfig(SFTConfig, LabelSmoothingArguments):
     """`trl.SFTConfig` with the settings of `LabelSmoothingArguments`."""
+
+    @classmethod
+    def of(cls, training: TrainingArguments, **settings: Any) -> LabelSmoothingSFTConfig:
+        """Other arguments of a Trainer, as they were settled, with TRL's settings beside them."""
+        off = {"bf16": False, "gradient_checkpointing": False, "report_to": []}  # TRL's defaults; what `training` says comes below
+        made = cls(output_dir=training.output_dir, use_cpu=training.use_cpu, **off, **settings)
+        vars(made).update({name: value for name, value in vars(training).items() if name not in settings})
+        return made
 
 
 class TokenMetrics:
@@ -86,6 +96,28 @@ class LabelSmoothingSFTTrainer(LabelSmoothingMixin, SFTTrainer):  # type: ignore
                 name, lost, len(dataset), args.max_length,
             )  # fmt: skip
         return prepared
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As `Trainer.get_eval_dataloader`, see `_rows_apart`."""
+        chosen = self.eval_dataset if eval_dataset is None else eval_dataset
+        with self._rows_apart(chosen[next(iter(chosen))] if isinstance(chosen, dict) else chosen):
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As `Trainer.get_test_dataloader`, see `_rows_apart`."""
+        with self._rows_apart(test_dataset):
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _rows_apart(self, dataset: Any) -> Iterator[None]:
+        """Batches with padding of an evaluation which is not packed, where training is: intervals are over whole examples."""
+        before, columns = self.data_collator, getattr(dataset, "column_names", None) or ()
+        if getattr(before, "padding_free", False) and self.args.packing and "seq_lengths" not in columns:
+            self.data_collator = replace(before, padding_free=False)
+        try:
+            yield
+        finally:
+            self.data_collator = before
 
     def compute_loss(
         self,
