@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from datasets import Dataset, DatasetDict
 
 from hf_ls.common.errors import extra
@@ -50,32 +51,34 @@ def prompt_text(row: Mapping[str, Any]) -> str:
 def pairs_as_conversations(splits: DatasetDict) -> DatasetDict:
     """Pairs of `source` and `target` as what a user says and an assistant answers."""
 
-    def talk(source: str, target: str) -> list[dict[str, str]]:
-        return [{"role": "user", "content": source}, {"role": "assistant", "content": target}]
+    made = {}
+    for split, part in splits.items():
+        texts = [text for pair in zip(part["source"][:], part["target"][:], strict=True) for text in pair]
+        roles = ["user", "assistant"] * len(part)
+        messages = pa.StructArray.from_arrays([pa.array(roles), pa.array(texts)], ["role", "content"])
+        rows = pa.ListArray.from_arrays(pa.array(range(0, 2 * len(part) + 1, 2), pa.int32()), messages)
+        made[split] = Dataset(pa.table({"messages": rows}))
+    return DatasetDict(made)
 
-    made = {split: [*map(talk, part["source"], part["target"])] for split, part in splits.items()}
-    return DatasetDict({split: Dataset.from_dict({"messages": rows}) for split, rows in made.items()})
 
-
-def check_conversations(splits: DatasetDict) -> None:
-    """Refuse rows which are no conversations.
+def check_conversations(splits: DatasetDict, theirs: Mapping[str, str]) -> None:
+    """Refuse rows which are no conversations; theirs: how the user calls the columns of messages.
 
     Raises: ValueError for a column of something else, and for the first row without a message, or of which a message is without a
     role or holds no text.
     """
     for split, part in splits.items():
-        columns = [name for name in part.column_names if name not in FOR_TEMPLATE]
-        for column in columns:
+        for column, name in theirs.items():
             if not is_conversation(part, column):
                 raise ValueError(
-                    f"expected conversations in column {column!r} of {split}, lists of messages with role and content, got "
+                    f"expected conversations in column {name!r} of {split}, lists of messages with role and content, got "
                     f"{part.features[column]}; name the right column, or write them so"
                 )
         for i, row in enumerate(part):
-            empty = [column for column in columns if not row[column]]
+            empty = next((name for column, name in theirs.items() if not row[column]), None)
             wrong = None if empty else next((message for message in messages_of(row)[0] if not _is_message(message)), None)
-            if empty or wrong is not None:
-                got = f"an empty {empty[0]}" if empty else f"{str(wrong):.80}"
+            if empty is not None or wrong is not None:
+                got = f"an empty {empty}" if empty else f"{wrong!s:.80}"
                 raise ValueError(
                     f"expected messages with a role and a text as content in every row of {split}, got {got} in row {i}; fix or "
                     "drop that row"
@@ -145,8 +148,9 @@ class ChatFormat:
 
         if not tokenizer.chat_template:
             raise ValueError(
-                f"expected a tokenizer with a chat template, got {type(tokenizer).__name__} without one; set model_name_or_path to a "
-                "chat model, or give a template with --chat_template_path (a .jinja file, or a tokenizer which has one)"
+                f"expected a tokenizer with a chat template, got {type(tokenizer).__name__} without one; set "
+                "model_name_or_path to a chat model, or give a template with --chat_template_path (a .jinja file, or a tokenizer "
+                "which has one)"
             )
         pairs = "completion" in part.column_names
         if completion_only and not pairs:
@@ -162,8 +166,8 @@ class ChatFormat:
             )
         if template is not None and not is_chat_template_stop_token_trained(tokenizer, chat_template=template):
             logger.warning(
-                "The chat template leaves the token which ends the assistant's turn out of what is learnt: the model may not learn "
-                "to stop; put it before {%% endgeneration %%}, and give the template with --chat_template_path"
+                "The chat template leaves the token which ends the assistant's turn out of what is learnt: the model may not "
+                "learn to stop; put it before {% endgeneration %}, and give the template with --chat_template_path"
             )
         own = template is None or template == tokenizer.chat_template
         return cls(tokenizer, None if own else template, template is not None, completion_only)
@@ -209,12 +213,14 @@ class ChatFormat:
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages[:6])
             raise ValueError(
-                f"expected conversations which the chat template takes, got one of {roles} and the answer: {error}; change the data, "
-                "or the template with --chat_template_path"
+                f"expected conversations which the chat template takes, got one of {roles} and the answer: {error}; change "
+                "the data, or the template with --chat_template_path"
             ) from error
         ids = whole["input_ids"]
         marks = whole["assistant_masks"] if self.assistant_only else [1] * len(ids)
-        return ids, [token if mark and i >= start else IGNORE_INDEX for i, (token, mark) in enumerate(zip(ids, marks, strict=True))]
+        return ids, [
+            token if mark and i >= start else IGNORE_INDEX for i, (token, mark) in enumerate(zip(ids, marks, strict=True))
+        ]
 
 
 def _marked_template(tokenizer: Any) -> str | None:

@@ -134,9 +134,7 @@ def _lengths(
     return lines
 
 
-def _whole(
-    rows: Dataset, column: str, tokenizer: Any, affixes: tuple[str, str], form: ChatFormat | None
-) -> list[list[int]]:
+def _whole(rows: Dataset, column: str, tokenizer: Any, affixes: tuple[str, str], form: ChatFormat | None) -> list[list[int]]:
     if form is not None:
         return [form.encode(row)[0] for row in rows]
     values = list(rows[column])

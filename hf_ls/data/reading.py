@@ -208,8 +208,8 @@ def check_text_type(part: Dataset, split: str, column: str) -> None:
         return
     if is_conversation(part, column):
         raise ValueError(
-            f"expected text in column {column!r} of {split}, got conversations (lists of messages); train these with task: sft, in "
-            "code with LabelSmoothingSFTTrainer, or write each as one text with tokenizer.apply_chat_template(..., tokenize=False)"
+            f"expected text in column {column!r} of {split}, got conversations (lists of messages); train these with task: sft "
+            "(in code LabelSmoothingSFTTrainer), or write each as one text, with tokenizer.apply_chat_template(tokenize=False)"
         )
     raise ValueError(f"expected text in column {column!r} of {split}, got {feature}; name the right column or convert it to text")
 

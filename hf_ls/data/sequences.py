@@ -103,10 +103,11 @@ def load_sequences(
         splits = raw.select_columns([*columns.values(), *beside])
         ours = {"source": "prompt", "target": "completion", "text": "messages"}
         columns = {ours.get(kind, kind): column for kind, column in columns.items()}
-        check_conversations(splits)
     elif task != "token-classification":
         splits = _checked_text(splits, drop_empty="text" in columns)
     splits = splits.rename_columns({old: new for new, old in columns.items() if old != new})
+    if {"messages", "completion"} & columns.keys():
+        check_conversations(splits, columns)
     if task == "token-classification":
         splits, names = _integer_tags(splits, columns["tags"])
     fractions = {"test": test_fraction, "validation": validation_fraction}

@@ -6,18 +6,18 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import yaml
 from transformers import HfArgumentParser
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hf_ls import __version__
-from hf_ls.common.errors import did_you_mean, settling
+from hf_ls.common.errors import settling
 from hf_ls.common.help import ShowAll, show_help
+from hf_ls.common.settings_file import nearest, yaml_arguments
 from hf_ls.data.classification import EMBEDDED_DATASET, EMBEDDED_MODEL
 from hf_ls.data.g2p import EMBEDDED_G2P
 from hf_ls.data.guessing import guess_soft_labels, guess_task
@@ -57,9 +57,7 @@ _TASKS_OF |= dict.fromkeys(("mixup_alpha", "mixup_per"), ("text-classification",
 # What an evaluation during training gives, by which the best checkpoint can be chosen; signed_gap is best at 0, at neither end.
 _METRICS = ("loss", "nll", "brier", "ece", "accuracy")
 _SOFT_METRICS = ("soft_nll", "soft_brier")
-_METRICS_OF: dict[str, tuple[str, ...]] = dict.fromkeys(
-    ("seq2seq", "causal-lm", "sft"), ("perplexity", "eos_nll", "eos_ece")
-)
+_METRICS_OF: dict[str, tuple[str, ...]] = dict.fromkeys(("seq2seq", "causal-lm", "sft"), ("perplexity", "eos_nll", "eos_ece"))
 _METRICS_OF["token-classification"] = ("perplexity", *CLASS_SCORES, "entity_f1")
 _METRICS_OF["text-classification"] = tuple(CLASS_SCORES)
 _GENERATED_METRICS = ("exact_match", "sequence_ece")
@@ -155,7 +153,8 @@ class DataArguments:
         default=None, metadata=about("sft: column with lists of messages; `messages`, or guessed and said.")
     )
     chat_template_path: str | None = field(
-        default=None, metadata=about("sft: chat template, a .jinja file or a tokenizer which has one; the tokenizer's own if none.")
+        default=None,
+        metadata=about("sft: chat template, a .jinja file or a tokenizer which has one; the tokenizer's own if none."),
     )
     assistant_only_loss: bool | None = field(
         default=None, metadata=about("sft: learn what the assistant says alone; so where the chat template marks it.")
@@ -397,55 +396,6 @@ def _take_nulls(argv: list[str]) -> tuple[set[str], list[str]]:
     names = {argv[i].removesuffix("=null").lstrip("-") for i in spaced | joined}
     dropped = spaced | {i + 1 for i in spaced} | joined
     return names, [word for i, word in enumerate(argv) if i not in dropped]
-
-
-def yaml_arguments(path: Path, known: set[str], without: Collection[str] = ()) -> list[str]:
-    """The settings of a YAML file as command-line arguments, scalars as they are written, some left out.
-
-    Raises: ValueError for a missing or malformed file, an unknown or repeated key, and YAML tags.
-    """
-    try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except OSError as error:
-        found = f"no file at {path}" if isinstance(error, FileNotFoundError) else f"{path}: {error.strerror}"
-        raise ValueError(f"expected a config file, got {found}; check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"expected valid YAML in {path}, got: {' '.join(str(error).split())}; fix that line") from error
-    if node is None:
-        return []
-    if not isinstance(node, yaml.MappingNode):
-        raise ValueError(f"expected `name: value` lines in {path}, got another kind of YAML; see configs/ for examples")
-    arguments: list[str] = []
-    seen: set[str] = set()
-    for key_node, value in node.value:
-        key = str(key_node.value)
-        if key not in known:
-            raise ValueError(f"expected known settings in {path}, got {key!r}{nearest(key, known)}; see --help")
-        if key in seen:
-            raise ValueError(f"expected each setting once in {path}, got {key!r} twice; remove one")
-        seen.add(key)
-        arguments += _argument(path, key, value) if key not in without else []
-    return arguments
-
-
-def _argument(path: Path, key: str, node: yaml.Node) -> list[str]:
-    if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.startswith("tag:yaml.org,2002:python"):
-        raise ValueError(f"expected plain values in {path}, got the tag {node.tag} at {key!r}; remove it")
-    if isinstance(node, yaml.ScalarNode):
-        # `key:` and `key: null` leave the default.
-        return [] if node.tag.endswith(":null") else [f"--{key}={node.value}"]
-    if isinstance(node, yaml.SequenceNode):
-        if not all(isinstance(item, yaml.ScalarNode) for item in node.value):
-            raise ValueError(f"expected a list of plain values in {path} at {key!r}, got a nested one; flatten it")
-        return [f"--{key}", *(str(item.value) for item in node.value)] if node.value else []
-    value = yaml.safe_load(yaml.serialize(node))
-    return [f"--{key}={json.dumps(value)}"]
-
-
-def nearest(name: str, known: Collection[str]) -> str:
-    """`did_you_mean` in brackets."""
-    found = did_you_mean(name, known)
-    return f" ({found})" if found else ""
 
 
 def _check_values(config: Config) -> None:

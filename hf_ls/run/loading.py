@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from hf_ls.common.errors import loading
 from hf_ls.common.models import load_weights
+from hf_ls.common.settings_file import nearest
 from hf_ls.common.text import one_line
 from hf_ls.data.classification import (
     EMBEDDED_DATASET,
@@ -35,7 +36,7 @@ from hf_ls.data.sequences import (
 )
 from hf_ls.data.soft_labels import with_soft_labels
 from hf_ls.data.splitting import check_overlap, sample
-from hf_ls.run.config import Config, nearest
+from hf_ls.run.config import Config
 from hf_ls.run.launch import announce
 from hf_ls.run.tasks import TASKS
 from hf_ls.trainer.distillation import load_teacher
@@ -105,17 +106,17 @@ def load_data(config: Config) -> Data:
             data = replace(data, splits=splits, label_names=names, notes=tuple(notes))
     elif settings.dataset_name == EMBEDDED_G2P:
         data = load_g2p()
-        if task == "sft":
-            data = replace(data, splits=pairs_as_conversations(data.splits))
     elif task == "text-classification":
         read = ("text_pair_column", "label_column", "soft_label_columns", "soft_label_names")
         source |= {name: getattr(settings, name) for name in read}
         data = load_classification(settings.dataset_name, **source)
     else:
-        read = ("messages_column", "source_column", "target_column", "tokens_column", "tags_column")
-        source |= {name: getattr(settings, name) for name in read}
+        for name in ("messages_column", "source_column", "target_column", "tokens_column", "tags_column"):
+            source[name] = getattr(settings, name)
         data = load_sequences(task, settings.dataset_name, **source)
     (check_overlap if task == "text-classification" else check_sequence_overlap)(data.splits)
+    if task == "sft" and settings.dataset_name == EMBEDDED_G2P:
+        data = replace(data, splits=pairs_as_conversations(data.splits))
     return data
 
 
@@ -165,7 +166,9 @@ def load_tokenizer(config: Config) -> Any:
     """
     tokenizer, path = _named_tokenizer(config), config.data.chat_template_path
     if path is not None:
-        with loading(f"a chat template in {path}, a .jinja file or a tokenizer on the Hub or in a folder", "check chat_template_path"):
+        with loading(
+            f"a chat template in {path}, a .jinja file or a tokenizer on the Hub or in a folder", "check chat_template_path"
+        ):
             set_chat_template(tokenizer, path, trust_remote_code=config.model.trust_remote_code)
     return tokenizer
 
@@ -213,8 +216,8 @@ def chat_format(config: Config, data: Data, tokenizer: Any) -> ChatFormat | None
     given = next((name for name in ("assistant_only_loss", "completion_only_loss") if getattr(settings, name) is not None), None)
     if given is not None:
         raise ValueError(
-            f"expected conversations with {given}, got columns {data.splits['train'].column_names} of texts; drop it: of a prompt "
-            "and a completion which are texts, the completion alone is learnt"
+            f"expected conversations with {given}, got columns {data.splits['train'].column_names} of texts; drop it: of a "
+            "prompt and a completion which are texts, the completion alone is learnt"
         )
     return None
 

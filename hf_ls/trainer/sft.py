@@ -31,11 +31,16 @@ logger = logging.getLogger(__name__)
 class LabelSmoothingSFTConfig(SFTConfig, LabelSmoothingArguments):
     """`trl.SFTConfig` with the settings of `LabelSmoothingArguments`."""
 
+    def __post_init__(self) -> None:
+        """As TRL, whose own default (1.16) stands under a name of which transformers (5.24) warns."""
+        if self.gradient_checkpointing and getattr(self, "activation_checkpointing", False) is None:
+            self.activation_checkpointing = True
+        super().__post_init__()
+
     @classmethod
     def of(cls, training: TrainingArguments, **settings: Any) -> LabelSmoothingSFTConfig:
         """Other arguments of a Trainer, as they were settled, with TRL's settings beside them."""
-        off = {"bf16": False, "gradient_checkpointing": False, "report_to": []}  # TRL's defaults; what `training` says comes below
-        made = cls(output_dir=training.output_dir, use_cpu=training.use_cpu, **off, **settings)
+        made = cls(output_dir=training.output_dir, use_cpu=training.use_cpu, bf16=False, report_to=[], **settings)
         vars(made).update({name: value for name, value in vars(training).items() if name not in settings})
         return made
 
@@ -111,8 +116,9 @@ class LabelSmoothingSFTTrainer(LabelSmoothingMixin, SFTTrainer):  # type: ignore
     @contextmanager
     def _rows_apart(self, dataset: Any) -> Iterator[None]:
         """Batches with padding of an evaluation which is not packed, where training is: intervals are over whole examples."""
-        before, columns = self.data_collator, getattr(dataset, "column_names", None) or ()
-        if getattr(before, "padding_free", False) and self.args.packing and "seq_lengths" not in columns:
+        before: Any = self.data_collator
+        columns, packs = getattr(dataset, "column_names", None) or (), getattr(self.args, "packing", False)
+        if getattr(before, "padding_free", False) and packs and "seq_lengths" not in columns:
             self.data_collator = replace(before, padding_free=False)
         try:
             yield
