@@ -173,16 +173,19 @@ class ChatFormat:
         return cls(tokenizer, None if own else template, template is not None, completion_only)
 
     @property
-    def learnt(self) -> str:
-        """What is learnt, in a sentence."""
+    def counted(self) -> str:
+        """Whose tokens are learnt and measured, in words."""
         parts = ["what the assistant says"] * self.assistant_only + ["completions"] * self.completion_only
-        if parts:
-            known = ", marked by TRL's variant of the chat template" if self.template is not None else ""
-            return f"Learnt: {' in '.join(parts)}{known}"
-        return (
-            "Learnt: every token, of users and systems too; --assistant_only_loss true leaves these out, with a chat template "
-            "which has {% generation %}"
-        )
+        return " in ".join(parts) or "every token, of users and systems too"
+
+    @property
+    def learnt(self) -> str:
+        """The same as a sentence for the log, with how to change it."""
+        if self.template is not None:
+            return f"Learnt: {self.counted}, marked by TRL's variant of the chat template"
+        all_of_it = not (self.assistant_only or self.completion_only)
+        remedy = "; --assistant_only_loss true leaves these out, with a chat template which has {% generation %}"
+        return f"Learnt: {self.counted}{remedy if all_of_it else ''}"
 
     def encode(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
         """The token ids of a row, and their labels, −100 for what is not learnt.

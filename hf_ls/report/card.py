@@ -111,7 +111,7 @@ def model_card(report: CalibrationReport, header: HubFacts | None = None) -> str
             smoothing=report.smoothing if row is None else report.smoothing_of(row),
             training=report.training,
             versions=report.versions,
-            evaluated=f"Measured on {place}{_dataset_link(data)}, {report.size}.",
+            evaluated=f"Measured on {place}{_dataset_link(data)}, {report.size}." + _counted(data),
             metrics={} if row is None else published_metrics(row),
             report=report,
             header=replace(header, tags=[*([report.task] if report.task else []), *header.tags]),
@@ -159,7 +159,7 @@ def render(facts: CardFacts) -> str:
         num_columns=len(facts.label_names),
         auto=auto,
         generates=generates,
-        chats=generates and facts.dataset is not None and facts.dataset.conversational,
+        chats=generates and facts.dataset is not None and facts.dataset.counted is not None,
         per_token=facts.task == "token-classification",
         peft=bool(training and training.is_adapter),
         name_literal=literal(facts.model_name),
@@ -181,7 +181,11 @@ def render(facts: CardFacts) -> str:
 
 
 def _kind(task: str | None, data: DatasetFacts | None) -> tuple[str, str, str]:
-    return _CHAT if data is not None and data.conversational else _TASKS.get(task or "", ("", "", ""))
+    return _CHAT if data is not None and data.counted is not None else _TASKS.get(task or "", ("", "", ""))
+
+
+def _counted(data: DatasetFacts) -> str:
+    return "" if data.counted is None else f" Of a conversation this counts, here and in training: {plain(data.counted)}."
 
 
 def write_card(report: CalibrationReport, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:

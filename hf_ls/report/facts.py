@@ -29,7 +29,8 @@ class DatasetFacts:
         named: the name was chosen for readers, and is not only that of a file: results may be published under it.
         class_counts: labels per class in the order of the report's `label_names`; None for a language model.
         n_train, n_validation: examples of the other splits. n_sequences: which the tokens are of.
-        example: an input for the code in the card. conversational: the model reads and writes messages, through a chat template.
+        example: an input for the code in the card.
+        counted: of conversations, which a chat template writes: whose tokens are learnt and measured; None for other data.
     """
 
     name: str
@@ -45,7 +46,7 @@ class DatasetFacts:
     n_sequences: int | None = None
     example: str | None = None
     named: bool = False
-    conversational: bool = False
+    counted: str | None = None
 
     def __post_init__(self) -> None:
         """Make every value what JSON gives back."""

@@ -162,7 +162,9 @@ class DataArguments:
     completion_only_loss: bool | None = field(
         default=None, metadata=about("sft: learn the completions alone, not the prompts; so where rows have both.")
     )
-    packing: bool = field(default=False, metadata=about("sft: several examples in one row of max_length, in training."))
+    packing: bool = field(
+        default=False, metadata=about("sft: several examples in one row of max_length, in training; fast with FlashAttention.")
+    )
     source_prefix: str = field(default="", metadata=about("Text before each source, such as T5's task prefix."))
     source_suffix: str = field(default="", metadata=about("Text after each source, such as the blank before a completion."))
     tokens_column: str | None = field(

@@ -52,13 +52,14 @@ Data = ClassificationData | SequenceData
 class Loaded:
     """What a run is made of before any model: data, tokenizer, and token ids and labels of each split.
 
-    available: how many rows each split had before its cap.
+    available: how many rows each split had before its cap. form: of conversations, None for other data.
     """
 
     data: Data
     tokenizer: Any
     tokens: DatasetDict
     available: Mapping[str, int]
+    form: ChatFormat | None = None
 
     @property
     def sizes(self) -> str:
@@ -81,7 +82,8 @@ def load(config: Config) -> Loaded:
     tokenizer = load_tokenizer(config)
     with config.training.main_process_first(desc="tokens"):
         tokens = load_tokens(config, data, tokenizer)
-    return Loaded(data, tokenizer, tokens, {split: len(part) for split, part in whole.splits.items()})
+    available = {split: len(part) for split, part in whole.splits.items()}
+    return Loaded(data, tokenizer, tokens, available, chat_format(config, data, tokenizer))
 
 
 def load_data(config: Config) -> Data:
@@ -224,15 +226,15 @@ def chat_format(config: Config, data: Data, tokenizer: Any) -> ChatFormat | None
 
 def looked_at(config: Config, loaded: Loaded) -> list[str]:
     """The lines which a dry run shows of the data."""
-    settings, form = config.data, chat_format(config, loaded.data, loaded.tokenizer)
+    settings = config.data
     limits = dict.fromkeys(set(loaded.data.splits["train"].column_names) & {"text", "tokens", "source"}, settings.max_length)
     if config.run.task == "seq2seq":
         limits["target"] = settings.max_target_length or settings.max_length
-    if form is not None:
+    if loaded.form is not None:
         limits = {"conversations": settings.max_length}
     return preview(
         loaded.data.splits, loaded.tokens, loaded.data.label_names, loaded.tokenizer, loaded.available, limits,
-        (settings.source_prefix, settings.source_suffix), form,
+        (settings.source_prefix, settings.source_suffix), loaded.form,
     )  # fmt: skip
 
 

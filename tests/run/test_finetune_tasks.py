@@ -110,7 +110,7 @@ def test_conversations_are_evaluated_as_prompts_and_completions_of_the_same_word
     assert reports["packed"].rows[0].value("nll") != reports["chat"].rows[0].value("nll")
     for report in reports.values():
         assert (report.dataset.n, report.dataset.n_sequences) == (reports["lm"].dataset.n, 70)
-    assert [reports[name].dataset.conversational for name in reports] == [False, True, True]
+    assert [report.dataset.counted for report in reports.values()] == [None, *["what the assistant says"] * 2]
 
 
 def test_generations_are_what_was_scored(done):
