@@ -223,5 +223,6 @@ def is_conversation(part: Dataset, column: str) -> bool:
     """Whether a column holds lists of messages: mappings which say whose they are, in `role` or, as ShareGPT, in `from`."""
     if not isinstance(part.features[column], List | LargeList):
         return False
-    first = next((row for row in part[column] if row), [])  # the type says nothing where fields differ from row to row
+    # By a value: the type says nothing where fields differ from row to row.
+    first: list[Any] = next((row for row in part[column] if row), [])
     return bool(first) and all(isinstance(message, dict) and {"role", "from"} & {*message} for message in first)
