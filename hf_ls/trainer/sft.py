@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from hf_ls.common.errors import extra
 from hf_ls.trainer.arguments import LabelSmoothingArguments
@@ -59,7 +59,24 @@ class TokenMetrics:
         self.sums += torch.stack([entropy.to(self.sums), hits.to(self.sums), self.sums.new_tensor(len(labels))])
 
 
-class LabelSmoothingSFTTrainer(LabelSmoothingMixin, SFTTrainer):  # type: ignore[misc]
+class _LossOrLogits(SFTTrainer):
+    """TRL's trainer with evaluation steps of our own: TRL (1.16) has announced to give its own no logits from 2.0 on."""
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The loss, and logits and labels as far as somebody asks for them, which cost another forward or [B, T, V] numbers."""
+        inputs = self._prepare_inputs(inputs)
+        if any(inputs.get(name) is None for name in self.label_names):
+            return Trainer.prediction_step(self, model, inputs, prediction_loss_only, ignore_keys)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            if prediction_loss_only:
+                return self.compute_loss(model, inputs).detach(), None, None
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        return loss.detach(), outputs["logits"].detach(), inputs[self.label_names[0]].detach()
+
+
+class LabelSmoothingSFTTrainer(LabelSmoothingMixin, _LossOrLogits):  # type: ignore[misc]
     """`trl.SFTTrainer` with label smoothing done right; see `LabelSmoothingMixin`.
 
     TRL's own smoothing runs two forwards a step, one of them with logits [B, T, V]. Here it is one, without logits, and so
@@ -79,7 +96,9 @@ class LabelSmoothingSFTTrainer(LabelSmoothingMixin, SFTTrainer):  # type: ignore
         if given is not None and not isinstance(given, SFTConfig):
             raise TypeError(f"expected LabelSmoothingSFTConfig or trl.SFTConfig, got {type(given).__name__}; use one of them")
         if given is not None and given.loss_type != "nll":
-            raise ValueError(f"expected loss_type='nll', got {given.loss_type!r}, which is another loss; use trl.SFTTrainer")
+            raise ValueError(
+                f"expected loss_type='nll', got {given.loss_type!r}, which is another loss; use trl.SFTTrainer for it"
+            )
         super().__init__(*args, **kwargs)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any, **options: Any) -> Any:
