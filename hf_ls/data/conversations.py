@@ -43,9 +43,10 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prompt_text(row: Mapping[str, Any]) -> str:
-    """What a row asks, as one text: its prompt, else all but the last message."""
+    """What a row asks, as one text: its prompt, else all but the last message, or the only one."""
     messages, given = messages_of(row)
-    return "\n".join(f"{message['role']}: {message['content']}" for message in messages[: -1 if given is None else given])
+    asked = messages[: -1 if given is None else given] or messages
+    return "\n".join(f"{message['role']}: {message['content']}" for message in asked)
 
 
 def pairs_as_conversations(splits: DatasetDict) -> DatasetDict:

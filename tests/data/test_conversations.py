@@ -200,6 +200,9 @@ def test_a_prompt_in_two_splits_is_seen(caplog):
     rows, again = [{"messages": talk(i)} for i in range(10)], [{"messages": [*talk(3)[:4], talk(8)[4]]}]
     check_sequence_overlap(DatasetDict(train=Dataset.from_list(rows), test=Dataset.from_list(again)))
     assert "1 of 1 test examples are also in train" in caplog.text
+    alone = [{"messages": talk(i)[1:2]} for i in range(6)]
+    splits = {"train": alone[:4], "validation": alone[4:5], "test": alone[5:]}
+    check_sequence_overlap(DatasetDict({split: Dataset.from_list(part) for split, part in splits.items()}))
 
 
 def test_the_rows_of_the_tests_of_the_trainer_are_known():
