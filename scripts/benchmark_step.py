@@ -5,9 +5,10 @@
     python scripts/benchmark_step.py --settings sft-32k --scale 0.1 --rounds 1      # a small trial
 
 Each run is a process of its own, and the methods take turns, so that a busy machine slows all of them. `stock` is
-transformers.Trainer with label_smoothing_factor, `trl` is SFTTrainer with it, `hf_ls` is LabelSmoothingTrainer, or
-LabelSmoothingMixin before SFTTrainer. A step lasts from on_step_begin to on_step_end of the Trainer; throughput compares
-the fastest steps and, in brackets, the medians. Memory is
+transformers.Trainer with label_smoothing_factor, `trl` is SFTTrainer with it, `trl-plain` is SFTTrainer at epsilon 0, whose
+loss is made without logits too (the honest rival), `hf_ls` is LabelSmoothingTrainer or LabelSmoothingSFTTrainer. A step lasts
+from on_step_begin to on_step_end of the Trainer; throughput compares the fastest steps and, in brackets, the medians.
+Memory is
  - live: the largest growth of live allocations within one step, from torch's profiler (the counterpart of
    torch.cuda.max_memory_allocated): activations, the loss, and the gradients there are by then;
  - resident: the largest resident set of the process (ru_maxrss), less the libraries, weights, gradients and optimizer
@@ -54,8 +55,8 @@ SETTINGS = {
     "seq2seq-32k": Setting("seq2seq", 32128, 128, 32, 64, 0.4, ("stock", "hf_ls")),
     "seq2seq-32k-small-batch": Setting("seq2seq", 32128, 32, 32, 64, 0.4, ("stock", "hf_ls")),
     "seq2seq-128k": Setting("seq2seq", 128256, 16, 32, 64, 0.4, ("stock", "hf_ls")),
-    "sft-32k": Setting("sft", 32000, 4, 0, 512, 0.0, ("stock", "trl", "hf_ls")),
-    "sft-128k": Setting("sft", 128256, 2, 0, 512, 0.0, ("stock", "trl", "hf_ls")),
+    "sft-32k": Setting("sft", 32000, 4, 0, 512, 0.0, ("stock", "trl", "trl-plain", "hf_ls")),
+    "sft-128k": Setting("sft", 128256, 2, 0, 512, 0.0, ("stock", "trl", "trl-plain", "hf_ls")),
 }
 
 
@@ -132,7 +133,7 @@ def trainer_of(setting: Setting, method: str, model: Any, steps: int, dtype: str
     import transformers as tf
     from datasets import Dataset
 
-    from hf_ls import LabelSmoothingArguments, LabelSmoothingMixin, LabelSmoothingTrainer
+    from hf_ls import LabelSmoothingArguments, LabelSmoothingTrainer
 
     settings: dict[str, Any] = {
         "output_dir": folder, "use_cpu": True, "report_to": [], "save_strategy": "no", "logging_strategy": "no",
@@ -150,12 +151,15 @@ def trainer_of(setting: Setting, method: str, model: Any, steps: int, dtype: str
     from tokenizers import Tokenizer, models
     from trl import SFTConfig, SFTTrainer
 
-    smoothed_sft_trainer = type("SmoothedSFTTrainer", (LabelSmoothingMixin, SFTTrainer), {})
+    from hf_ls import LabelSmoothingSFTConfig, LabelSmoothingSFTTrainer
 
     words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>"))
     tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
-    sft_arguments = SFTConfig(**settings, max_length=setting.target, gradient_checkpointing=False)
-    sft_class: Any = smoothed_sft_trainer if method == "hf_ls" else SFTTrainer
+    settings["label_smoothing_factor"] = 0.0 if method == "trl-plain" else EPSILON
+    sft_arguments = (LabelSmoothingSFTConfig if method == "hf_ls" else SFTConfig)(
+        **settings, max_length=setting.target, gradient_checkpointing=False
+    )
+    sft_class: Any = LabelSmoothingSFTTrainer if method == "hf_ls" else SFTTrainer
     return sft_class(model=model, args=sft_arguments, train_dataset=rows, processing_class=tokenizer)
 
 

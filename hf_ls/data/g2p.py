@@ -21,6 +21,11 @@ CONSONANTS = (
 )
 VOWELS = ("AA", "AE", "AH", "AO", "AW", "AY", "EH", "ER", "EY", "IH", "IY", "OW", "OY", "UH", "UW")
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")
+# What a user writes is a spelling, what the assistant answers its phonemes: <s> ends the one, </s> the other.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}<s>{% generation %}{{ message['content'] }}</s>"
+    "{% endgeneration %}{% else %}{{ message['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
+)
 _DICTIONARY = Path(__file__).parent / "embedded" / "cmudict.dict.gz"
 _VARIANT = re.compile(r"\(\d+\)$")
 

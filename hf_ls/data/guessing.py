@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, LargeList, List, Value
 
+from hf_ls.data.reading import conversation_columns
+
 # By descending likelihood, the usual name first; compared without case.
 _NAMES = {
     "label": (
@@ -29,6 +31,7 @@ _NAMES = {
     "text": ("text", "sentence", "content", "review", "tweet", "comment", "utterance", "body", "message", "query", "question"),
     "tokens": ("tokens", "words"),
     "tags": ("ner_tags", "tags", "labels", "ner", "pos_tags", "upos"),
+    "messages": ("messages", "conversations", "conversation", "chat", "dialogue", "dialog"),
     "source": ("source", "src", "input", "document", "article", "prompt"),
     "target": ("target", "tgt", "output", "summary", "completion", "response"),
 }
@@ -39,6 +42,9 @@ _LOOKED_AT = 50  # rows whose values tell what a column holds
 
 def guess_task(part: Dataset) -> str | None:
     """The task of a file by its columns; None where they do not tell."""
+    if chats := conversation_columns(part):
+        pair = _named(part, "source", chats) and _named(part, "target", chats)
+        return "sft" if pair or _guess(part, "messages", set()) else None
     if all(_named(part, kind, _lists(part)) or _sole_lists(part, kind) for kind in ("tokens", "tags")):
         return "token-classification"
     texts = _texts(part)
@@ -92,7 +98,10 @@ def _guess(part: Dataset, kind: str, taken: set[str]) -> str | None:
         return _label(part, taken)
     if kind in ("tokens", "tags"):
         return _named(part, kind, [name for name in _lists(part) if name not in taken]) or _sole_lists(part, kind)
-    texts = [name for name in _texts(part) if name not in taken]
+    if kind == "messages":
+        chats = [name for name in conversation_columns(part) if name not in taken]
+        return _named(part, kind, chats) or (chats[0] if len(chats) == 1 else None)
+    texts = [name for name in (*_texts(part), *(conversation_columns(part) if kind != "text" else ())) if name not in taken]
     return _named(part, kind, texts) or (_longest(part, texts) if kind == "text" else None)
 
 

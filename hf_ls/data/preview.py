@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from datasets import Dataset, DatasetDict
 
 from hf_ls.common.models import IGNORE_INDEX
 from hf_ls.common.text import one_line
+from hf_ls.data.conversations import ChatFormat
 
 _SHOWN_CLASSES = 40
 _SHOWN_LETTERS = 400
@@ -24,19 +26,20 @@ def preview(
     available: Mapping[str, int],
     limits: Mapping[str, int],
     affixes: tuple[str, str] = ("", ""),
+    form: ChatFormat | None = None,
 ) -> list[str]:
     """Lines of text.
 
     Args:
         splits, tokens: before and after the tokenizer; names: of the classes, none for language models.
         available: rows of each split before a cap. limits: column -> how many of its tokens are kept.
-        affixes: what stands before and after each source.
+        affixes: what stands before and after each source. form: of conversations.
     """
     return [
         _rows(splits, available),
         *_classes(splits, names),
         *_examples(tokens["train"], names, tokenizer),
-        *_lengths(splits, tokenizer, limits, affixes),
+        *_lengths(splits, tokenizer, limits, affixes, form),
     ]
 
 
@@ -85,31 +88,41 @@ def _examples(train: Dataset, names: Sequence[str], tokenizer: Any) -> list[str]
         labels = train["labels"][:]
         places = sorted(labels.index(label) for label in list(dict.fromkeys(labels))[:3])
     lines = [_example(train[place], names, tokenizer) for place in places]
-    cut = [line if len(line) <= _SHOWN_LETTERS else f"{line[:_SHOWN_LETTERS]} …" for line in lines]
-    return ["Examples of train, as the model sees them:", *(f"  {line}" for line in cut)]
+    cut = [line if len(line) <= 3 * _SHOWN_LETTERS else f"{line[: 3 * _SHOWN_LETTERS]} …" for line in lines]
+    marked = ", what it learns to write in «»" if any("«" in line for line in lines) else ""
+    return [f"Examples of train, as the model sees them{marked}:", *(f"  {line}" for line in cut)]
+
+
+def _clipped(text: str) -> str:
+    """On one line, the middle of a long text left out."""
+    line, half = one_line(text), _SHOWN_LETTERS // 2
+    return line if len(line) <= _SHOWN_LETTERS else f"{line[:half]} … {line[-half:]}"
 
 
 def _example(row: Mapping[str, Any], names: Sequence[str], tokenizer: Any) -> str:
     ids, labels = row["input_ids"], row["labels"]
     if isinstance(labels, int):
-        return f"{one_line(names[labels])}: {one_line(tokenizer.decode(ids))}"
+        return f"{one_line(names[labels])}: {_clipped(tokenizer.decode(ids))}"
     if names:  # one tag per word, at its first token
         tagged = zip(tokenizer.convert_ids_to_tokens(ids), labels, strict=True)
         return one_line(" ".join(word if tag == IGNORE_INDEX else f"{word}/{names[tag]}" for word, tag in tagged))
     if len(labels) == len(ids) and all(label in (IGNORE_INDEX, token) for label, token in zip(labels, ids, strict=True)):
-        start = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
-        learnt = one_line(tokenizer.decode(ids[start:]))
-        return f"{one_line(tokenizer.decode(ids[:start]))} -> {learnt}" if start else learnt
-    return f"{one_line(tokenizer.decode(ids))} -> {one_line(tokenizer.decode([i for i in labels if i != IGNORE_INDEX]))}"
+        parts = groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != IGNORE_INDEX)
+        texts = [(learnt, _clipped(tokenizer.decode([token for token, _ in pairs]))) for learnt, pairs in parts]
+        return " ".join(f"«{text}»" if learnt else text for learnt, text in texts)
+    target = tokenizer.decode([i for i in labels if i != IGNORE_INDEX])
+    return f"{_clipped(tokenizer.decode(ids))} «{_clipped(target)}»"
 
 
-def _lengths(splits: DatasetDict, tokenizer: Any, limits: Mapping[str, int], affixes: tuple[str, str]) -> list[str]:
+def _lengths(
+    splits: DatasetDict, tokenizer: Any, limits: Mapping[str, int], affixes: tuple[str, str], form: ChatFormat | None
+) -> list[str]:
     """How long the rows of each split are without truncation, beside what is kept of them."""
     lines = []
     for split, part in splits.items():
         rows = part.select(np.unique(np.linspace(0, len(part) - 1, min(len(part), _MEASURED)).astype(int)))
         for column, limit in limits.items():
-            lengths = np.array([len(ids) for ids in _whole(rows, column, tokenizer, affixes)])
+            lengths = np.array([len(ids) for ids in _whole(rows, column, tokenizer, affixes, form)])
             middle, most = np.quantile(lengths, [0.5, 0.95], method="higher")
             share = np.mean(lengths > limit)
             what = "cut into blocks" if column == "text" and "label" not in part.column_names else "cut"
@@ -121,7 +134,9 @@ def _lengths(splits: DatasetDict, tokenizer: Any, limits: Mapping[str, int], aff
     return lines
 
 
-def _whole(rows: Dataset, column: str, tokenizer: Any, affixes: tuple[str, str]) -> list[list[int]]:
+def _whole(rows: Dataset, column: str, tokenizer: Any, affixes: tuple[str, str], form: ChatFormat | None) -> list[list[int]]:
+    if form is not None:
+        return [form.encode(row)[0] for row in rows]
     values = list(rows[column])
     if column == "tokens":
         return tokenizer(values, is_split_into_words=True, verbose=False)["input_ids"]

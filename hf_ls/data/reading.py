@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, Features, Value, load_dataset, load_dataset_builder
+from datasets import Dataset, DatasetDict, Features, LargeList, List, Value, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError
 from datasets.table import CastError
 
@@ -206,10 +206,23 @@ def check_text_type(part: Dataset, split: str, column: str) -> None:
     feature = part.features[column]
     if getattr(feature, "dtype", None) in ("string", "large_string"):
         return
-    items = getattr(feature, "feature", None)
-    if isinstance(items, dict) and set(items) & {"role", "from"}:
+    if is_conversation(part, column):
         raise ValueError(
-            f"expected text in column {column!r} of {split}, got conversations (lists of messages); train these with "
-            "LabelSmoothingSFTTrainer, or write each as one text with tokenizer.apply_chat_template(messages, tokenize=False)"
+            f"expected text in column {column!r} of {split}, got conversations (lists of messages); train these with task: sft "
+            "(in code LabelSmoothingSFTTrainer), or write each as one text, with tokenizer.apply_chat_template(tokenize=False)"
         )
     raise ValueError(f"expected text in column {column!r} of {split}, got {feature}; name the right column or convert it to text")
+
+
+def conversation_columns(part: Dataset) -> list[str]:
+    """The columns of conversations."""
+    return [name for name in part.column_names if is_conversation(part, name)]
+
+
+def is_conversation(part: Dataset, column: str) -> bool:
+    """Whether a column holds lists of messages: mappings which say whose they are, in `role` or, as ShareGPT, in `from`."""
+    if not isinstance(part.features[column], List | LargeList):
+        return False
+    # By a value: the type says nothing where fields differ from row to row.
+    first: list[Any] = next((row for row in part[column] if row), [])
+    return bool(first) and all(isinstance(message, dict) and {"role", "from"} & {*message} for message in first)

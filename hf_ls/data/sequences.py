@@ -16,16 +16,17 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, LargeList, List
 
 from hf_ls.common.models import IGNORE_INDEX
 from hf_ls.data.classification import check_columns, read_splits
+from hf_ls.data.conversations import FOR_TEMPLATE, check_conversations, prompt_text
 from hf_ls.data.guessing import guess_columns
 from hf_ls.data.labels import check_distinct, class_name, classes_of, folded
-from hf_ls.data.reading import check_length, check_text_type
+from hf_ls.data.reading import check_length, check_text_type, conversation_columns
 from hf_ls.data.splitting import Rows, check_overlap, same_text, with_held_out
-from hf_ls.data.truncation import count_cut, warn_of
+from hf_ls.data.truncation import count_cut, warn_of, with_labels, without_lost
 from hf_ls.losses.priors import count_labels
 
 logger = logging.getLogger(__name__)
 
-SequenceTask = Literal["seq2seq", "causal-lm", "token-classification"]
+SequenceTask = Literal["seq2seq", "causal-lm", "sft", "token-classification"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class SequenceData:
     """Splits with the columns of a task, and what is known about where they come from.
 
     Columns: `source` and `target` (seq2seq, or prompt and completion), `text` (causal-lm), `tokens` and `tags`
-    (token-classification; `label_names` are those of the tags, and empty for the other tasks). `example` and `notes` as
-    in `ClassificationData`.
+    (token-classification; `label_names` are those of the tags, and empty for the other tasks), those of `conversations` (sft).
+    `example` and `notes` as in `ClassificationData`.
     """
 
     splits: DatasetDict
@@ -45,6 +46,11 @@ class SequenceData:
     example: str | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def conversational(self) -> bool:
+        """Whether a row is a conversation, which a chat template writes as tokens."""
+        return bool({"messages", "completion"} & {*self.splits["train"].column_names})
+
 
 def load_sequences(
     task: SequenceTask,
@@ -53,6 +59,7 @@ def load_sequences(
     dataset_config: str | None = None,
     files: dict[str, str] | None = None,
     text_column: str | None = None,
+    messages_column: str | None = None,
     source_column: str | None = None,
     target_column: str | None = None,
     tokens_column: str | None = None,
@@ -63,7 +70,8 @@ def load_sequences(
 ) -> SequenceData:
     """Train, validation and test splits of a dataset on the Hub or in local CSV, JSON or Parquet files.
 
-    seq2seq reads `source_column` and `target_column`; causal-lm the same two as prompt and completion, or `text_column`;
+    seq2seq reads `source_column` and `target_column`; causal-lm the same two as prompt and completion, or `text_column`; sft
+    conversations in `messages_column`, or in the two as prompt and completion, else what causal-lm reads;
     token-classification a list of words and a list of tags per row. Columns which are not given are guessed (`guessing`); a dot
     reaches into a column of mappings: "translation.en". A missing validation or test split is cut as in `load_classification`.
 
@@ -77,6 +85,7 @@ def load_sequences(
         "token-classification": {"tokens": tokens_column, "tags": tags_column},
         "seq2seq": {"source": source_column, "target": target_column},
         "causal-lm": _of_language_model(raw["train"], text_column, source_column, target_column),
+        "sft": _of_conversations(raw["train"], messages_column, text_column, source_column, target_column),
     }[task]
     raw = raw.flatten() if any("." in (column or "") for column in given.values()) else raw
     columns, guessed = guess_columns(raw["train"], given)
@@ -89,8 +98,16 @@ def load_sequences(
             _check_tag_columns(part, split, columns["tokens"], columns["tags"])
     names: tuple[str, ...] = ()
     splits = raw.select_columns(list(columns.values()))
-    splits = splits if task == "token-classification" else _checked_text(splits, drop_empty="text" in columns)
+    if task == "sft" and {*columns.values()} & {*conversation_columns(raw["train"])}:
+        beside = [name for name in FOR_TEMPLATE if name in raw["train"].column_names]
+        splits = raw.select_columns([*columns.values(), *beside])
+        ours = {"source": "prompt", "target": "completion", "text": "messages"}
+        columns = {ours.get(kind, kind): column for kind, column in columns.items()}
+    elif task != "token-classification":
+        splits = _checked_text(splits, drop_empty="text" in columns)
     splits = splits.rename_columns({old: new for new, old in columns.items() if old != new})
+    if {"messages", "completion"} & columns.keys():
+        check_conversations(splits, columns)
     if task == "token-classification":
         splits, names = _integer_tags(splits, columns["tags"])
     fractions = {"test": test_fraction, "validation": validation_fraction}
@@ -110,8 +127,25 @@ def _of_language_model(train: Dataset, text: str | None, source: str | None, tar
     return {"text": text}
 
 
+def _of_conversations(
+    train: Dataset, messages: str | None, text: str | None, source: str | None, target: str | None
+) -> dict[str, str | None]:
+    """Which columns sft reads: conversations where there are any and no other column is given, else as causal-lm."""
+    found = conversation_columns(train)
+    if messages is None and (not found or text is not None or source is not None or target is not None):
+        return _of_language_model(train, text, source, target)
+    if messages is None:
+        with suppress(ValueError):
+            pair: dict[str, str | None] = {"source": None, "target": None}
+            if {*guess_columns(train, pair)[0].values()} <= {*found}:
+                return pair
+    return {"messages": messages}
+
+
 def _rows(part: Dataset) -> Rows:
     """By the rarest tag of each row, so that rare ones are in every split; other tasks have one stratum."""
+    if "messages" in part.column_names or "completion" in part.column_names:
+        return Rows(["" for _ in range(len(part))], [same_text(prompt_text(row)) for row in part])
     if "tags" not in part.column_names:
         column = "source" if "source" in part.column_names else "text"
         return Rows(["" for _ in range(len(part))], [same_text(text) for text in part[column]])
@@ -205,7 +239,10 @@ def check_sequence_overlap(splits: DatasetDict) -> None:
 
     Raises: ValueError as `data.check_overlap`.
     """
-    column = next(name for name in ("source", "text", "tokens") if name in splits["train"].column_names)
+    column = next(name for name in ("source", "text", "tokens", "messages", "completion") if name in splits["train"].column_names)
+    if column in ("messages", "completion"):
+        check_overlap({split: Dataset.from_dict({"text": [*map(prompt_text, part)]}) for split, part in splits.items()})
+        return
     texts = splits.select_columns([column])
     if column == "tokens":
         check_overlap(texts.map(lambda row: {"text": " ".join(row["tokens"])}, remove_columns=["tokens"], desc="overlap"))
@@ -241,17 +278,6 @@ def tokenise_seq2seq(
     tokens = splits.map(encode, batched=True, remove_columns=splits["train"].column_names, desc="tokenising")
     tokens = warn_of(tokens, "cut_sources", f"sources lose what is beyond {max_length} tokens; raise max_length")
     return warn_of(tokens, "cut_targets", f"targets lose what is beyond {target_length} tokens; raise max_target_length")
-
-
-def _with_labels(tokens: DatasetDict, wanted: str, got: str) -> DatasetDict:
-    """The splits, each with a label which counts.
-
-    Raises: ValueError for a split without one.
-    """
-    for split, part in tokens.items():
-        if not any(label != IGNORE_INDEX for labels in part["labels"] for label in labels):
-            raise ValueError(f"expected {wanted} in {split}, got {got}")
-    return tokens
 
 
 def tokenise_causal(
@@ -302,16 +328,14 @@ def tokenise_causal(
     columns = splits["train"].column_names
     if "text" in columns:
         tokens = splits.map(documents, batched=True, remove_columns=columns, desc="tokenising")
-        whole = {split: np.flatnonzero(~np.array(part["lost"], dtype=bool)) for split, part in tokens.items()}
-        tokens = warn_of(tokens, "lost", "documents are left out, because the tokenizer makes no token of them")
-        tokens = DatasetDict({split: part.select(whole[split]) for split, part in tokens.items()})
-        return _with_labels(tokens, "documents of more than one token", "none; use the tokenizer of the model")
+        tokens = without_lost(tokens, "documents are left out, because the tokenizer makes no token of them")
+        return with_labels(tokens, "documents of more than one token", "none; use the tokenizer of the model")
     tokens = splits.map(completions, batched=True, remove_columns=columns, desc="tokenising")
     tokens = warn_of(tokens, "cut", f"rows lose the end of their completion beyond {max_length} tokens; raise max_length")
     tokens = warn_of(
         tokens, "lost", f"rows count for nothing, because their prompt alone fills {max_length} tokens; raise max_length"
     )
-    return _with_labels(tokens, f"completions within max_length={max_length}", "prompts which fill it; raise max_length")
+    return with_labels(tokens, f"completions within max_length={max_length}", "prompts which fill it; raise max_length")
 
 
 def tokenise_words(splits: DatasetDict, tokenizer: Any, max_length: int) -> DatasetDict:
@@ -345,7 +369,7 @@ def tokenise_words(splits: DatasetDict, tokenizer: Any, max_length: int) -> Data
 
     tokens = splits.map(encode, batched=True, remove_columns=splits["train"].column_names, desc="tokenising")
     tokens = warn_of(tokens, "lost", f"words are beyond {max_length} tokens or have none and count for nothing; raise max_length")
-    return _with_labels(
+    return with_labels(
         tokens, f"words with a tag within max_length={max_length}", "none; raise max_length or check the tokenizer"
     )
 

@@ -40,6 +40,7 @@ _TASKS = {
     "text2text-generation": ("Seq2SeqLM", "sequence-to-sequence model", "A text to rewrite."),
     "text-generation": ("CausalLM", "causal language model", "A text to continue"),
 }
+_CHAT = ("CausalLM", "causal language model of conversations", "A question")
 _SETTINGS = {  # how a setting is called on a card; the others by their own name
     "objective": "training objective",
     "objective_params": "its parameters",
@@ -102,7 +103,7 @@ def model_card(report: CalibrationReport, header: HubFacts | None = None) -> str
     return render(
         CardFacts(
             model_name=report.model_name,
-            kind=_TASKS[report.task][1] if report.task in _TASKS else "classifier",
+            kind=_kind(report.task, data)[1] or "classifier",
             task=report.task,
             base_model=report.base_model,
             label_names=report.label_names,
@@ -110,7 +111,7 @@ def model_card(report: CalibrationReport, header: HubFacts | None = None) -> str
             smoothing=report.smoothing if row is None else report.smoothing_of(row),
             training=report.training,
             versions=report.versions,
-            evaluated=f"Measured on {place}{_dataset_link(data)}, {report.size}.",
+            evaluated=f"Measured on {place}{_dataset_link(data)}, {report.size}." + _counted(data),
             metrics={} if row is None else published_metrics(row),
             report=report,
             header=replace(header, tags=[*([report.task] if report.task else []), *header.tags]),
@@ -126,7 +127,7 @@ def render(facts: CardFacts) -> str:
     groups = group_cells(report) if report else []
     tempered = report.tempered(row) if report and row and not row.tempered else None
     generates = facts.task in ("text2text-generation", "text-generation")
-    auto, _, example = _TASKS.get(facts.task or "", ("", "", ""))
+    auto, _, example = _kind(facts.task, facts.dataset)
     smoothing = smoothing_lines(facts.smoothing, training)
     header = metadata(
         facts.task, facts.model_name, facts.base_model, facts.dataset, facts.metrics, facts.header,
@@ -158,6 +159,7 @@ def render(facts: CardFacts) -> str:
         num_columns=len(facts.label_names),
         auto=auto,
         generates=generates,
+        chats=generates and facts.dataset is not None and facts.dataset.counted is not None,
         per_token=facts.task == "token-classification",
         peft=bool(training and training.is_adapter),
         name_literal=literal(facts.model_name),
@@ -176,6 +178,14 @@ def render(facts: CardFacts) -> str:
         versions=[f"{plain(name)} {plain(version)}" for name, version in facts.versions.items()],
     )
     return str(card).rstrip() + "\n"
+
+
+def _kind(task: str | None, data: DatasetFacts | None) -> tuple[str, str, str]:
+    return _CHAT if data is not None and data.counted is not None else _TASKS.get(task or "", ("", "", ""))
+
+
+def _counted(data: DatasetFacts) -> str:
+    return "" if data.counted is None else f" Of a conversation this counts, here and in training: {plain(data.counted)}."
 
 
 def write_card(report: CalibrationReport, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:

@@ -30,6 +30,7 @@ class DatasetFacts:
         class_counts: labels per class in the order of the report's `label_names`; None for a language model.
         n_train, n_validation: examples of the other splits. n_sequences: which the tokens are of.
         example: an input for the code in the card.
+        counted: of conversations, which a chat template writes: whose tokens are learnt and measured; None for other data.
     """
 
     name: str
@@ -45,6 +46,7 @@ class DatasetFacts:
     n_sequences: int | None = None
     example: str | None = None
     named: bool = False
+    counted: str | None = None
 
     def __post_init__(self) -> None:
         """Make every value what JSON gives back."""

@@ -6,18 +6,18 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import yaml
 from transformers import HfArgumentParser
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hf_ls import __version__
-from hf_ls.common.errors import did_you_mean, settling
+from hf_ls.common.errors import settling
 from hf_ls.common.help import ShowAll, show_help
+from hf_ls.common.settings_file import nearest, yaml_arguments
 from hf_ls.data.classification import EMBEDDED_DATASET, EMBEDDED_MODEL
 from hf_ls.data.g2p import EMBEDDED_G2P
 from hf_ls.data.guessing import guess_soft_labels, guess_task
@@ -38,10 +38,10 @@ _TASKS_OF = {
     "bake_temperature": ("text-classification",),
     "tokens_column": ("token-classification",),
     "tags_column": ("token-classification",),
-    "source_column": ("seq2seq", "causal-lm"),
-    "target_column": ("seq2seq", "causal-lm"),
-    "source_prefix": ("seq2seq", "causal-lm"),
-    "source_suffix": ("seq2seq", "causal-lm"),
+    "source_column": ("seq2seq", "causal-lm", "sft"),
+    "target_column": ("seq2seq", "causal-lm", "sft"),
+    "source_prefix": ("seq2seq", "causal-lm", "sft"),
+    "source_suffix": ("seq2seq", "causal-lm", "sft"),
     "max_target_length": ("seq2seq",),
     "text_metrics": ("seq2seq",),
     "predict_with_generate": ("seq2seq",),
@@ -50,12 +50,14 @@ _TASKS_OF = {
     "generation_config": ("seq2seq",),
     "sortish_sampler": ("seq2seq",),
 }
+_SFT = ("messages_column", "chat_template_path", "assistant_only_loss", "completion_only_loss", "packing")
+_TASKS_OF |= dict.fromkeys(_SFT, ("sft",))
 _TASKS_OF["class_weight"] = ("text-classification", "token-classification")
 _TASKS_OF |= dict.fromkeys(("mixup_alpha", "mixup_per"), ("text-classification",))
 # What an evaluation during training gives, by which the best checkpoint can be chosen; signed_gap is best at 0, at neither end.
 _METRICS = ("loss", "nll", "brier", "ece", "accuracy")
 _SOFT_METRICS = ("soft_nll", "soft_brier")
-_METRICS_OF: dict[str, tuple[str, ...]] = dict.fromkeys(("seq2seq", "causal-lm"), ("perplexity", "eos_nll", "eos_ece"))
+_METRICS_OF: dict[str, tuple[str, ...]] = dict.fromkeys(("seq2seq", "causal-lm", "sft"), ("perplexity", "eos_nll", "eos_ece"))
 _METRICS_OF["token-classification"] = ("perplexity", *CLASS_SCORES, "entity_f1")
 _METRICS_OF["text-classification"] = tuple(CLASS_SCORES)
 _GENERATED_METRICS = ("exact_match", "sequence_ece")
@@ -77,7 +79,10 @@ OWN_DATA = {
     "warmup_steps": "0.1", "weight_decay": "0.01", "train_sampling_strategy": "group_by_length", "logging_steps": "20",
     "eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": "1", "report_to": "none",
 }  # fmt: skip
-_DATASET_TASKS = {EMBEDDED_DATASET: ("text-classification",), EMBEDDED_G2P: ("seq2seq", "causal-lm")}
+# Where conversations are otherwise than that: the rows are longer, the models larger. The learning rate is TRL's.
+OWN_CONVERSATIONS = {"per_device_train_batch_size": "8", "per_device_eval_batch_size": "8", "learning_rate": "2e-5"}
+_LONGEST_CONVERSATION = "1024"  # tokens, as in TRL
+_DATASET_TASKS = {EMBEDDED_DATASET: ("text-classification",), EMBEDDED_G2P: ("seq2seq", "causal-lm", "sft")}
 
 
 def about(text: str) -> dict[str, Any]:
@@ -139,9 +144,27 @@ class DataArguments:
     )
     soft_label_names: list[str] = field(default_factory=list, metadata=about("Names of the classes in such a list, in order."))
     source_column: str | None = field(
-        default=None, metadata=about("seq2seq: column with the source; causal-lm: with the prompt.")
+        default=None, metadata=about("seq2seq: column with the source; causal-lm and sft: with the prompt.")
     )
-    target_column: str | None = field(default=None, metadata=about("seq2seq: column with the target; causal-lm: the completion."))
+    target_column: str | None = field(
+        default=None, metadata=about("seq2seq: column with the target; causal-lm and sft: the completion.")
+    )
+    messages_column: str | None = field(
+        default=None, metadata=about("sft: column with lists of messages; `messages`, or guessed and said.")
+    )
+    chat_template_path: str | None = field(
+        default=None,
+        metadata=about("sft: chat template, a .jinja file or a tokenizer which has one; the tokenizer's own if none."),
+    )
+    assistant_only_loss: bool | None = field(
+        default=None, metadata=about("sft: learn what the assistant says alone; so where the chat template marks it.")
+    )
+    completion_only_loss: bool | None = field(
+        default=None, metadata=about("sft: learn the completions alone, not the prompts; so where rows have both.")
+    )
+    packing: bool = field(
+        default=False, metadata=about("sft: several examples in one row of max_length, in training; fast with FlashAttention.")
+    )
     source_prefix: str = field(default="", metadata=about("Text before each source, such as T5's task prefix."))
     source_suffix: str = field(default="", metadata=about("Text after each source, such as the blank before a completion."))
     tokens_column: str | None = field(
@@ -196,8 +219,8 @@ class DataArguments:
 class RunArguments:
     """What the run does besides training."""
 
-    task: Literal["text-classification", "token-classification", "seq2seq", "causal-lm"] = field(
-        default="text-classification", metadata=about("The task.")
+    task: Literal["text-classification", "token-classification", "seq2seq", "causal-lm", "sft"] = field(
+        default="text-classification", metadata=about("The task; sft: conversations, through TRL.")
     )
     text_metrics: list[str] = field(
         default_factory=lambda: ["exact_match", "chrf"],
@@ -317,25 +340,27 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
 
 
 def _filled_in(words: list[str], *, configured: bool) -> tuple[list[str], list[str]]:
-    """Settings for a file of one's own which nobody has given, as arguments, and a sentence about each kind of them.
+    """Settings which nobody has given, as arguments, and a sentence about each kind of them for a file of one's own.
 
     Its task is guessed by its columns. Where neither a config nor what to do is given, all is done that `OWN_DATA` says.
     """
     given = {word.lstrip("-").split("=")[0]: word for word in words if word.startswith("--")}
-    file = next((_value(words, name) for name in ("train_file",) if name in given), None)
-    if file is None:
-        return [], []
+    file, task = _value(words, "train_file"), _value(words, "task")
     filled: list[str] = []
     notes: list[str] = []
-    task, soft = (None, []) if given.keys() & {"task", "soft_label_columns"} else _guessed(file)  # soft labels are of whole texts
-    if task is not None:
-        filled.append(f"--task={task}")
-        notes.append(f"Task: {task}, guessed by the columns of {Path(file).name}; --task changes that")
-    if soft and task == "text-classification" and "label_column" not in given:
-        filled += ["--soft_label_columns", *soft]
-        notes.append(f"No column of classes, but one of numbers for each class: soft_label_columns: {soft[0]!r}, guessed")
-    if not configured and not given.keys() & {"do_train", "do_eval", "do_predict"}:
-        missing = {name: value for name, value in OWN_DATA.items() if name not in given}
+    if file is not None and not given.keys() & {"task", "soft_label_columns"}:  # soft labels are of whole texts
+        task, soft = _guessed(file)
+        if task is not None:
+            filled.append(f"--task={task}")
+            notes.append(f"Task: {task}, guessed by the columns of {Path(file).name}; --task changes that")
+        if soft and task == "text-classification" and "label_column" not in given:
+            filled += ["--soft_label_columns", *soft]
+            notes.append(f"No column of classes, but one of numbers for each class: soft_label_columns: {soft[0]!r}, guessed")
+    if task == "sft" and "max_length" not in given:
+        filled.append(f"--max_length={_LONGEST_CONVERSATION}")
+    if file is not None and not configured and not given.keys() & {"do_train", "do_eval", "do_predict"}:
+        usual = OWN_DATA | (OWN_CONVERSATIONS if task == "sft" else {})
+        missing = {name: value for name, value in usual.items() if name not in given}
         filled += [f"--{name}={value}" for name, value in missing.items()]
         shown = ", ".join(f"{name}: {value}" for name, value in missing.items())
         notes.append(f"No config and no do_train: what configs/own-data.yaml says is done ({shown})")
@@ -378,55 +403,6 @@ def _take_nulls(argv: list[str]) -> tuple[set[str], list[str]]:
     names = {argv[i].removesuffix("=null").lstrip("-") for i in spaced | joined}
     dropped = spaced | {i + 1 for i in spaced} | joined
     return names, [word for i, word in enumerate(argv) if i not in dropped]
-
-
-def yaml_arguments(path: Path, known: set[str], without: Collection[str] = ()) -> list[str]:
-    """The settings of a YAML file as command-line arguments, scalars as they are written, some left out.
-
-    Raises: ValueError for a missing or malformed file, an unknown or repeated key, and YAML tags.
-    """
-    try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except OSError as error:
-        found = f"no file at {path}" if isinstance(error, FileNotFoundError) else f"{path}: {error.strerror}"
-        raise ValueError(f"expected a config file, got {found}; check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"expected valid YAML in {path}, got: {' '.join(str(error).split())}; fix that line") from error
-    if node is None:
-        return []
-    if not isinstance(node, yaml.MappingNode):
-        raise ValueError(f"expected `name: value` lines in {path}, got another kind of YAML; see configs/ for examples")
-    arguments: list[str] = []
-    seen: set[str] = set()
-    for key_node, value in node.value:
-        key = str(key_node.value)
-        if key not in known:
-            raise ValueError(f"expected known settings in {path}, got {key!r}{nearest(key, known)}; see --help")
-        if key in seen:
-            raise ValueError(f"expected each setting once in {path}, got {key!r} twice; remove one")
-        seen.add(key)
-        arguments += _argument(path, key, value) if key not in without else []
-    return arguments
-
-
-def _argument(path: Path, key: str, node: yaml.Node) -> list[str]:
-    if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.startswith("tag:yaml.org,2002:python"):
-        raise ValueError(f"expected plain values in {path}, got the tag {node.tag} at {key!r}; remove it")
-    if isinstance(node, yaml.ScalarNode):
-        # `key:` and `key: null` leave the default.
-        return [] if node.tag.endswith(":null") else [f"--{key}={node.value}"]
-    if isinstance(node, yaml.SequenceNode):
-        if not all(isinstance(item, yaml.ScalarNode) for item in node.value):
-            raise ValueError(f"expected a list of plain values in {path} at {key!r}, got a nested one; flatten it")
-        return [f"--{key}", *(str(item.value) for item in node.value)] if node.value else []
-    value = yaml.safe_load(yaml.serialize(node))
-    return [f"--{key}={json.dumps(value)}"]
-
-
-def nearest(name: str, known: Collection[str]) -> str:
-    """`did_you_mean` in brackets."""
-    found = did_you_mean(name, known)
-    return f" ({found})" if found else ""
 
 
 def _check_values(config: Config) -> None:

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from hf_ls.common.errors import loading, uploading
 from hf_ls.common.files import write_atomically
 from hf_ls.common.models import IGNORE_INDEX, load_weights
+from hf_ls.common.settings_file import nearest
 from hf_ls.common.text import hub_id, one_line
 from hf_ls.data.classification import EMBEDDED_DATASET, load_snippets, model_path, tokenise
 from hf_ls.data.labels import LabelMatch, match_labels, permutation_warning
@@ -33,7 +34,7 @@ from hf_ls.report.facts import DatasetFacts, SmoothingFacts
 from hf_ls.report.naming import CardArguments
 from hf_ls.report.sentences import regime, tempering, warnings
 from hf_ls.report.table import more_tables, table
-from hf_ls.run.config import Parser, about, nearest
+from hf_ls.run.config import Parser, about
 from hf_ls.run.launch import announce
 from hf_ls.run.outcome import OUTCOME, PREDICTIONS, evaluate_classes, evaluate_tokens
 from hf_ls.run.tasks import TASKS

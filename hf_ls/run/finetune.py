@@ -59,7 +59,7 @@ def finetune(config: Config, callbacks: Sequence[Any] = ()) -> CalibrationReport
             if not config.training.should_save:
                 return None
             folders = {run_name(one.training): folder_of(one) for one in planned}
-            report = publish(planned[-1], loaded.data, runs, folders)
+            report = publish(planned[-1], loaded.data, runs, folders, loaded.form)
             if config.training.push_to_hub:
                 push(config, manifest.files(), folders.values())
             return report

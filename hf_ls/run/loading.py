@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from hf_ls.common.errors import loading
 from hf_ls.common.models import load_weights
+from hf_ls.common.settings_file import nearest
 from hf_ls.common.text import one_line
 from hf_ls.data.classification import (
     EMBEDDED_DATASET,
@@ -21,7 +22,8 @@ from hf_ls.data.classification import (
     model_path,
     tokenise,
 )
-from hf_ls.data.g2p import EMBEDDED_G2P, g2p_tokenizer, load_g2p
+from hf_ls.data.conversations import ChatFormat, pairs_as_conversations, set_chat_template, tokenise_conversations
+from hf_ls.data.g2p import CHAT_TEMPLATE, EMBEDDED_G2P, g2p_tokenizer, load_g2p
 from hf_ls.data.labels import absent_classes
 from hf_ls.data.preview import preview
 from hf_ls.data.sequences import (
@@ -34,7 +36,7 @@ from hf_ls.data.sequences import (
 )
 from hf_ls.data.soft_labels import with_soft_labels
 from hf_ls.data.splitting import check_overlap, sample
-from hf_ls.run.config import Config, nearest
+from hf_ls.run.config import Config
 from hf_ls.run.launch import announce
 from hf_ls.run.tasks import TASKS
 from hf_ls.trainer.distillation import load_teacher
@@ -50,13 +52,14 @@ Data = ClassificationData | SequenceData
 class Loaded:
     """What a run is made of before any model: data, tokenizer, and token ids and labels of each split.
 
-    available: how many rows each split had before its cap.
+    available: how many rows each split had before its cap. form: of conversations, None for other data.
     """
 
     data: Data
     tokenizer: Any
     tokens: DatasetDict
     available: Mapping[str, int]
+    form: ChatFormat | None = None
 
     @property
     def sizes(self) -> str:
@@ -79,7 +82,8 @@ def load(config: Config) -> Loaded:
     tokenizer = load_tokenizer(config)
     with config.training.main_process_first(desc="tokens"):
         tokens = load_tokens(config, data, tokenizer)
-    return Loaded(data, tokenizer, tokens, {split: len(part) for split, part in whole.splits.items()})
+    available = {split: len(part) for split, part in whole.splits.items()}
+    return Loaded(data, tokenizer, tokens, available, chat_format(config, data, tokenizer))
 
 
 def load_data(config: Config) -> Data:
@@ -109,9 +113,12 @@ def load_data(config: Config) -> Data:
         source |= {name: getattr(settings, name) for name in read}
         data = load_classification(settings.dataset_name, **source)
     else:
-        source |= {name: getattr(settings, name) for name in ("source_column", "target_column", "tokens_column", "tags_column")}
+        for name in ("messages_column", "source_column", "target_column", "tokens_column", "tags_column"):
+            source[name] = getattr(settings, name)
         data = load_sequences(task, settings.dataset_name, **source)
     (check_overlap if task == "text-classification" else check_sequence_overlap)(data.splits)
+    if task == "sft" and settings.dataset_name == EMBEDDED_G2P:
+        data = replace(data, splits=pairs_as_conversations(data.splits))
     return data
 
 
@@ -155,10 +162,25 @@ def _warn_of_absent_classes(data: Data) -> None:
 
 
 def load_tokenizer(config: Config) -> Any:
-    """The tokenizer of the model, the one named apart, or that of the embedded dictionary for a model from scratch."""
+    """The tokenizer of the model, the one named apart, or that of the embedded dictionary for a model from scratch.
+
+    Raises: ValueError for one which cannot be had, and as `set_chat_template`.
+    """
+    tokenizer, path = _named_tokenizer(config), config.data.chat_template_path
+    if path is not None:
+        with loading(
+            f"a chat template in {path}, a .jinja file or a tokenizer on the Hub or in a folder", "check chat_template_path"
+        ):
+            set_chat_template(tokenizer, path, trust_remote_code=config.model.trust_remote_code)
+    return tokenizer
+
+
+def _named_tokenizer(config: Config) -> Any:
     settings = config.model
     if settings.model_type and not settings.tokenizer_name:
-        return g2p_tokenizer()
+        tokenizer = g2p_tokenizer()
+        tokenizer.chat_template = CHAT_TEMPLATE if config.run.task == "sft" else None
+        return tokenizer
     name = settings.tokenizer_name or settings.model_name_or_path
     with loading(f"a tokenizer {name} on the Hub or in a folder", "check model_name_or_path, tokenizer_name and model_revision"):
         return AutoTokenizer.from_pretrained(
@@ -176,9 +198,30 @@ def load_tokens(config: Config, data: Data, tokenizer: Any) -> DatasetDict:
         return tokenise(data.splits, tokenizer, settings.max_length)
     if task == "token-classification":
         return tokenise_words(data.splits, tokenizer, settings.max_length)
-    if task == "causal-lm":
+    if form := chat_format(config, data, tokenizer):
+        announce(form.learnt)
+        return tokenise_conversations(data.splits, form, settings.max_length)
+    if task in ("causal-lm", "sft"):
         return tokenise_causal(data.splits, tokenizer, settings.max_length, **affixes)
     return tokenise_seq2seq(data.splits, tokenizer, settings.max_length, max_target_length=settings.max_target_length, **affixes)
+
+
+def chat_format(config: Config, data: Data, tokenizer: Any) -> ChatFormat | None:
+    """How the conversations of the data are written; None for other data.
+
+    Raises: ValueError as `ChatFormat.of`, and for settings which only conversations have.
+    """
+    settings = config.data
+    asked = settings.assistant_only_loss, settings.completion_only_loss
+    if isinstance(data, SequenceData) and data.conversational:
+        return ChatFormat.of(tokenizer, data.splits["train"], *asked)
+    given = next((name for name in ("assistant_only_loss", "completion_only_loss") if getattr(settings, name) is not None), None)
+    if given is not None:
+        raise ValueError(
+            f"expected conversations with {given}, got columns {data.splits['train'].column_names} of texts; drop it: of a "
+            "prompt and a completion which are texts, the completion alone is learnt"
+        )
+    return None
 
 
 def looked_at(config: Config, loaded: Loaded) -> list[str]:
@@ -187,9 +230,11 @@ def looked_at(config: Config, loaded: Loaded) -> list[str]:
     limits = dict.fromkeys(set(loaded.data.splits["train"].column_names) & {"text", "tokens", "source"}, settings.max_length)
     if config.run.task == "seq2seq":
         limits["target"] = settings.max_target_length or settings.max_length
+    if loaded.form is not None:
+        limits = {"conversations": settings.max_length}
     return preview(
         loaded.data.splits, loaded.tokens, loaded.data.label_names, loaded.tokenizer, loaded.available, limits,
-        (settings.source_prefix, settings.source_suffix),
+        (settings.source_prefix, settings.source_suffix), loaded.form,
     )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from hf_ls.common.files import write_atomically
 from hf_ls.common.privacy import TEXTS, local_name, paths_here, without_paths
 from hf_ls.common.text import hub_id
 from hf_ls.data.classification import EMBEDDED_DATASET, ClassificationData
+from hf_ls.data.conversations import ChatFormat
 from hf_ls.data.g2p import EMBEDDED_G2P
 from hf_ls.data.sequences import SequenceData
 from hf_ls.metrics.paired import differences
@@ -50,9 +51,14 @@ def folder_of(config: Config) -> Path:
 
 
 def publish(
-    config: Config, data: ClassificationData | SequenceData, runs: dict[str, Outcome], folders: Mapping[str, Path]
+    config: Config,
+    data: ClassificationData | SequenceData,
+    runs: dict[str, Outcome],
+    folders: Mapping[str, Path],
+    form: ChatFormat | None = None,
 ) -> CalibrationReport | None:
-    """One report of all runs and all files made of it; None when nothing was evaluated. folders: of each run.
+    """One report of all runs and all files made of it; None when nothing was evaluated. folders: of each run; form: of
+    conversations.
 
     Raises: ValueError for adapters with `bake_temperature`, and as `write_card`.
     """
@@ -68,7 +74,7 @@ def publish(
         task=task.hub_task,
         model_name=training.hub_model_id or folder_of(config).name,
         base_model=None if config.model.model_type else base if hub_id(base) else local_name(base),
-        dataset=_dataset_facts(config, data, main),
+        dataset=_dataset_facts(config, data, form, main),
         label_names=list(data.label_names),
         smoothing=_smoothing_facts(training, main.num_classes, over="classes" if task.has_classes else "vocabulary"),
         rows=[row for run in runs.values() for row in run.rows],
@@ -173,14 +179,17 @@ def _bake(config: Config, temperature: float) -> None:
     write_atomically(folder / OUTCOME, outcome)
 
 
-def _dataset_facts(config: Config, data: ClassificationData | SequenceData, main: Outcome) -> DatasetFacts:
+def _dataset_facts(
+    config: Config, data: ClassificationData | SequenceData, form: ChatFormat | None, main: Outcome
+) -> DatasetFacts:
     sizes: dict[str, Any] = {f"n_{name}": len(part) for name, part in data.splits.items() if name != "test"}
     example = None if data.example is None else config.data.source_prefix + data.example + config.data.source_suffix
     card, embedded = config.card, config.data.dataset_name in (EMBEDDED_DATASET, EMBEDDED_G2P)
     return DatasetFacts(
         name=card.dataset_title or data.name, named=bool(card.dataset_title) or embedded, hub_id=card.dataset_id or data.hub_id,
         split=main.split, n=main.n, n_sequences=main.n_sequences,
-        class_counts=main.class_counts, licence=data.licence, example=example, **sizes,
+        class_counts=main.class_counts, licence=data.licence, example=example,
+        counted=None if form is None else form.counted, **sizes,
     )  # fmt: skip
 
 

@@ -57,9 +57,10 @@ def make_trainer(config: Config, loaded: Loaded, callbacks: Sequence[Any] = (), 
     with silenced() if quiet else nullcontext():
         model = load_model(config, loaded.data, tokenizer)
     balanced = config.run.class_weight == "balanced"
+    settings = with_training(config, save_total_limit=None, enable_jit_checkpoint=False, push_to_hub=False).training
     trainer = task.trainer(
         model=model,
-        args=with_training(config, save_total_limit=None, enable_jit_checkpoint=False, push_to_hub=False).training,
+        args=task.arguments(settings, config.data),
         train_dataset=tokens["train"],
         eval_dataset=tokens["validation"].select(longest_first(tokens["validation"])),  # the metrics know no order
         data_collator=task.collator(tokenizer, model),

@@ -6,13 +6,15 @@ TRL prepares the data; here are the Trainer, its config, and entropy and top-1 a
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from hf_ls.common.errors import extra
 from hf_ls.trainer.arguments import LabelSmoothingArguments
@@ -29,6 +31,19 @@ logger = logging.getLogger(__name__)
 class LabelSmoothingSFTConfig(SFTConfig, LabelSmoothingArguments):
     """`trl.SFTConfig` with the settings of `LabelSmoothingArguments`."""
 
+    def __post_init__(self) -> None:
+        """As TRL, whose own default (1.16) stands under a name of which transformers (5.24) warns."""
+        if self.gradient_checkpointing and getattr(self, "activation_checkpointing", False) is None:
+            self.activation_checkpointing = True
+        super().__post_init__()
+
+    @classmethod
+    def of(cls, training: TrainingArguments, **settings: Any) -> LabelSmoothingSFTConfig:
+        """Other arguments of a Trainer, as they were settled, with TRL's settings beside them."""
+        made = cls(output_dir=training.output_dir, use_cpu=training.use_cpu, bf16=False, report_to=[], **settings)
+        vars(made).update({name: value for name, value in vars(training).items() if name not in settings})
+        return made
+
 
 class TokenMetrics:
     """Sums of the entropy −Σ p·log p (nats) and of the top-1 hits over logits [m, K] with labels [m], piece by piece."""
@@ -44,7 +59,24 @@ class TokenMetrics:
         self.sums += torch.stack([entropy.to(self.sums), hits.to(self.sums), self.sums.new_tensor(len(labels))])
 
 
-class LabelSmoothingSFTTrainer(LabelSmoothingMixin, SFTTrainer):  # type: ignore[misc]
+class _LossOrLogits(SFTTrainer):
+    """TRL's trainer with evaluation steps of our own: TRL (1.16) has announced to give its own no logits from 2.0 on."""
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The loss, and logits and labels as far as somebody asks for them, which cost another forward or [B, T, V] numbers."""
+        inputs = self._prepare_inputs(inputs)
+        if any(inputs.get(name) is None for name in self.label_names):
+            return Trainer.prediction_step(self, model, inputs, prediction_loss_only, ignore_keys)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            if prediction_loss_only:
+                return self.compute_loss(model, inputs).detach(), None, None
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        return loss.detach(), outputs["logits"].detach(), inputs[self.label_names[0]].detach()
+
+
+class LabelSmoothingSFTTrainer(LabelSmoothingMixin, _LossOrLogits):  # type: ignore[misc]
     """`trl.SFTTrainer` with label smoothing done right; see `LabelSmoothingMixin`.
 
     TRL's own smoothing runs two forwards a step, one of them with logits [B, T, V]. Here it is one, without logits, and so
@@ -64,7 +96,9 @@ class LabelSmoothingSFTTrainer(LabelSmoothingMixin, SFTTrainer):  # type: ignore
         if given is not None and not isinstance(given, SFTConfig):
             raise TypeError(f"expected LabelSmoothingSFTConfig or trl.SFTConfig, got {type(given).__name__}; use one of them")
         if given is not None and given.loss_type != "nll":
-            raise ValueError(f"expected loss_type='nll', got {given.loss_type!r}, which is another loss; use trl.SFTTrainer")
+            raise ValueError(
+                f"expected loss_type='nll', got {given.loss_type!r}, which is another loss; use trl.SFTTrainer for it"
+            )
         super().__init__(*args, **kwargs)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any, **options: Any) -> Any:
@@ -86,6 +120,29 @@ class LabelSmoothingSFTTrainer(LabelSmoothingMixin, SFTTrainer):  # type: ignore
                 name, lost, len(dataset), args.max_length,
             )  # fmt: skip
         return prepared
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As `Trainer.get_eval_dataloader`, see `_rows_apart`."""
+        chosen = self.eval_dataset if eval_dataset is None else eval_dataset
+        with self._rows_apart(chosen[next(iter(chosen))] if isinstance(chosen, dict) else chosen):
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As `Trainer.get_test_dataloader`, see `_rows_apart`."""
+        with self._rows_apart(test_dataset):
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _rows_apart(self, dataset: Any) -> Iterator[None]:
+        """Batches with padding of an evaluation which is not packed, where training is: intervals are over whole examples."""
+        before: Any = self.data_collator
+        columns, packs = getattr(dataset, "column_names", None) or (), getattr(self.args, "packing", False)
+        if getattr(before, "padding_free", False) and packs and "seq_lengths" not in columns:
+            self.data_collator = replace(before, padding_free=False)
+        try:
+            yield
+        finally:
+            self.data_collator = before
 
     def compute_loss(
         self,

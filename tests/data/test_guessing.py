@@ -9,6 +9,7 @@ from hf_ls.data.guessing import guess_columns, guess_soft_labels, guess_task
 
 N = 60
 TEXTS = [f"a sentence about number {i}" for i in range(N)]
+SAID, ANSWERED = [[{"role": "user", "content": t}] for t in TEXTS], [[{"role": "assistant", "content": t[::-1]}] for t in TEXTS]
 TEXT, TAGS, PAIR = {"text": None, "label": None}, {"tokens": None, "tags": None}, {"source": None, "target": None}
 
 
@@ -27,14 +28,18 @@ def rows(**columns) -> Dataset:
         (rows(xs=[["Ann", "ran"]] * N, ys=[[1, 0]] * N), "token-classification", {"tokens": "xs", "tags": "ys"}),
         (rows(document=TEXTS, summary=[t[:9] + t[-3:] for t in TEXTS]), "seq2seq", {"source": "document", "target": "summary"}),
         (rows(prompt=TEXTS, completion=[t[::-1] for t in TEXTS]), "causal-lm", {"source": "prompt", "target": "completion"}),
+        (rows(prompt=SAID, completion=ANSWERED, label=["x", "y"] * 30), "sft", {"source": "prompt", "target": "completion"}),
+        (rows(id=list(range(N)), source=["a", "b"] * 30, messages=SAID), "sft", {"messages": "messages"}),
+        (rows(text=TEXTS, turns=SAID), "sft", {"messages": "turns"}),
+        (rows(Conversations=[[{"from": "human", "value": t}] for t in TEXTS], tools=SAID), "sft", {"messages": "Conversations"}),
     ],
 )  # fmt: skip
 def test_columns_which_tell(part, task, found):
     assert guess_task(part) == task
     columns, said = guess_columns(part, dict.fromkeys(found))
     assert columns == found
-    usual = {"text": "text", "label": "label"}
-    assert said is None if found == usual else all(f"{kind}_column: {column!r}" in said for kind, column in found.items())
+    usual = ({"text": "text", "label": "label"}, {"messages": "messages"})
+    assert said is None if found in usual else all(f"{kind}_column: {column!r}" in said for kind, column in found.items())
 
 
 def test_one_text_alone_is_a_language_model_and_named_classes_are_labels():
@@ -53,6 +58,7 @@ def test_one_text_alone_is_a_language_model_and_named_classes_are_labels():
         (rows(a=[0.5] * N, b=[1] * N), TEXT),
         (rows(a=TEXTS, b=TEXTS), PAIR),
         (rows(a=[[1, 2]] * N, b=[[1, 0]] * N), TAGS),
+        (rows(a=SAID, b=ANSWERED), {"messages": None}),
     ],
 )
 def test_columns_which_do_not_tell_are_refused(part, given):
@@ -90,3 +96,7 @@ def test_a_text_beside_something_else_is_no_language_model(other):
     assert not guess_soft_labels(rows(text=TEXTS, other=other))
     assert guess_task(rows(text=TEXTS, other=other)) in (None, "text-classification")
     assert guess_task(rows(text=TEXTS, id=list(range(N)))) == "causal-lm"
+
+
+def test_preferences_are_no_conversations_to_learn():
+    assert guess_task(rows(prompt=SAID, chosen=ANSWERED, rejected=ANSWERED)) is None

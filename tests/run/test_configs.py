@@ -27,6 +27,7 @@ OWN = {
 SPLITS = {  # what the log says it found; 4 of 40 rows are cut from train where there is no validation file
     "causal-lm.yaml": "60 train, 20 validation, 20 test",
     "raters.yaml": "60 train, 20 validation, 20 test",
+    "sft.yaml": "60 train, 20 validation, 20 test",
     "seq2seq.yaml": "60 train, 20 validation, 20 test",
     "text-classification.yaml": "60 train, 20 validation, 20 test",
     "own-data.yaml": "32 train, 4 validation, 4 test",

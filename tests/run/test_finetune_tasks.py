@@ -19,7 +19,7 @@ BART = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attent
         "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": 64, "init_std": 0.06}  # fmt: skip
 LLAMA = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
          "max_position_embeddings": 64, "tie_word_embeddings": True, "initializer_range": 0.06}  # fmt: skip
-MODELS = {"seq2seq": ("bart", BART), "causal-lm": ("llama", LLAMA)}
+MODELS = {"seq2seq": ("bart", BART), "causal-lm": ("llama", LLAMA), "sft": ("llama", LLAMA)}
 PHONEMES = ["exact_match", "phoneme_error_rate", "bleu"]
 
 
@@ -29,7 +29,7 @@ def arguments(folder, task, *extra):
     return [
         *("--task", task, "--dataset_name", "cmudict", "--model_type", model_type, "--output_dir", str(folder)),
         *("--model_config_overrides", json.dumps(overrides), "--max_length", "32" if task == "seq2seq" else "64"),
-        *(generating if task == "seq2seq" else ["--source_suffix", "<s>"]),
+        *{"seq2seq": generating, "causal-lm": ["--source_suffix", "<s>"], "sft": []}[task],
         *("--max_train_samples", "300", "--max_eval_samples", "60", "--max_predict_samples", "70", "--learning_rate", "1e-2"),
         *("--per_device_train_batch_size", "16", "--per_device_eval_batch_size", "32", "--logging_steps", "1", "--seed", "1"),
         *("--train_sampling_strategy", "group_by_length", "--label_smoothing_factor", "0.1", "--report_to", "none"),
@@ -85,7 +85,7 @@ def test_the_reported_nll_is_the_models_own_loss(done):
     tokens = load_tokens(config, capped(config, load_data(config)), tokenizer)["test"]
     auto = AutoModelForSeq2SeqLM if task == "seq2seq" else AutoModelForCausalLM
     model = auto.from_pretrained(folder).double().eval()
-    collate = TASKS[task].collator(tokenizer, model)
+    collate = TASKS["causal-lm" if task == "sft" else task].collator(tokenizer, model)
     columns = [c for c in ("input_ids", "attention_mask", "labels") if c in tokens.column_names]
     total = count = 0
     with torch.no_grad():
@@ -98,6 +98,21 @@ def test_the_reported_nll_is_the_models_own_loss(done):
     assert report.dataset.n == count
 
 
+def test_conversations_are_evaluated_as_prompts_and_completions_of_the_same_words(tmp_path):
+    """The same tokens with the same labels: one path, through TRL's trainer too, packed or not."""
+    reports = {}
+    for name, task, more in (("lm", "causal-lm", []), ("chat", "sft", []), ("packed", "sft", ["--packing"])):
+        argv = arguments(tmp_path / name, task, "--max_steps", "4", "--save_strategy", "no", "--warmup_steps", "0", *more)
+        reports[name] = finetune(parse_config(argv))
+    for metric in ("nll", "ece", "brier", "accuracy", "signed_gap"):
+        lm, chat = (reports[name].rows[0].value(metric) for name in ("lm", "chat"))
+        assert chat == pytest.approx(lm, rel=1e-6), metric
+    assert reports["packed"].rows[0].value("nll") != reports["chat"].rows[0].value("nll")
+    for report in reports.values():
+        assert (report.dataset.n, report.dataset.n_sequences) == (reports["lm"].dataset.n, 70)
+    assert [report.dataset.counted for report in reports.values()] == [None, *["what the assistant says"] * 2]
+
+
 def test_generations_are_what_was_scored(done):
     task, folder, report = done
     if task != "seq2seq":
@@ -108,7 +123,7 @@ def test_generations_are_what_was_scored(done):
     assert report.rows[2].value("exact_match") == pytest.approx(exact)
 
 
-@pytest.mark.parametrize("task", list(MODELS))
+@pytest.mark.parametrize("task", ["seq2seq", "causal-lm", pytest.param("sft", marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path, task):
     """Killed between two checkpoints, before the last one is complete, and after it, before the report.
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from datasets import DatasetDict
 from places import ROOT
+from sft_rows import conversations, save_chat_model
 from tiny_run import save_tiny_model
 
 from hf_ls.run.config import OWN_DATA, parse_config
@@ -161,3 +163,34 @@ def test_rare_classes_weigh_more_in_both_runs(tmp_path):
     share = [labels.count(k) / len(labels) for k in range(2)]
     trainer = training.make_trainer(training.with_training(config, output_dir=str(tmp_path / "out")), loaded)
     assert trainer.class_weight.tolist() == pytest.approx([1 / (2 * s) for s in share])
+
+
+def test_conversations_are_enough_too(tmp_path, capsys):
+    """Guessed, learnt and measured on the assistant's tokens alone, and the card's code talks with the model."""
+    chats, folder = conversations(60), tmp_path / "out"
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    argv = ["--train_file", str(tmp_path / "chats.jsonl"), "--output_dir", str(folder), "--max_steps", "2", "--use_cpu", "true"]
+    report = finetune(parse_config([*argv, "--model_name_or_path", save_chat_model(tmp_path / "chat")]))
+    out = capsys.readouterr().out
+    assert (
+        "Task: sft, guessed" in out and "6 of 60 rows of train are held out" in out and "Learnt: what the assistant says" in out
+    )
+    assert "per_device_train_batch_size: 8" in out and "learning_rate: 2e-5" in out
+    assert [row.name for row in report.rows][::2] == ["baseline", "smoothed"]
+    # Each answer has from 3 to 6 words and an end; which 6 rows are the test is in no other place.
+    tokens = DatasetDict(test=load(parse_config([*argv, "--model_name_or_path", str(tmp_path / "chat")])).data.splits["test"])
+    said = sum(len(m["content"].split()) + 1 for row in tokens["test"] for m in row["messages"] if m["role"] == "assistant")
+    assert (report.dataset.n, report.dataset.n_sequences) == (said, 6)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "this counts, here and in training: what the assistant says." in card
+    code = card.split("```python\n")[1].split("```")[0]
+    exec(code.replace('name = "out"', f"name = {str(folder)!r}"), {})
+    assert capsys.readouterr().out.strip().endswith("]")
+
+
+def test_a_model_which_cannot_chat_is_refused_before_anything_is_written(tmp_path):
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, conversations(20))))
+    argv = ["--train_file", str(tmp_path / "chats.jsonl"), "--output_dir", str(tmp_path / "out"), "--use_cpu", "true"]
+    with pytest.raises(ValueError, match=r"a tokenizer with a chat template, got .* without one; .*--chat_template_path"):
+        finetune(parse_config(argv))
+    assert not (tmp_path / "out").exists()

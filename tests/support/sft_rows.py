@@ -6,7 +6,7 @@ import tokenizers
 import torch
 import transformers as tf
 from datasets import Dataset
-from head_models import VOCAB
+from head_models import VOCAB, build
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}w3 {% generation %}{{ m.content }} </s>{% endgeneration %} "
@@ -26,8 +26,15 @@ def words(length, seed):
     return " ".join(f"w{i}" for i in torch.randint(5, VOCAB, (length,), generator=g))
 
 
-def conversations():
+def conversations(n=8):
     def talk(i):
         return [{"role": role, "content": words(3 + i % 4, 10 * i + j)} for j, role in enumerate(("user", "assistant") * 2)]
 
-    return Dataset.from_dict({"messages": [talk(i) for i in range(8)]})
+    return Dataset.from_dict({"messages": [talk(i) for i in range(n)]})
+
+
+def save_chat_model(folder):
+    """A Llama of 32 dimensions with that tokenizer."""
+    build("llama")[0].save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
