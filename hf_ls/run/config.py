@@ -294,11 +294,9 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     parser = Parser(kinds, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file of settings; the command line overrides it.")
     known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
-    path, argv = _take_config(argv)
-    nulls, argv = _take_nulls(argv)
-    from_file = yaml_arguments(Path(path), known - {"config", "help", "help_all", "version"}, nulls) if path else []
-    filled, notes = _filled_in([*from_file, *argv], configured=path is not None)
-    from_file = [*filled, *from_file]
+    from_file, argv = from_config(argv, known)
+    filled, notes = _filled_in([*(from_file or []), *argv], configured=from_file is not None)
+    from_file = [*filled, *(from_file or [])]
     *parsed, _, rest = parser.parse_args_into_dataclasses(
         [*from_file, *argv], return_remaining_strings=True, look_for_args_file=False
     )
@@ -355,6 +353,16 @@ def _guessed(file: str) -> tuple[str | None, list[str]]:
         return guess_task(part), guess_soft_labels(part)
     except (ValueError, OSError):
         return None, []
+
+
+def from_config(argv: list[str], known: Collection[str]) -> tuple[list[str] | None, list[str]]:
+    """The arguments of the file which `--config` names, None without one, and the rest, which come behind them and win.
+
+    Raises: ValueError as `yaml_arguments`.
+    """
+    path, argv = _take_config(argv)
+    nulls, argv = _take_nulls(argv)
+    return yaml_arguments(Path(path), set(known) - {"config", "help", "help_all", "version"}, nulls) if path else None, argv
 
 
 def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
