@@ -355,7 +355,7 @@ def _asking(facts: AnswerFacts) -> dict[str, str]:
     options = [blanks + option for option in (("A", "B") if facts.score == "letter" else ("yes", "no"))]
     size = {"none": "sum()", "tokens": "mean()", "characters": "sum() / len(option.strip())"}[facts.length_normalisation]
     lead = f"{facts.instruction}\n\n" if facts.instruction else ""
-    return {"prompt": literal(lead + kept), "options": ", ".join(map(literal, options)), "score": size}
+    return {"prompt": json.dumps(lead + kept), "options": json.dumps(options)[1:-1], "score": size}  # with their line breaks
 
 
 def _columns(names: list[str]) -> str:
