@@ -36,7 +36,7 @@ CLASS_METRICS = ("accuracy", "nll", "brier", "ece", "signed_gap", "aurc")
 TOKEN_METRICS = ("accuracy", "nll", "perplexity", "brier", "ece", "signed_gap")
 # What `metrics` and the Trainer measure; every other metric of a token row is the quality of the task.
 _CALIBRATION_METRICS = {*CLASS_METRICS, *TOKEN_METRICS, "mce", "rmsce_debiased", "smooth_ece", "sequence_ece"}
-_CALIBRATION_METRICS |= {"ece_equal_mass", "ece_classwise", "f1_macro", "f1_weighted", "balanced_accuracy"}
+_CALIBRATION_METRICS |= {"ece_equal_mass", "ece_classwise", "full_ece", "f1_macro", "f1_weighted", "balanced_accuracy"}
 _OPTIONAL = ("published", "differences", "posthoc", "pictures", "hub", "predictions", "answers")  # of a report
 _GROUP_KEYS = ("kind", "name", "n", "accuracy", "nll", "perplexity", "brier", "ece", "signed_gap")
 _RELIABILITY_KEYS = ("edges", "count", "confidence", "accuracy", "band_low", "band_high")

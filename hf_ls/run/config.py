@@ -55,8 +55,10 @@ _TASKS_OF |= dict.fromkeys(("mixup_alpha", "mixup_per"), ("text-classification",
 # What an evaluation during training gives, by which the best checkpoint can be chosen; signed_gap is best at 0, at neither end.
 _METRICS = ("loss", "nll", "brier", "ece", "accuracy")
 _SOFT_METRICS = ("soft_nll", "soft_brier")
-_METRICS_OF: dict[str, tuple[str, ...]] = dict.fromkeys(("seq2seq", "causal-lm"), ("perplexity", "eos_nll", "eos_ece"))
-_METRICS_OF["token-classification"] = ("perplexity", *CLASS_SCORES, "entity_f1")
+_METRICS_OF: dict[str, tuple[str, ...]] = dict.fromkeys(
+    ("seq2seq", "causal-lm"), ("full_ece", "perplexity", "eos_nll", "eos_ece")
+)
+_METRICS_OF["token-classification"] = ("full_ece", "perplexity", *CLASS_SCORES, "entity_f1")
 _METRICS_OF["text-classification"] = tuple(CLASS_SCORES)
 _GENERATED_METRICS = ("exact_match", "sequence_ece")
 # Smallest value, and the one which must not be reached; what is checked elsewhere is not here.

@@ -15,7 +15,8 @@ from hf_ls import metrics
 from hf_ls.metrics.evaluate_modules import Ece, Nll, SignedGap
 
 NAMES = [
-    "aurc", "brier", "e_aurc", "ece", "ece_classwise", "ece_equal_mass", "mce", "nll", "rmsce_debiased", "signed_gap", "smooth_ece",
+    "aurc", "brier", "e_aurc", "ece", "ece_classwise", "ece_equal_mass", "full_ece", "mce", "nll", "rmsce_debiased", "signed_gap",
+    "smooth_ece",
 ]  # fmt: skip
 
 
