@@ -53,7 +53,7 @@ _TASKS_OF = {
 _TASKS_OF["class_weight"] = ("text-classification", "token-classification")
 _TASKS_OF |= dict.fromkeys(("mixup_alpha", "mixup_per"), ("text-classification",))
 # What an evaluation during training gives, by which the best checkpoint can be chosen; signed_gap is best at 0, at neither end.
-_METRICS = ("loss", "nll", "brier", "ece", "accuracy")
+_METRICS = ("loss", "nll", "calibrated_nll", "brier", "ece", "accuracy")
 _SOFT_METRICS = ("soft_nll", "soft_brier")
 _METRICS_OF: dict[str, tuple[str, ...]] = dict.fromkeys(
     ("seq2seq", "causal-lm"), ("full_ece", "perplexity", "eos_nll", "eos_ece")

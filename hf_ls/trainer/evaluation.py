@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.modeling_utils import unwrap_model
 
-from hf_ls.calibration.token_temperature import TokenTemperature
+from hf_ls.calibration.token_temperature import CURVES, CrossFittedTemperature, TokenTemperature, temperature_curves
 from hf_ls.common.models import IGNORE_INDEX, base_model, output_embedding
 from hf_ls.losses._rows import Observer
 from hf_ls.losses.cross_entropy import check_soft_targets
@@ -32,7 +32,7 @@ from hf_ls.trainer.batch import Batch, copied
 from hf_ls.trainer.logits_free import LogitsFreeHead
 
 SOFT_SCORES = ("soft_nll", "soft_brier")  # against the distributions of `soft_labels`
-_METRICS = ("nll", "brier", "ece", "full_ece", "accuracy", "signed_gap", "perplexity", "eos_nll", "eos_ece")
+_METRICS = ("nll", "calibrated_nll", "brier", "ece", "full_ece", "accuracy", "signed_gap", "perplexity", "eos_nll", "eos_ece")
 # At a vocabulary of 128k this is 32 rows in float64: 32 MiB however long the batch is.
 _CHUNK_ELEMENTS = 1 << 22
 _GAPS = N_BINS - 1
@@ -58,6 +58,7 @@ class Evaluation:
         temperature: float = 1.0,
         fit: TokenTemperature | None = None,
         names: Sequence[str] = (),
+        selected_by: str | None = None,
     ) -> None:
         self.sums = StreamingCalibration()
         self.tokens: TokenCalibration | None = None
@@ -70,6 +71,9 @@ class Evaluation:
         self._columns: dict[str, slice] = {}
         self._soft: dict[str, float] = {}
         self._names = names
+        # 21 temperatures of a whole vocabulary cost more than its softmax: of tokens only where the best model is chosen by it.
+        self._crosses = (selected_by or "").endswith("calibrated_nll")
+        self._crossed = CrossFittedTemperature()
         self.by_class: ClassCounts | None = None
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -82,6 +86,8 @@ class Evaluation:
         more = {} if batch.soft is None else soft_statistics(logits, batch, self._temperature)
         if self._names and not batch.spans:
             more = {"prediction": logits.argmax(-1)} | more
+        if self._crosses or batch.labels.dim() == 1:
+            more["curves"] = temperature_curves(logits / self._temperature, batch.labels)
         return self._keep(items, batch, logits.shape[-1], more)
 
     def loss_without_logits(
@@ -89,6 +95,7 @@ class Evaluation:
     ) -> tuple[Tensor, Any]:
         """As `loss`, from a forward without logits, with its outputs."""
         found: list[Tensor] = []
+        curves: list[Tensor] = []
 
         def each(logits: Tensor, y: Tensor) -> None:
             if observer is not None:
@@ -97,6 +104,8 @@ class Evaluation:
                 self._fit.update(logits, y)
             else:
                 found.append(item_statistics(logits, y, temperature=self._temperature, gaps=True))
+                if self._crosses:
+                    curves.append(temperature_curves(logits / self._temperature, y))
 
         with torch.no_grad():
             outputs = head(model, inputs, batch.labels, Smoothing(0.0), observer=each).outputs
@@ -105,7 +114,11 @@ class Evaluation:
         items = batch.weight.new_full((*batch.labels.shape, 4 + _GAPS), math.nan)
         if found:  # without any label too: the other processes gather theirs
             items[batch.kept] = torch.cat(found)
-        return self._keep(items, batch, head.classes), outputs
+        more = {}
+        if self._crosses:
+            more["curves"] = items.new_zeros(*batch.labels.shape, CURVES)
+            more["curves"][batch.kept] = torch.cat([items.new_zeros(0, CURVES), *(part.to(items) for part in curves)])
+        return self._keep(items, batch, head.classes, more), outputs
 
     def _keep(self, items: Tensor, batch: Batch, classes: int, more: dict[str, Tensor] | None = None) -> Tensor:
         # Rows [..., 5 + m]: four numbers and the label; ids below 2**53 are exact. Of single labels and of positions 1/K of their
@@ -129,6 +142,9 @@ class Evaluation:
         columns = {name: kept[:, place].squeeze(-1) for name, place in self._columns.items() if place.stop - place.start == 1}
         confidence, correct, nll, brier = kept[:, self._columns["items"]].T
         self.sums.update(confidence, correct.astype(bool), nll, brier)
+        if "curves" in self._columns:
+            each = np.where(counts[..., None], gathered[..., self._columns["curves"]], 0.0)
+            self._crossed.update(each.reshape(len(each), -1, CURVES).sum(axis=1))
         inverse = columns.get("inverse_classes")
         self._inverse_classes += len(nll) / self._classes if inverse is None else float(inverse.sum())
         self.examples += int(counts.reshape(len(counts), -1).any(1).sum())
@@ -155,6 +171,8 @@ class Evaluation:
     def metrics(self) -> dict[str, float]:
         """The metrics as far as they were measured; empty without a label which counts.
 
+        `calibrated_nll` is the NLL at a temperature fitted on other examples of this very split (`CrossFittedTemperature`): of
+        single labels, and of tokens where `metric_for_best_model` names it.
         Classifiers also give `f1_macro`, `f1_weighted` and `balanced_accuracy`, and batches with soft labels `soft_nll` and
         `soft_brier` (`metrics.classes`). Labels [B, T] also give `full_ece` and `perplexity`, and those of language
         models `eos_nll` and `eos_ece` of the end-of-sequence token.
@@ -162,6 +180,8 @@ class Evaluation:
         if not len(self.sums):
             return {}
         found = self.sums.compute()
+        if (calibrated := self._crossed.nll()) is not None:
+            found["calibrated_nll"] = calibrated
         if self.tokens is not None and len(self.tokens):
             if (full := self.tokens.full_ece()) is not None:
                 found["full_ece"] = full
