@@ -288,7 +288,8 @@ def full_ece(probabilities: Any, labels: Any, n_bins: int = 15) -> float:
 
     Every probability counts, not only the largest of a row, each with its own outcome; the bins are equal-width bins of all of
     them together, so that no class needs many labels. 0 to 2, lower is better: per row, not divided by K. For language models,
-    whose text is drawn from the whole distribution. Source: Liu et al. 2024 (Full-ECE).
+    whose text is drawn from the whole distribution. Within a bin gaps cancel: 0 where every p is below 1 / n_bins. Source: Liu
+    et al. 2024 (Full-ECE).
 
     >>> round(full_ece([[0.8, 0.2], [0.8, 0.2]], [0, 1]), 4)  # 1.6 in the bin of 0.8 with one hit, 0.4 in that of 0.2 with one
     0.6
