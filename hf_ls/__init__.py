@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_ls import metrics as metrics
     from hf_ls import report as report
+    from hf_ls.answers.callback import AnswerCallback as AnswerCallback
+    from hf_ls.answers.scoring import answer_logits as answer_logits
     from hf_ls.calibration import temperature as temperature
     from hf_ls.losses import objectives as objectives
     from hf_ls.losses import priors as priors
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "AnswerCallback": "answers.callback",
+    "answer_logits": "answers.scoring",
     "probabilities": "metrics.probabilities",
     "calibration_report": "report.build",
     "Schedule": "losses.smoothing",

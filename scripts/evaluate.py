@@ -9,6 +9,7 @@
 
 python scripts/evaluate.py --model_name_or_path outputs/text-classification --dataset_name snippets --output_dir outputs/again
 python scripts/evaluate.py --model_name_or_path owner/model --test_file test.csv --validation_file dev.csv --output_dir out
+python scripts/evaluate.py --task multiple-choice --model_name_or_path owner/llm --test_file questions.jsonl --output_dir out
 python scripts/evaluate.py --predictions test.npz --validation_predictions dev.npz --output_dir out --write_card true
 """
 

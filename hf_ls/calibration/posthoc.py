@@ -216,14 +216,23 @@ def compare_posthoc(
     logits, labels = test
     y = check_labels(labels, *check_logits(logits).shape)
 
+    whole = impossible or not any(
+        np.isneginf(check_logits(z)).any() for z, _ in (validation, test)
+    )  # a masked class gets no mass
+
+    def with_every_class() -> tuple[Any, Any]:
+        if whole:
+            return validation
+        raise ValueError("expected every class in every row, got rows with fewer options than others; use a temperature")
+
     def scored(z: Any) -> PredictionStatistics:
         return PredictionStatistics.from_logits(z, y, impossible=impossible)
 
     found: dict[str, dict[str, float | str]] = {"none": _measure(scored(logits))}
     fits = {
         "temperature": lambda: scored(apply_temperature(logits, fit_temperature(*validation))),
-        "vector scaling": lambda: scored(fit_vector_scaling(*validation)(logits)),
-        "isotonic": lambda: PredictionStatistics.from_probabilities(fit_isotonic(*validation)(logits), y),
+        "vector scaling": lambda: scored(fit_vector_scaling(*with_every_class())(logits)),
+        "isotonic": lambda: PredictionStatistics.from_probabilities(fit_isotonic(*with_every_class())(logits), y),
     }
     for name, fit in fits.items():
         try:
@@ -231,7 +240,7 @@ def compare_posthoc(
         except (NoFiniteTemperature, ValueError) as error:
             found[name] = {"refused": str(error)}
     try:
-        score = choose_selective_score(*validation)
+        score = choose_selective_score(*with_every_class())
         found["selective score"] = {
             "chosen": score.name,
             "aurc": aurc(score(logits), check_logits(logits).argmax(axis=1) == y),

@@ -5,6 +5,8 @@ Source: Guo et al. 2017 (temperature scaling).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,7 +18,9 @@ from hf_ls.calibration.temperature import NoFiniteTemperature
 # log β gives T within 5e-4, on three heavy-tailed rows too (steps of 2: 6e-3).
 _LOG2_LIMIT = 5
 _GRID = 2.0 ** (np.arange(4 * _LOG2_LIMIT + 1) / 2 - _LOG2_LIMIT)
+_WIDTH = float(np.log(2.0) / 2)  # of a step in log β
 _COUNT, _AT_ZERO, _AT_INFINITY, _FIRST = 0, 1, 2, 3
+CURVES = _FIRST + 3 * len(_GRID)
 # On a CPU four float64 arrays of a chunk stay in its cache, on a GPU a launch must be worth its while.
 _CHUNK_ELEMENTS = {"cpu": 1 << 15}
 _CHUNK_ELEMENTS_ELSEWHERE = 1 << 22
@@ -34,7 +38,7 @@ class TokenTemperature:
 
     def __init__(self) -> None:
         """Start with no tokens."""
-        self.sums = torch.zeros(_FIRST + 3 * len(_GRID), dtype=torch.float64)
+        self.sums = torch.zeros(CURVES, dtype=torch.float64)
 
     def __len__(self) -> int:
         """Return the number of tokens added so far."""
@@ -51,25 +55,9 @@ class TokenTemperature:
             ValueError: shapes which differ, labels outside [0, V), NaN or +inf, or a label whose logit is −inf; nothing
             is then added.
         """
-        if labels.is_floating_point() or labels.dtype == torch.bool:
-            raise TypeError(f"expected integer labels, got {labels.dtype}; give token ids")
-        if logits.dim() == 0 or logits.shape[:-1] != labels.shape:
-            raise ValueError(
-                f"expected logits [..., V] and labels [...], got {[*logits.shape]} and {[*labels.shape]}; align them"
-            )
-        num_classes = logits.shape[-1]
-        flat, y = logits.reshape(-1, num_classes), labels.reshape(-1)
-        kept = y != ignore_index
-        if bool((kept & ((y < 0) | (y >= num_classes))).any()):
-            raise ValueError(
-                f"expected labels in [0, {num_classes}) or {ignore_index}, got others; map class names to ids 0..K-1"
-            )
-        dtype = torch.float64 if logits.device.type != "mps" else torch.float32
         added = torch.zeros_like(self.sums)
-        elements = _CHUNK_ELEMENTS.get(logits.device.type, _CHUNK_ELEMENTS_ELSEWHERE)
-        for rows in kept.nonzero().squeeze(1).split(max(1, elements // max(1, num_classes))):
-            if len(rows):
-                added += _sums(flat[rows].to(dtype), y[rows]).to(added)
+        for _, curves in _chunks(logits, labels, ignore_index):
+            added += curves.sum(0).to(added)
         self.sums += added
 
     def fit(self) -> float:
@@ -98,23 +86,107 @@ class TokenTemperature:
                 f"expected at least one misclassified token, got {n} tokens that are all right: the NLL "
                 "falls for ever as T → 0; use a larger validation split, or keep T = 1"
             )
-        nll, slope, curvature = self.sums[_FIRST:].reshape(-1, 3).numpy().T
-        # Over u = log β, where the NLL is nearer to a polynomial.
-        slope, curvature = _GRID * slope, _GRID * slope + _GRID**2 * curvature
-        low = int((slope < 0).sum()) - 1  # the NLL is convex, so the slope rises
+        low = int((self._over_log_beta()[:, 1] < 0).sum()) - 1  # the NLL is convex, so the slope rises
         if not 0 <= low < len(_GRID) - 1:
             raise NoFiniteTemperature(
                 f"expected an optimum between T = {1 / _GRID[-1]:g} and {1 / _GRID[0]:g}, got one beyond; divide the logits "
                 "by a constant first, or keep T = 1 (T → 0: the validation split is all but separable, use a larger one)"
             )
-        width = np.log(_GRID[low + 1] / _GRID[low])
-        ends = [(nll[k], slope[k] * width, curvature[k] * width**2) for k in (low, low + 1)]
-        step = brentq(_quintic(*ends).deriv(), 0.0, 1.0)
-        return float(1.0 / (_GRID[low] * np.exp(step * width)))
+        step = brentq(self._between(low).deriv(), 0.0, 1.0)
+        return float(1.0 / (_GRID[low] * np.exp(step * _WIDTH)))
+
+    def nll(self, temperature: float) -> float:
+        """Return the mean NLL of all tokens in nats at a T from 1/32 to 32, by the same polynomial, off by less than 1e-5.
+
+        Raises:
+            ValueError: another T, or no tokens yet.
+        """
+        place = -np.log(temperature * _GRID[0]) / _WIDTH
+        if not (len(self) and -1e-9 <= place <= len(_GRID) - 1 + 1e-9):
+            raise ValueError(f"expected tokens and a temperature from 1/32 to 32, got {len(self)} tokens and {temperature}")
+        low = min(max(int(place), 0), len(_GRID) - 2)
+        return float(self._between(low)(place - low)) / len(self)
+
+    def _over_log_beta(self) -> np.ndarray:
+        """NLL, slope and curvature [21, 3] over u = log β, where the NLL is nearer to a polynomial."""
+        nll, slope, curvature = self.sums[_FIRST:].reshape(-1, 3).numpy().T
+        return np.stack([nll, _GRID * slope, _GRID * slope + _GRID**2 * curvature], 1)
+
+    def _between(self, low: int) -> np.polynomial.Polynomial:
+        """The NLL between two points of the grid, over 0 to 1."""
+        return _quintic(*(self._over_log_beta()[low : low + 2] * [1, _WIDTH, _WIDTH**2]).tolist())
 
 
-def _sums(z: Tensor, labels: Tensor) -> Tensor:
-    """Return the sums of rows z [n, V], which is overwritten, and labels [n]."""
+class CrossFittedTemperature:
+    """The NLL of examples at a temperature which was fitted on others of the same split: constant memory, one pass.
+
+    Examples are dealt to `folds` parts, at random and evenly, by their rank and `seed` alone; each part is measured at the T of
+    all the others (at T = 1 where these have none). All tokens of a sequence are in one part. What is left is the error which no
+    temperature mends ("refinement"). Source: Berta, Holzmüller, Jordan and Bach 2025.
+    """
+
+    def __init__(self, folds: int = 5, seed: int = 0) -> None:
+        """Start with no examples."""
+        self.folds, self.seed, self.examples = folds, seed, 0
+        self._parts = np.zeros((folds, CURVES))
+
+    def update(self, curves: np.ndarray) -> None:
+        """Add examples in their order: float64 [n, 66], each the sum of `temperature_curves` over its tokens, maybe 0."""
+        first, last = self.examples // self.folds, -(-(self.examples + len(curves)) // self.folds)
+        deals = [np.random.default_rng((self.seed, block)).permutation(self.folds) for block in range(first, last)]
+        part = np.concatenate([np.empty(0, dtype=np.int64), *deals])[self.examples - first * self.folds :][: len(curves)]
+        np.add.at(self._parts, part, curves)
+        self.examples += len(curves)
+
+    def nll(self) -> float | None:
+        """The mean NLL of all tokens in nats; None where a part is empty."""
+        if not (self._parts[:, _COUNT] > 0).all():
+            return None
+        whole, total = self._parts.sum(axis=0), 0.0
+        for own in self._parts:
+            others, held_out = TokenTemperature(), TokenTemperature()
+            others.sums, held_out.sums = torch.from_numpy(whole - own), torch.from_numpy(own)
+            try:
+                temperature = others.fit()
+            except NoFiniteTemperature:
+                temperature = 1.0
+            total += held_out.nll(temperature) * own[_COUNT]
+        return float(total / whole[_COUNT])
+
+
+@torch.no_grad()
+def temperature_curves(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """What `TokenTemperature` sums of each token, float64 [..., 66] for logits [..., V] and labels [...]; 0 where ignored.
+
+    Raises: as `TokenTemperature.update`.
+    """
+    found = torch.zeros((labels.numel(), CURVES), dtype=torch.float64 if logits.device.type != "mps" else torch.float32)
+    found = found.to(logits.device)
+    for rows, curves in _chunks(logits, labels, ignore_index):
+        found[rows] = curves
+    return found.reshape(*labels.shape, CURVES)
+
+
+def _chunks(logits: Tensor, labels: Tensor, ignore_index: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The kept rows of logits [..., V], a few at a time, with their curves [n, 66]."""
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise TypeError(f"expected integer labels, got {labels.dtype}; give token ids")
+    if logits.dim() == 0 or logits.shape[:-1] != labels.shape:
+        raise ValueError(f"expected logits [..., V] and labels [...], got {[*logits.shape]} and {[*labels.shape]}; align them")
+    num_classes = logits.shape[-1]
+    flat, y = logits.reshape(-1, num_classes), labels.reshape(-1)
+    kept = y != ignore_index
+    if bool((kept & ((y < 0) | (y >= num_classes))).any()):
+        raise ValueError(f"expected labels in [0, {num_classes}) or {ignore_index}, got others; map class names to ids 0..K-1")
+    dtype = torch.float64 if logits.device.type != "mps" else torch.float32
+    elements = _CHUNK_ELEMENTS.get(logits.device.type, _CHUNK_ELEMENTS_ELSEWHERE)
+    for rows in kept.nonzero().squeeze(1).split(max(1, elements // max(1, num_classes))):
+        if len(rows):
+            yield rows, _curves(flat[rows].to(dtype), y[rows])
+
+
+def _curves(z: Tensor, labels: Tensor) -> Tensor:
+    """Return [n, 66] of rows z [n, V], which is overwritten, and labels [n]."""
     top = z.amax(-1, keepdim=True)
     if not bool(top.isfinite().all()):
         raise ValueError("expected a finite largest logit in every row, got NaN, +inf or a row of −inf; fix the model")
@@ -126,15 +198,15 @@ def _sums(z: Tensor, labels: Tensor) -> Tensor:
     chains = [(z * _GRID[first]).exp_() for first in (0, 1)]  # 0 where masked
     z.masked_fill_(masked, 0.0)
     mean = z.sum(-1) / (~masked).sum(-1)
-    sums = [z.new_full((), len(z)), (mean - z_label).sum(), -z_label.sum()]
+    columns = [torch.ones_like(mean), mean - z_label, -z_label]
     powers = torch.stack([torch.ones_like(z), z, z * z], 1)
     for k, beta in enumerate(_GRID.tolist()):
         weights = chains[k % 2]  # exp(β·z), the largest 1
         total, first, second = (powers @ weights.unsqueeze(-1)).squeeze(-1).unbind(-1)
         first, second = first / total, second / total
-        sums += [(total.log() - beta * z_label).sum(), (first - z_label).sum(), (second - first * first).sum()]
+        columns += [total.log() - beta * z_label, first - z_label, second - first * first]
         weights *= weights
-    return torch.stack(sums)
+    return torch.stack(columns, -1)
 
 
 def _quintic(start: tuple[float, float, float], end: tuple[float, float, float]) -> np.polynomial.Polynomial:

@@ -34,6 +34,9 @@ _NAMES = {
     "messages": ("messages", "conversations", "conversation", "chat", "dialogue", "dialog"),
     "source": ("source", "src", "input", "document", "article", "prompt"),
     "target": ("target", "tgt", "output", "summary", "completion", "response"),
+    "question": ("question", "prompt", "query", "question_stem", "ctx", "input", "text", "sentence"),
+    "options": ("options", "choices", "endings", "candidates", "answers"),
+    "answer": ("answer", "label", "answerkey", "answer_key", "answer_idx", "gold", "target", "correct", "correct_answer"),
 }
 _TEXTS, _WHOLE = ("string", "large_string"), ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool")
 
@@ -69,9 +72,9 @@ def guess_soft_labels(part: Dataset) -> list[str]:
     return found if len(found) == 1 else []
 
 
-def guess_columns(part: Dataset, given: Mapping[str, str | None]) -> tuple[dict[str, str], str | None]:
-    """The column of each kind (`text` and `label`, `tokens` and `tags`, `source` and `target`), and a sentence about those which
-    are neither given nor named as usual.
+def guess_columns(part: Dataset, given: Mapping[str, str | None], where: str = "train") -> tuple[dict[str, str], str | None]:
+    """The column of each kind (`text` and `label`, `tokens` and `tags`, `source` and `target`, `question`, `options` and
+    `answer`), and a sentence about those which are neither given nor named as usual. where: what an error calls the part.
 
     given: kind -> its column as the user says, None for a guess.
 
@@ -83,7 +86,7 @@ def guess_columns(part: Dataset, given: Mapping[str, str | None]) -> tuple[dict[
         column = _NAMES[kind][0] if _NAMES[kind][0] in part.column_names else _guess(part, kind, set(found.values()))
         if column is None:
             raise ValueError(
-                f"expected columns {[given[k] or k for k in given]} in train, got {part.column_names}; set "
+                f"expected columns {[given[k] or k for k in given]} in {where}, got {part.column_names}; set "
                 + " and ".join(f"{name}_column" for name in given)
             )
         found[kind] = column
@@ -101,6 +104,8 @@ def _guess(part: Dataset, kind: str, taken: set[str]) -> str | None:
     if kind == "messages":
         chats = [name for name in conversation_columns(part) if name not in taken]
         return _named(part, kind, chats) or (chats[0] if len(chats) == 1 else None)
+    if kind in ("options", "answer"):
+        return _named(part, kind, [name for name in part.column_names if name not in taken])
     texts = [name for name in (*_texts(part), *(conversation_columns(part) if kind != "text" else ())) if name not in taken]
     return _named(part, kind, texts) or (_longest(part, texts) if kind == "text" else None)
 

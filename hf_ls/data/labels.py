@@ -157,7 +157,9 @@ def match_labels(
     )
 
 
-def permutation_warning(predicted: Any, labels: Any, model_names: Sequence[str]) -> str | None:
+def permutation_warning(
+    predicted: Any, labels: Any, model_names: Sequence[str], remedy: str = "Compare id2label of the model with the data"
+) -> str | None:
     """A sentence if another assignment of the labels fits the predictions measurably better (disjoint 95 % Wilson intervals).
 
     predicted, labels: class ids [n]. Such a model is either bad in an unlikely way, or its labels are in another order.
@@ -171,7 +173,7 @@ def permutation_warning(predicted: Any, labels: Any, model_names: Sequence[str])
     moved = [f"{one_line(model_names[i])} → {one_line(model_names[j])}" for i, j in zip(rows, columns, strict=True) if i != j]
     return (
         f"The labels look permuted: accuracy {right / n:.3f} as they are, {best / n:.3f} with {', '.join(moved[:10])}. "
-        "Compare id2label of the model with the data; nothing was changed."
+        f"{remedy}; nothing was changed."
     )
 
 

@@ -176,6 +176,17 @@ class EceClasswise(CalibrationMetric):
         return core.ece_classwise(probabilities, references, self.n_bins)
 
 
+class FullEce(CalibrationMetric):
+    """The calibration error of all probabilities together, not only the largest ones."""
+
+    function = staticmethod(core.full_ece)
+    binned = True
+
+    def _value(self, predictions: Any, references: Any) -> float:
+        probabilities = core.softmax(predictions) if self.from_logits else predictions
+        return core.full_ece(probabilities, references, self.n_bins)
+
+
 class Mce(CalibrationMetric):
     """The largest calibration error of any bin."""
 

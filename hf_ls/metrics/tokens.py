@@ -80,6 +80,7 @@ class TokenCalibration:
         self._cells = StreamingCalibration()
         self._groups = np.zeros((2, len(_GROUPS), _WIDTH))  # sums, and what their rounding lost
         self._entity_sums = np.zeros(_ENTITIES)
+        self._full: Floats | None = None  # Σ (p − outcome) of all probabilities in each bin but the first
         self._width = _WIDTH + (0 if entities is None else _ENTITIES)
         self._replicates = np.zeros((self.repetitions, self._width))  # of whole blocks
         self._pending = np.zeros((0, self._width))  # sequences of the block which is not full yet
@@ -94,12 +95,15 @@ class TokenCalibration:
         """The number of sequences with at least one token."""
         return self._sequences
 
-    def update(self, items: ArrayLike, labels: ArrayLike, predictions: ArrayLike | None = None) -> None:
+    def update(
+        self, items: ArrayLike, labels: ArrayLike, predictions: ArrayLike | None = None, gaps: ArrayLike | None = None
+    ) -> None:
         """Add S sequences: items float64 [S, T, 4] of `statistics.item_statistics`, labels [S, T] (token ids).
 
         An item is confidence (0 to 1), correct (0 or 1), nll (nats) and brier (0 to 2), or NaN four times where it is
-        ignored; labels there may hold anything. predictions [S, T]: the predicted classes. Sequences without a token count for
-        nothing.
+        ignored; labels there may hold anything. predictions [S, T]: the predicted classes. gaps [S, T, 14]: for each bin but the
+        first, the probabilities of the vocabulary in it less 1 for that of the label; the first follows, since all of them sum to
+        0. Sequences without a token count for nothing.
 
         Raises:
             TypeError: not numeric, or labels not integers.
@@ -110,7 +114,12 @@ class TokenCalibration:
         if not len(values):
             return
         confidence, correct, nll, brier = values.T
+        full = None if gaps is None else as_array(gaps)[~np.isnan(as_array(items)).all(axis=2)].astype(np.float64).sum(axis=0)
+        if full is not None and full.shape != (N_BINS - 1,):
+            raise ValueError(f"expected gaps [S, T, {N_BINS - 1}], got {list(as_array(gaps).shape)}; use item_statistics")
         self._cells.update(confidence, correct, nll, brier)  # checks all four before it adds
+        if full is not None:
+            self._full = full if self._full is None else self._full + full
 
         numbers = (bin_index(confidence, N_BINS), correct, nll, brier, confidence - correct)
         position = _FIRST_POSITION + np.frexp(rank)[1] - 1  # frexp is an exact floor(log2) + 1
@@ -187,10 +196,10 @@ class TokenCalibration:
         """Return {name: {"value", and where sound "low", "high"}} as `metrics.summarise`, 95 % intervals over sequences.
 
         accuracy, nll (nats a token), perplexity = exp(nll), brier (0 to 2), ece and ece_equal_mass (0 to 1),
-        signed_gap, mce, aurc; every token has the same weight. Percentile intervals; of perplexity, exp of those of
-        nll; of an accuracy of 0 or 1, Wilson's with sequences for trials. None for ece_equal_mass, mce and aurc, whose
-        resamples are no sums, and none at all from a single sequence. With fewer than some thirty sequences every
-        interval is too narrow.
+        signed_gap, mce, aurc, and with gaps full_ece (`core.full_ece`, 0 to 2); every token has the same weight. Percentile
+        intervals; of perplexity, exp of those of nll; of an accuracy of 0 or 1, Wilson's with sequences for trials. None for
+        ece_equal_mass, full_ece, mce and aurc, whose resamples are no sums or not kept, and none at all from a single sequence.
+        With fewer than some thirty sequences every interval is too narrow.
 
         ece: the interval of `intervals.ece_interval` for the true error over these bins, with the error of the replicates;
         low = 0 if the value is consistent with calibration, that is, not above the 95 % quantile of "null_q95" or, where
@@ -220,6 +229,8 @@ class TokenCalibration:
             "mce": float(np.nanmax(np.abs(bins.accuracy - bins.confidence))),
             "aurc": float(aurc_from_groups(count, count - correct)),
         }
+        if (full := self.full_ece()) is not None:
+            values["full_ece"] = full
         table = {name: {"value": value} for name, value in values.items()}
         null_gaps = (bins.count * np.nan_to_num(bins.confidence) - self._null_hits(N_BINS)) / len(self)
         null = np.abs(null_gaps).sum(axis=1)
@@ -228,6 +239,10 @@ class TokenCalibration:
             for name, (low, high) in self._intervals(bins, null_gaps).items():
                 table[name] |= {"low": float(low), "high": float(high)}
         return table
+
+    def full_ece(self) -> float | None:
+        """The calibration error of all probabilities of the vocabulary, 0 to 2, as `core.full_ece`; None without gaps."""
+        return None if self._full is None else float((np.abs(self._full).sum() + abs(self._full.sum())) / len(self))
 
     def _total(self) -> Floats:
         return (self._groups[0] + self._groups[1])[_FIRST_POSITION:].sum(axis=0)  # each token has one position

@@ -24,7 +24,7 @@ from hf_ls.metrics.intervals import consistency_band
 from hf_ls.metrics.paired import Difference
 from hf_ls.metrics.summary import summarise
 from hf_ls.metrics.tokens import TokenCalibration
-from hf_ls.report.facts import DatasetFacts, HubFacts, SmoothingFacts, TrainingFacts, check_keys, make_plain, record
+from hf_ls.report.facts import AnswerFacts, DatasetFacts, HubFacts, SmoothingFacts, TrainingFacts, check_keys, make_plain, record
 
 Metric = Mapping[str, float | str | None]
 
@@ -36,8 +36,8 @@ CLASS_METRICS = ("accuracy", "nll", "brier", "ece", "signed_gap", "aurc")
 TOKEN_METRICS = ("accuracy", "nll", "perplexity", "brier", "ece", "signed_gap")
 # What `metrics` and the Trainer measure; every other metric of a token row is the quality of the task.
 _CALIBRATION_METRICS = {*CLASS_METRICS, *TOKEN_METRICS, "mce", "rmsce_debiased", "smooth_ece", "sequence_ece"}
-_CALIBRATION_METRICS |= {"ece_equal_mass", "ece_classwise", "f1_macro", "f1_weighted", "balanced_accuracy"}
-_OPTIONAL = ("published", "differences", "posthoc", "pictures", "hub", "predictions")  # of a report
+_CALIBRATION_METRICS |= {"ece_equal_mass", "ece_classwise", "full_ece", "f1_macro", "f1_weighted", "balanced_accuracy"}
+_OPTIONAL = ("published", "differences", "posthoc", "pictures", "hub", "predictions", "answers")  # of a report
 _GROUP_KEYS = ("kind", "name", "n", "accuracy", "nll", "perplexity", "brier", "ece", "signed_gap")
 _RELIABILITY_KEYS = ("edges", "count", "confidence", "accuracy", "band_low", "band_high")
 
@@ -223,6 +223,7 @@ class CalibrationReport:
         pictures: file names of what was drawn from predictions and features, which the report does not hold, for the card.
         hub: what its user says of the model for the header of the card.
         predictions: "logits" or "probabilities" where the report was made from these and the model was not seen.
+        answers: of a language model whose classes are the options of questions; None for all others.
 
     Raises: ValueError for repeated rows, or counts which contradict each other.
     """
@@ -243,6 +244,7 @@ class CalibrationReport:
     pictures: list[str] = field(default_factory=list)
     hub: HubFacts = field(default_factory=HubFacts)
     predictions: Literal["logits", "probabilities"] | None = None
+    answers: AnswerFacts | None = None
 
     def __post_init__(self) -> None:
         """Make every value what JSON gives back, and check that the parts agree."""
@@ -271,6 +273,8 @@ class CalibrationReport:
         for row in fields["rows"]:
             if not row["classes"]:  # of tokens, and of reports which were written before there were any
                 del row["classes"]
+        if fields["answers"] is None:
+            del fields["answers"]
         return json.dumps(fields, indent=1, allow_nan=False) + "\n"
 
     @classmethod
@@ -288,6 +292,7 @@ class CalibrationReport:
             "training": None if fields["training"] is None else record(TrainingFacts, fields["training"], "training"),
             "rows": [record(CalibrationRow, row, "row") for row in rows],
             "hub": record(HubFacts, fields.get("hub", {}), "hub"),
+            "answers": record(AnswerFacts, fields["answers"], "answers") if fields.get("answers") else None,
             "differences": [record(Difference, found, "difference") for found in fields.get("differences", [])],
         }
         return cls(**fields | made)

@@ -30,6 +30,7 @@ _HUB_METRICS = {
     "chrf": ("chrf", "chrF", "0 to 100"),
 }
 _OF_TOKENS = ("accuracy", "nll", "perplexity", "brier", "ece")  # averages over tokens, where predictions are tokens
+_PIPELINES = {"multiple-choice": "text-generation"}  # what the Hub runs such a model as
 _LOCAL = "local"  # the type of data which is on no Hub
 _N_BINS = 15  # of every ECE which a Trainer logs
 
@@ -57,7 +58,7 @@ def metadata(
     types = [hub_type for metric, (hub_type, *_) in _HUB_METRICS.items() if metric in metrics]
     return ModelCardData(
         library_name="peft" if is_adapter else given.library and one_line(given.library),
-        pipeline_tag=None if task is None else one_line(task),
+        pipeline_tag=None if task is None else one_line(_PIPELINES.get(task, task)),
         language=[one_line(found) for found in given.language] or None,
         license=one_line(given.license) if given.license else None,
         tags=list(dict.fromkeys(map(one_line, tags))),

@@ -54,6 +54,30 @@ class DatasetFacts:
 
 
 @dataclass(frozen=True)
+class AnswerFacts:
+    """How a language model was asked, and what its probabilities of options are.
+
+    Args:
+        template: of the prompts. instruction: text before everything. few_shot: examples before each prompt.
+        score: "text" or "letter" of an option; option_prefix: what stood before it. length_normalisation: "none", "tokens" or
+            "characters".
+        mass: mean probability of all options of a question together, before they were made to sum to 1.
+    """
+
+    template: str
+    score: str = "text"
+    option_prefix: str = " "
+    length_normalisation: str = "none"
+    instruction: str = ""
+    few_shot: int = 0
+    mass: float | None = None
+
+    def __post_init__(self) -> None:
+        """Make every value what JSON gives back."""
+        make_plain(self)
+
+
+@dataclass(frozen=True)
 class HubFacts:
     """What only its user can say of a model on the Hub: licence and languages of the model, tags beside ours, its library.
 

@@ -64,6 +64,26 @@ def regime(report: CalibrationReport) -> str:
     return sentence
 
 
+def asking(report: CalibrationReport) -> str | None:
+    """How a language model was asked and its options scored, and how much of its probability they have; None for other models."""
+    facts = report.answers
+    if facts is None:
+        return None
+    what = "letter" if facts.score == "letter" else "text"
+    over = {"none": "", "tokens": ", divided by its tokens", "characters": ", divided by its characters"}[
+        facts.length_normalisation
+    ]
+    shots = f", after {facts.few_shot} solved examples" if facts.few_shot else ""
+    said = (
+        f"The logit of an option is the log-probability of its {what}{over}, after the prompt {facts.template!r}"
+        f"{shots}; the probabilities are those of the options of a question alone."
+    )
+    if facts.mass is None:
+        return said
+    rest = "; the rest goes to texts which are no option, and is not judged" if facts.mass < 0.995 else ""
+    return f"{said} Together the model gives them {facts.mass:.3f} on average{rest}."
+
+
 def verdict(report: CalibrationReport) -> str:
     """Plain sentences, a paragraph for each run (of smoothing, another objective or technique) against the baseline.
 

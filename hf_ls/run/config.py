@@ -55,10 +55,12 @@ _TASKS_OF |= dict.fromkeys(_SFT, ("sft",))
 _TASKS_OF["class_weight"] = ("text-classification", "token-classification")
 _TASKS_OF |= dict.fromkeys(("mixup_alpha", "mixup_per"), ("text-classification",))
 # What an evaluation during training gives, by which the best checkpoint can be chosen; signed_gap is best at 0, at neither end.
-_METRICS = ("loss", "nll", "brier", "ece", "accuracy")
+_METRICS = ("loss", "nll", "calibrated_nll", "brier", "ece", "accuracy")
 _SOFT_METRICS = ("soft_nll", "soft_brier")
-_METRICS_OF: dict[str, tuple[str, ...]] = dict.fromkeys(("seq2seq", "causal-lm", "sft"), ("perplexity", "eos_nll", "eos_ece"))
-_METRICS_OF["token-classification"] = ("perplexity", *CLASS_SCORES, "entity_f1")
+_METRICS_OF: dict[str, tuple[str, ...]] = dict.fromkeys(
+    ("seq2seq", "causal-lm", "sft"), ("full_ece", "perplexity", "eos_nll", "eos_ece")
+)
+_METRICS_OF["token-classification"] = ("full_ece", "perplexity", *CLASS_SCORES, "entity_f1")
 _METRICS_OF["text-classification"] = tuple(CLASS_SCORES)
 _GENERATED_METRICS = ("exact_match", "sequence_ece")
 # Smallest value, and the one which must not be reached; what is checked elsewhere is not here.
@@ -322,11 +324,9 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     """
     argv, parser = list(sys.argv[1:] if argv is None else argv), config_parser()
     known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
-    path, argv = _take_config(argv)
-    nulls, argv = _take_nulls(argv)
-    from_file = yaml_arguments(Path(path), known - {"config", "help", "help_all", "version"}, nulls) if path else []
-    filled, notes = _filled_in([*from_file, *argv], configured=path is not None)
-    from_file = [*filled, *from_file]
+    from_file, argv = from_config(argv, known)
+    filled, notes = _filled_in([*(from_file or []), *argv], configured=from_file is not None)
+    from_file = [*filled, *(from_file or [])]
     *parsed, _, rest = parser.parse_args_into_dataclasses(
         [*from_file, *argv], return_remaining_strings=True, look_for_args_file=False
     )
@@ -385,6 +385,16 @@ def _guessed(file: str) -> tuple[str | None, list[str]]:
         return guess_task(part), guess_soft_labels(part)
     except (ValueError, OSError):
         return None, []
+
+
+def from_config(argv: list[str], known: Collection[str]) -> tuple[list[str] | None, list[str]]:
+    """The arguments of the file which `--config` names, None without one, and the rest, which come behind them and win.
+
+    Raises: ValueError as `yaml_arguments`.
+    """
+    path, argv = _take_config(argv)
+    nulls, argv = _take_nulls(argv)
+    return yaml_arguments(Path(path), set(known) - {"config", "help", "help_all", "version"}, nulls) if path else None, argv
 
 
 def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+from accelerate import PartialState
 from datasets import ClassLabel, Dataset, DatasetDict
 from huggingface_hub import HfApi, hf_hub_download
 from rich.console import Console
 from transformers import AutoTokenizer
 
+from hf_ls.answers.questions import continuation
+from hf_ls.answers.reading import FEW_SHOT, QuestionArguments, QuestionData, read_questions
+from hf_ls.answers.scoring import option_scores
 from hf_ls.common.errors import loading, uploading
 from hf_ls.common.files import write_atomically
 from hf_ls.common.models import IGNORE_INDEX, load_weights
@@ -26,17 +32,17 @@ from hf_ls.data.reading import check_texts, read_files, read_hub
 from hf_ls.data.sequences import tokenise_words
 from hf_ls.data.splitting import check_overlap, sample
 from hf_ls.metrics.paired import differences
-from hf_ls.report.build import Scored, calibration_report, posthoc, write_report_files
+from hf_ls.report.build import Scored, calibration_report, measure, posthoc, write_report_files
 from hf_ls.report.calibration_report import EVALUATED, REPORT, SETTINGS, CalibrationReport, package_versions
 from hf_ls.report.card import check_card
 from hf_ls.report.card_metadata import eval_results, with_results
-from hf_ls.report.facts import DatasetFacts, SmoothingFacts
+from hf_ls.report.facts import AnswerFacts, DatasetFacts, SmoothingFacts
 from hf_ls.report.naming import CardArguments
-from hf_ls.report.sentences import regime, tempering, warnings
+from hf_ls.report.sentences import asking, regime, tempering, warnings
 from hf_ls.report.table import more_tables, table
-from hf_ls.run.config import Parser, about
+from hf_ls.run.config import Parser, about, from_config
 from hf_ls.run.launch import announce
-from hf_ls.run.outcome import OUTCOME, PREDICTIONS, evaluate_classes, evaluate_tokens
+from hf_ls.run.outcome import OUTCOME, PREDICTIONS, Outcome, evaluate_classes, evaluate_tokens, save_predictions
 from hf_ls.run.tasks import TASKS
 from hf_ls.trainer.arguments import LabelSmoothingArguments
 
@@ -44,14 +50,14 @@ _LONGEST = 512  # tokens, where the tokenizer names no limit or a larger one
 
 
 @dataclass
-class EvaluateArguments(CardArguments):
+class EvaluateArguments(QuestionArguments, CardArguments):
     """What `scripts/evaluate.py` can be told.
 
     Raises: ValueError for settings which contradict each other.
     """
 
     output_dir: str = field(metadata=about("Where report, plots and card go; not the folder of the model."))
-    model_name_or_path: str | None = field(default=None, metadata=about("Hub id or folder of a trained classifier."))
+    model_name_or_path: str | None = field(default=None, metadata=about("Hub id or folder of a trained model."))
     predictions: str | None = field(
         default=None,
         metadata=about(
@@ -70,8 +76,11 @@ class EvaluateArguments(CardArguments):
     library: str | None = field(
         default=None, metadata=about("With predictions: the library of the model as the Hub calls it, e.g. sklearn.")
     )
-    task: Literal["text-classification", "token-classification"] = field(
-        default="text-classification", metadata=about("The task.")
+    task: Literal["text-classification", "token-classification", "multiple-choice"] = field(
+        default="text-classification",
+        metadata=about(
+            "The task; multiple-choice: the probabilities which a causal language model gives the options of questions."
+        ),
     )
     model_revision: str = field(default="main", metadata=about("Branch, tag or commit on the Hub."))
     trust_remote_code: bool = field(default=False, metadata=about("Run code from the model's repository."))
@@ -104,6 +113,7 @@ class EvaluateArguments(CardArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_source()
+        self._check_task()
         self.files = {split: path for split, path in (("validation", self.validation_file), ("test", self.test_file)) if path}
         if not self.predictions and bool(self.dataset_name) == bool(self.files):
             raise ValueError(f"expected dataset_name or test_file, got {self.dataset_name} and {self.files}; set one of them")
@@ -138,6 +148,18 @@ class EvaluateArguments(CardArguments):
                 raise ValueError(f"expected {name} >= 1, got {value}; leave it out")
         self.labels = _mapping(self.label_map)
 
+    def _check_task(self) -> None:
+        """Refuse settings of another task, which would do nothing."""
+        own = {setting.name for setting in fields(QuestionArguments)}
+        others = {"text_column", "text_pair_column", "label_column", "label_map", "tokens_column", "tags_column"}
+        unread = others if self.task == "multiple-choice" else own
+        given = [s.name for s in fields(self) if s.name in unread and getattr(self, s.name) not in (s.default, [])]
+        if given:
+            remedy = "question_column and answer_column name its columns" if unread is others else "drop it"
+            raise ValueError(f"expected no {given[0]} with task {self.task}, got one; {remedy}")
+        if self.task == "multiple-choice":
+            self.check()
+
     def _check_source(self) -> None:
         """Refuse two sources of predictions, or none."""
         if bool(self.model_name_or_path) == bool(self.predictions):
@@ -147,8 +169,8 @@ class EvaluateArguments(CardArguments):
             given = ("dataset_name", "test_file", "validation_file", "text_pair_column", "max_length", "max_samples")
             if unread := [name for name in given if getattr(self, name) is not None]:
                 raise ValueError(f"expected no {unread[0]} with predictions, got one; the predictions are all that is read")
-            if self.task == "token-classification":
-                raise ValueError("expected one label per row with predictions, got task token-classification; give the model")
+            if self.task != "text-classification":
+                raise ValueError(f"expected one label per row with predictions, got task {self.task}; give the model")
         elif unread := [
             n for n in ("validation_predictions", "label_names", "model_name", "hub_task", "library") if getattr(self, n)
         ]:
@@ -157,18 +179,23 @@ class EvaluateArguments(CardArguments):
 
 def evaluation_parser() -> Parser:
     """Of the settings of an evaluation."""
-    return Parser(EvaluateArguments, allow_abbrev=False)
+    parser = Parser(EvaluateArguments, allow_abbrev=False)
+    parser.add_argument("--config", help="YAML file of settings; the command line overrides it.")
+    return parser
 
 
 def parse_evaluation(argv: Sequence[str] | None = None) -> EvaluateArguments:
-    """Settings from the command line.
+    """Settings from `--config file.yaml` and the command line; the command line wins.
 
     Raises: ValueError for unknown ones and as `EvaluateArguments`.
     """
     parser = evaluation_parser()
-    settings, *_, rest = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True, look_for_args_file=False)
+    known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
+    from_file, argv = from_config(list(sys.argv[1:] if argv is None else argv), known)
+    settings, *_, rest = parser.parse_args_into_dataclasses(
+        args=[*(from_file or []), *argv], return_remaining_strings=True, look_for_args_file=False
+    )
     if rest:
-        known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
         raise ValueError(
             f"expected known settings, got {rest[0].split('=')[0]}{nearest(rest[0].lstrip('-').split('=')[0], known)}; see --help"
         )
@@ -185,41 +212,30 @@ def evaluate(settings: EvaluateArguments) -> CalibrationReport | None:
     """
     if settings.predictions:
         return _evaluate_predictions(settings, settings.predictions)
-    task, folder, place = TASKS[settings.task], Path(settings.output_dir), settings.model_name_or_path or ""
     model, tokenizer = _load(settings)
-    names = [one_line(model.config.id2label[i]) for i in range(model.config.num_labels)]
     raw, name, dataset_id = _read(settings)
-    splits, match = _matched(settings, raw, names)
-    if settings.task == "text-classification":
-        check_overlap(splits)
-    announce(match.sentence)
-    limit = settings.max_length or min(tokenizer.model_max_length, _LONGEST)
-    encode = tokenise_words if task.per_token else tokenise
-    tokens = DatasetDict({s: encode(DatasetDict({"train": part}), tokenizer, limit)["train"] for s, part in splits.items()})
-    training = LabelSmoothingArguments(
-        output_dir=str(folder), per_device_eval_batch_size=settings.batch_size, use_cpu=settings.use_cpu, report_to="none",
-        do_eval="validation" in tokens, do_predict=True, remove_unused_columns=True,
-    )  # fmt: skip
-    trainer = task.trainer(model=model, args=training, data_collator=task.collator(tokenizer, model), processing_class=tokenizer)
-    if task.per_token:
-        outcome = evaluate_tokens(trainer, tokens, DatasetDict(splits), [], has_classes=True)
+    if settings.task == "multiple-choice":
+        names, outcome, answers = _ask(settings, model, tokenizer, raw)
     else:
-        outcome = evaluate_classes(trainer, tokens)
-    if not training.should_save:
+        names, outcome = _classify(settings, model, tokenizer, raw)
+        answers = None
+    if not PartialState().is_main_process:
         return None
     known = _known(settings)
     epsilon = settings.epsilon
     if epsilon is None and known and known.published_row:
         epsilon = known.published_row.epsilon
     rows = [replace(row, run=EVALUATED, epsilon=epsilon) for row in outcome.rows]
-    kept = _kept(folder)
+    kept = _kept(Path(settings.output_dir))
     if "test" in kept:
-        warning = permutation_warning(kept["test"].logits.argmax(1), kept["test"].labels, names)
+        remedy = {} if answers is None else {"remedy": "Compare the answers of the data with its options"}
+        warning = permutation_warning(kept["test"].logits.argmax(1), kept["test"].labels, names, **remedy)
         if warning:
             announce(f"Warning: {warning}")
     draws = {row.name: outcome.draws[old.name] for row, old in zip(rows, outcome.rows, strict=True)}
+    place = settings.model_name_or_path or ""
     report = CalibrationReport(
-        task=task.hub_task,
+        task=settings.task if answers else TASKS[settings.task].hub_task,
         model_name=place if hub_id(place) else Path(place).name,
         base_model=known.base_model if known else None,
         dataset=DatasetFacts(
@@ -238,9 +254,92 @@ def evaluate(settings: EvaluateArguments) -> CalibrationReport | None:
         differences=differences(draws),
         posthoc=posthoc(kept["test"], kept["validation"]) if len(kept) == 2 else {},
         hub=settings.hub,
+        answers=answers,
     )  # fmt: skip
     _show(report, settings)
     return report
+
+
+def _classify(settings: EvaluateArguments, model: Any, tokenizer: Any, raw: dict[str, Dataset]) -> tuple[list[str], Outcome]:
+    """The names of the classes, and what a classifier of texts or tokens shows."""
+    task = TASKS[settings.task]
+    names = [one_line(model.config.id2label[i]) for i in range(model.config.num_labels)]
+    splits, match = _matched(settings, _sampled(settings, raw), names)
+    if settings.task == "text-classification":
+        check_overlap(splits)
+    announce(match.sentence)
+    limit = settings.max_length or min(tokenizer.model_max_length, _LONGEST)
+    encode = tokenise_words if task.per_token else tokenise
+    tokens = DatasetDict({s: encode(DatasetDict({"train": part}), tokenizer, limit)["train"] for s, part in splits.items()})
+    training = _trainer_arguments(settings, do_eval="validation" in tokens)
+    trainer = task.trainer(model=model, args=training, data_collator=task.collator(tokenizer, model), processing_class=tokenizer)
+    if task.per_token:
+        return names, evaluate_tokens(trainer, tokens, DatasetDict(splits), [], has_classes=True)
+    return names, evaluate_classes(trainer, tokens)
+
+
+def _trainer_arguments(settings: EvaluateArguments, *, do_eval: bool) -> LabelSmoothingArguments:
+    return LabelSmoothingArguments(
+        output_dir=settings.output_dir, per_device_eval_batch_size=settings.batch_size, use_cpu=settings.use_cpu,
+        report_to="none", do_eval=do_eval, do_predict=True, remove_unused_columns=True,
+    )  # fmt: skip
+
+
+def _ask(
+    settings: EvaluateArguments, model: Any, tokenizer: Any, raw: dict[str, Dataset]
+) -> tuple[list[str], Outcome, AnswerFacts]:
+    """The names of the options, what a language model shows when it is asked, and how it was asked.
+
+    Raises: ValueError for several processes, and as `read_questions` and `option_scores`.
+    """
+    device = _trainer_arguments(settings, do_eval=False).device
+    if PartialState().num_processes > 1:
+        raise ValueError(
+            f"expected one process with task multiple-choice, got {PartialState().num_processes}; start it without torchrun or "
+            "accelerate launch"
+        )
+    examples = read_files({FEW_SHOT: settings.few_shot_file})[FEW_SHOT] if settings.few_shot_file else None
+    data = read_questions(_sampled(settings, raw), settings, examples)
+    for note in data.notes:
+        announce(note)
+    prompts = {s: [f"{q.prompt} {q.options}" for q in questions] for s, questions in data.splits.items()}
+    check_overlap({split: Dataset.from_dict({"text": texts}) for split, texts in prompts.items()})
+    announce(f"The first prompt, with its right answer:\n{_first(settings, data)}")
+    model.to(device)
+    scored, mass = {}, 0.0
+    for split in sorted(data.splits, key=("validation", "test").index):
+        questions = data.splits[split]
+        asked = {"option_prefix": settings.option_prefix, "max_length": settings.max_length, "batch_size": settings.batch_size}
+        scores = option_scores(model, tokenizer, questions, **asked)  # type: ignore[arg-type]
+        logits = np.full((len(questions), len(data.label_names)), -np.inf)
+        logits[:, : scores.log_p.shape[1]] = scores.logits(settings.length_normalisation)
+        scored[split], mass = Scored.of([q.answer for q in questions], logits=logits), scores.mass
+    save_predictions(
+        Path(settings.output_dir),
+        {s: found.logits for s, found in scored.items()},
+        {s: found.labels for s, found in scored.items()},
+    )
+    measured = measure(EVALUATED, None, scored["test"], scored.get("validation"))
+    if measured.untempered:
+        announce(f"No row with temperature, {measured.untempered}")
+    facts = AnswerFacts(
+        data.template,
+        settings.score,
+        settings.option_prefix,
+        settings.length_normalisation,
+        settings.instruction,
+        data.few_shot,
+        mass,
+    )
+    n, names = len(scored["test"].labels), [one_line(name) for name in data.label_names]
+    return names, Outcome("test", n, None, len(names), measured.class_counts, measured.rows, [], measured.draws), facts
+
+
+def _first(settings: EvaluateArguments, data: QuestionData) -> str:
+    """The first question of the reported split as the model reads it, each line behind a bar."""
+    question = data.splits["test"][0]
+    text = "".join(continuation(question.prompt, question.options[question.answer or 0], settings.option_prefix))
+    return "\n".join(f"  | {line}" for line in text.split("\n"))
 
 
 def update_card(report: CalibrationReport, target: str, *, token: str | None = None) -> None:
@@ -295,7 +394,8 @@ def _load(settings: EvaluateArguments) -> tuple[Any, Any]:
 
     Raises: ValueError for adapters, and for a model some of whose weights would be random.
     """
-    place, task = model_path(settings.model_name_or_path or ""), TASKS[settings.task]
+    place = model_path(settings.model_name_or_path or "")
+    task = TASKS["causal-lm" if settings.task == "multiple-choice" else settings.task]
     if Path(place, "adapter_config.json").is_file():
         raise ValueError(f"expected a whole model, got adapters in {place}; merge them (merge_and_unload) and save that model")
     given = {"revision": settings.model_revision, "trust_remote_code": settings.trust_remote_code}
@@ -327,6 +427,15 @@ def _read(settings: EvaluateArguments) -> tuple[dict[str, Dataset], str, str | N
     return dict(read_files(settings.files)), Path(settings.files["test"]).name, settings.dataset_id
 
 
+def _sampled(settings: EvaluateArguments, raw: dict[str, Dataset]) -> dict[str, Dataset]:
+    """At most max_samples rows of each split."""
+    kept = {split: sample(part, settings.max_samples, 0) for split, part in raw.items()}
+    for split, part in raw.items():
+        if len(kept[split]) < len(part):
+            announce(f"{split}: {len(kept[split]):,} of {len(part):,} rows are used, a random sample, because of max_samples")
+    return kept
+
+
 def _matched(settings: EvaluateArguments, raw: dict[str, Dataset], names: list[str]) -> tuple[dict[str, Dataset], LabelMatch]:
     """The splits with the model's own ids as labels, and how they were found.
 
@@ -342,9 +451,7 @@ def _matched(settings: EvaluateArguments, raw: dict[str, Dataset], names: list[s
         absent = [column for column in (*columns, label) if column not in part.column_names]
         if absent or not len(part):
             raise ValueError(f"expected examples with {[*columns, label]} in {split}, got {part.column_names}; set the columns")
-        kept[split] = sample(part, settings.max_samples, 0)
-        if len(kept[split]) < len(part):
-            announce(f"{split}: {len(kept[split]):,} of {len(part):,} rows are used, a random sample, because of max_samples")
+        kept[split] = part
         feature = part.features[label]
         feature = getattr(feature, "feature", feature)
         data_names = feature.names if isinstance(feature, ClassLabel) else data_names
@@ -418,7 +525,7 @@ def _show(report: CalibrationReport, settings: EvaluateArguments) -> None:
     folder, console = Path(settings.output_dir), Console()
     write_report_files(report, folder, card=settings.write_card)
     console.print(table(report, console.width))
-    texts = [regime(report), *([found] if (found := tempering(report)) else [])]
+    texts = [found for found in (asking(report), regime(report), tempering(report)) if found]
     console.print(*texts, sep="\n", markup=False, highlight=False)
     for text in warnings(report):
         console.print(f"Warning: {text}", markup=False, highlight=False)

@@ -104,7 +104,7 @@ def evaluate_classes(trainer: Any, tokens: DatasetDict) -> Outcome:
         logits[split], labels[split] = np.asarray(output.predictions, np.float64), np.asarray(output.label_ids)
         soft[split] = np.asarray(tokens[split][SOFT]) if SOFT in tokens[split].column_names else None
     if training.should_save:
-        _save_predictions(Path(training.output_dir), logits, labels)
+        save_predictions(Path(training.output_dir), logits, labels)
     if not logits:
         return Outcome(None, 0, None, num_classes, None, [], trainer.state.log_history)
     split, name = list(logits)[-1], run_name(training)
@@ -208,7 +208,8 @@ def write_metrics(trainer: Any, prefix: str, metrics: dict[str, float]) -> None:
         write_atomically(path, json.dumps(numbers, indent=4, sort_keys=True))
 
 
-def _save_predictions(folder: Path, logits: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> None:
+def save_predictions(folder: Path, logits: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> None:
+    """Keep logits and labels of each split in `predictions.npz`."""
     arrays = {f"logits_{split}": value for split, value in logits.items()}
     arrays |= {f"labels_{split}": value for split, value in labels.items()}
     write_arrays(folder / PREDICTIONS, **arrays)

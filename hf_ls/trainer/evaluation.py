@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.modeling_utils import unwrap_model
 
-from hf_ls.calibration.token_temperature import TokenTemperature
+from hf_ls.calibration.token_temperature import CURVES, CrossFittedTemperature, TokenTemperature, temperature_curves
 from hf_ls.common.models import IGNORE_INDEX, base_model, output_embedding
 from hf_ls.losses._rows import Observer
 from hf_ls.losses.cross_entropy import check_soft_targets
 from hf_ls.losses.smoothing import Smoothing
 from hf_ls.metrics.ceiling import ceiling_warning, last_epsilon
 from hf_ls.metrics.classes import CLASS_SCORES, ClassCounts
+from hf_ls.metrics.core import N_BINS, bin_edges
 from hf_ls.metrics.entities import words_of
 from hf_ls.metrics.streaming import StreamingCalibration
 from hf_ls.metrics.tokens import TokenCalibration
@@ -31,9 +32,10 @@ from hf_ls.trainer.batch import Batch, copied
 from hf_ls.trainer.logits_free import LogitsFreeHead
 
 SOFT_SCORES = ("soft_nll", "soft_brier")  # against the distributions of `soft_labels`
-_METRICS = ("nll", "brier", "ece", "accuracy", "signed_gap", "perplexity", "eos_nll", "eos_ece")
+_METRICS = ("nll", "calibrated_nll", "brier", "ece", "full_ece", "accuracy", "signed_gap", "perplexity", "eos_nll", "eos_ece")
 # At a vocabulary of 128k this is 32 rows in float64: 32 MiB however long the batch is.
 _CHUNK_ELEMENTS = 1 << 22
+_GAPS = N_BINS - 1
 
 
 class Evaluation:
@@ -56,6 +58,7 @@ class Evaluation:
         temperature: float = 1.0,
         fit: TokenTemperature | None = None,
         names: Sequence[str] = (),
+        selected_by: str | None = None,
     ) -> None:
         self.sums = StreamingCalibration()
         self.tokens: TokenCalibration | None = None
@@ -65,9 +68,12 @@ class Evaluation:
         self._eos_token_id, self._token_counts = eos_token_id, token_counts
         self._temperature, self._fit = temperature, fit
         self._inverse_classes, self._classes, self._spans = 0.0, 1, False
-        self._columns: tuple[str, ...] = ()
+        self._columns: dict[str, slice] = {}
         self._soft: dict[str, float] = {}
         self._names = names
+        # 21 temperatures of a whole vocabulary cost more than its softmax: of tokens only where the best model is chosen by it.
+        self._crosses = (selected_by or "").endswith("calibrated_nll")
+        self._crossed = CrossFittedTemperature()
         self.by_class: ClassCounts | None = None
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -75,10 +81,13 @@ class Evaluation:
         if self._fit is not None:
             self._fit.update(logits, batch.labels)
             return logits.new_zeros(())
-        items = item_statistics(logits, batch.labels, temperature=self._temperature)
+        tokens = batch.labels.dim() > 1 and not batch.spans
+        items = item_statistics(logits, batch.labels, temperature=self._temperature, gaps=tokens)
         more = {} if batch.soft is None else soft_statistics(logits, batch, self._temperature)
         if self._names and not batch.spans:
             more = {"prediction": logits.argmax(-1)} | more
+        if self._crosses or batch.labels.dim() == 1:
+            more["curves"] = temperature_curves(logits / self._temperature, batch.labels)
         return self._keep(items, batch, logits.shape[-1], more)
 
     def loss_without_logits(
@@ -86,6 +95,7 @@ class Evaluation:
     ) -> tuple[Tensor, Any]:
         """As `loss`, from a forward without logits, with its outputs."""
         found: list[Tensor] = []
+        curves: list[Tensor] = []
 
         def each(logits: Tensor, y: Tensor) -> None:
             if observer is not None:
@@ -93,34 +103,48 @@ class Evaluation:
             if self._fit is not None:
                 self._fit.update(logits, y)
             else:
-                found.append(item_statistics(logits, y, temperature=self._temperature))
+                found.append(item_statistics(logits, y, temperature=self._temperature, gaps=True))
+                if self._crosses:
+                    curves.append(temperature_curves(logits / self._temperature, y))
 
         with torch.no_grad():
             outputs = head(model, inputs, batch.labels, Smoothing(0.0), observer=each).outputs
         if self._fit is not None:
             return batch.weight.new_zeros(()), outputs
-        items = batch.weight.new_full((*batch.labels.shape, 4), math.nan)
+        items = batch.weight.new_full((*batch.labels.shape, 4 + _GAPS), math.nan)
         if found:  # without any label too: the other processes gather theirs
             items[batch.kept] = torch.cat(found)
-        return self._keep(items, batch, head.classes), outputs
+        more = {}
+        if self._crosses:
+            more["curves"] = items.new_zeros(*batch.labels.shape, CURVES)
+            more["curves"][batch.kept] = torch.cat([items.new_zeros(0, CURVES), *(part.to(items) for part in curves)])
+        return self._keep(items, batch, head.classes, more), outputs
 
     def _keep(self, items: Tensor, batch: Batch, classes: int, more: dict[str, Tensor] | None = None) -> Tensor:
         # Rows [..., 5 + m]: four numbers and the label; ids below 2**53 are exact. Of single labels and of positions 1/K of their
         # logits too, which may differ from batch to batch; the vocabulary of tokens does not.
-        parts = {"label": batch.labels.to(items.dtype)} | (more or {})
+        parts = {"items": items[..., :4], "label": batch.labels} | (more or {})
+        if items.shape[-1] > 4:
+            parts["gaps"] = items[..., 4:]
         if batch.spans or batch.labels.dim() == 1:
             parts["inverse_classes"] = torch.full_like(items[..., 0], 1 / classes)
-        self._columns = tuple(parts)
-        self.pending = torch.cat([items, *(part.to(items).unsqueeze(-1) for part in parts.values())], -1), batch.labels
+        columns = [part.to(items).reshape(*batch.labels.shape, -1) for part in parts.values()]
+        ends = np.cumsum([part.shape[-1] for part in columns]).tolist()
+        self._columns = {name: slice(a, b) for name, a, b in zip(parts, [0, *ends], ends, strict=False)}
+        self.pending = torch.cat(columns, -1), batch.labels
         self._classes, self._spans = classes, batch.spans
         return items[..., 2].nanmean()
 
     def add(self, gathered: np.ndarray) -> None:
         """Count the kept rows [..., 5 + m] of all processes."""
         counts = ~np.isnan(gathered).any(-1)
-        confidence, correct, nll, brier, *more = gathered[counts].T
-        columns = dict(zip(self._columns, more, strict=True))
+        kept = gathered[counts]
+        columns = {name: kept[:, place].squeeze(-1) for name, place in self._columns.items() if place.stop - place.start == 1}
+        confidence, correct, nll, brier = kept[:, self._columns["items"]].T
         self.sums.update(confidence, correct.astype(bool), nll, brier)
+        if "curves" in self._columns:
+            each = np.where(counts[..., None], gathered[..., self._columns["curves"]], 0.0)
+            self._crossed.update(each.reshape(len(each), -1, CURVES).sum(axis=1))
         inverse = columns.get("inverse_classes")
         self._inverse_classes += len(nll) / self._classes if inverse is None else float(inverse.sum())
         self.examples += int(counts.reshape(len(counts), -1).any(1).sum())
@@ -136,20 +160,31 @@ class Evaluation:
                 self.tokens = TokenCalibration(
                     eos_token_id=self._eos_token_id, token_counts=self._token_counts, **words_of(self._names)
                 )
-            whole = [np.nan_to_num(gathered[..., 4 + i], nan=IGNORE_INDEX).astype(np.int64) for i in range(1 + bool(self._names))]
-            self.tokens.update(gathered[..., :4], *whole)
+            whole = {
+                name: np.nan_to_num(gathered[..., self._columns[name]].squeeze(-1), nan=IGNORE_INDEX).astype(np.int64)
+                for name in ("label", "prediction")
+                if name in self._columns
+            }
+            gaps = gathered[..., self._columns["gaps"]] if "gaps" in self._columns else None
+            self.tokens.update(gathered[..., self._columns["items"]], whole["label"], whole.get("prediction"), gaps)
 
     def metrics(self) -> dict[str, float]:
         """The metrics as far as they were measured; empty without a label which counts.
 
+        `calibrated_nll` is the NLL at a temperature fitted on other examples of this very split (`CrossFittedTemperature`): of
+        single labels, and of tokens where `metric_for_best_model` names it.
         Classifiers also give `f1_macro`, `f1_weighted` and `balanced_accuracy`, and batches with soft labels `soft_nll` and
-        `soft_brier` (`metrics.classes`). Labels [B, T] also give `perplexity`, and those of language models `eos_nll` and
-        `eos_ece` of the end-of-sequence token.
+        `soft_brier` (`metrics.classes`). Labels [B, T] also give `full_ece` and `perplexity`, and those of language
+        models `eos_nll` and `eos_ece` of the end-of-sequence token.
         """
         if not len(self.sums):
             return {}
         found = self.sums.compute()
+        if (calibrated := self._crossed.nll()) is not None:
+            found["calibrated_nll"] = calibrated
         if self.tokens is not None and len(self.tokens):
+            if (full := self.tokens.full_ece()) is not None:
+                found["full_ece"] = full
             found["perplexity"] = math.exp(found["nll"]) if found["nll"] < 709 else math.inf
             if (entities := self.tokens.entity_f1()) is not None:
                 found["entity_f1"] = entities["value"]
@@ -197,12 +232,15 @@ class Evaluation:
 
 
 @torch.no_grad()
-def item_statistics(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, temperature: float = 1.0) -> Tensor:
+def item_statistics(
+    logits: Tensor, labels: Tensor, *, ignore_index: int = -100, temperature: float = 1.0, gaps: bool = False
+) -> Tensor:
     """Confidence, correctness, NLL and Brier score of each prediction, float64 [..., 4]; NaN rows where ignored.
 
     With z = logits / temperature and p = softmax z: confidence = max p (0 to 1); correct = 1 if arg max p = y (the first of
     equals); nll = lse(z) − z_y in nats; brier = 1 − 2·p_y + Σ p² (0 to 2, lower is better).
-    Shapes: logits [..., K], labels [...].
+    Shapes: logits [..., K], labels [...]. With `gaps` [..., 18]: behind these, for each of 15 bins but the first, the sum of all
+    p in it less 1 for p_y, of which `TokenCalibration` makes `full_ece`.
     Rows are reduced in chunks, so memory does not grow with the number of tokens.
 
     Raises: ValueError for labels outside [0, K) other than `ignore_index`, and for NaN logits.
@@ -213,7 +251,7 @@ def item_statistics(logits: Tensor, labels: Tensor, *, ignore_index: int = -100,
     if bool((kept & ((y < 0) | (y >= num_classes))).any()):
         raise ValueError(f"expected labels in [0, {num_classes}) or {ignore_index}, got others; map class names to ids 0..K-1")
     dtype = torch.float64 if logits.device.type != "mps" else torch.float32
-    out = torch.full((y.numel(), 4), float("nan"), dtype=dtype, device=logits.device)
+    out = torch.full((y.numel(), 4 + gaps * _GAPS), float("nan"), dtype=dtype, device=logits.device)
     rows = kept.nonzero().squeeze(1)
     for chunk in rows.split(max(1, _CHUNK_ELEMENTS // num_classes)):
         z = flat[chunk].to(dtype) / temperature
@@ -224,8 +262,23 @@ def item_statistics(logits: Tensor, labels: Tensor, *, ignore_index: int = -100,
         nll = log_normaliser - z.gather(-1, y[chunk].unsqueeze(-1)).squeeze(-1)
         squares = ((2 * z).logsumexp(-1) - 2 * log_normaliser).exp()
         confidence = (top - log_normaliser).exp()
-        out[chunk] = torch.stack([confidence, (prediction == y[chunk]).to(dtype), nll, 1 - 2 * (-nll).exp() + squares], -1)
-    return out.reshape(*labels.shape, 4)
+        numbers = torch.stack([confidence, (prediction == y[chunk]).to(dtype), nll, 1 - 2 * (-nll).exp() + squares], -1)
+        out[chunk] = torch.cat([numbers, _gaps_of_bins(z, log_normaliser, nll)], -1) if gaps else numbers
+    return out.reshape(*labels.shape, -1)
+
+
+def _gaps_of_bins(z: Tensor, log_normaliser: Tensor, nll: Tensor) -> Tensor:
+    """Σ p − [p_y] over the p in each bin (a, b] but the first, [n, 14].
+
+    Of probabilities which sum to 1 no more than 14 exceed 1/15: the largest 15 are enough, rounding included.
+    """
+    edges = torch.from_numpy(bin_edges(N_BINS)).to(z)
+    top = (z.topk(min(N_BINS, z.shape[-1])).values - log_normaliser.unsqueeze(-1)).exp()
+    label = (-nll).exp().unsqueeze(-1)
+    found = z.new_zeros(len(z), N_BINS)
+    for values, added in ((top, top), (label, -torch.ones_like(label))):
+        found.scatter_add_(1, (torch.bucketize(values, edges) - 1).clamp(0, N_BINS - 1), added)
+    return found[:, 1:]
 
 
 @torch.no_grad()

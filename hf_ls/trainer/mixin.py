@@ -414,7 +414,7 @@ class LabelSmoothingMixin(Steps):
         standalone = not self.is_in_train and self.model_wrapped is self.model
         self._evaluation = Evaluation(
             end_of_sequence(self.model, self.processing_class), self.token_counts, self.temperature, self._fit,
-            names=class_names_of(self.model),
+            names=class_names_of(self.model), selected_by=self.args.metric_for_best_model,
         )  # fmt: skip
         # Seq2SeqTrainer gathers the examples repeated to fill the last batch too, so that its metrics count them twice; the
         # Trainer counts the copies of tensor parallelism.

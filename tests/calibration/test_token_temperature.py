@@ -9,7 +9,7 @@ from largest import Largest
 
 from hf_ls.calibration import token_temperature as module
 from hf_ls.calibration.temperature import NoFiniteTemperature, fit_temperature
-from hf_ls.calibration.token_temperature import TokenTemperature
+from hf_ls.calibration.token_temperature import CrossFittedTemperature, TokenTemperature, temperature_curves
 
 
 def sampled(n, num_classes, temperature=1.0, seed=0, scale=2.0, kind="normal"):
@@ -175,3 +175,56 @@ def test_too_few_tokens_are_refused():
     state.update(torch.eye(1, 3), torch.tensor([0]))
     with pytest.raises(ValueError, match="got 1"):
         state.fit()
+
+
+def scored(n: int, k: int, seed: int = 0, scale: float = 3.0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    z = rng.normal(size=(n, k))
+    labels = np.array([rng.choice(k, p=np.exp(row) / np.exp(row).sum()) for row in z])
+    return scale * z, labels
+
+
+def mean_nll(z: np.ndarray, labels: np.ndarray) -> float:
+    return float((np.logaddexp.reduce(z, axis=1) - z[np.arange(len(z)), labels]).mean())
+
+
+@pytest.mark.parametrize("temperature", [1 / 32, 0.3, 1.0, 1.7, 2.9, 32.0])
+def test_nll_at_a_temperature(temperature):
+    z, labels = scored(400, 7)
+    sums = TokenTemperature()
+    sums.update(torch.tensor(z), torch.tensor(labels))
+    assert sums.nll(temperature) == pytest.approx(mean_nll(z / temperature, labels), abs=1e-5)
+
+
+def test_curves_add_up_to_the_sums():
+    z, labels = (torch.tensor(part) for part in scored(60, 5))
+    labels[::7] = -100
+    sums = TokenTemperature()
+    sums.update(z, labels)
+    curves = temperature_curves(z.reshape(12, 5, 5), labels.reshape(12, 5))
+    torch.testing.assert_close(curves.sum((0, 1)), sums.sums, rtol=1e-12, atol=1e-12)
+    assert not curves.reshape(60, -1)[::7].any()
+
+
+def test_cross_fitted_nll_equals_fits_on_the_other_parts():
+    z, labels = scored(203, 4, scale=4.0)
+    crossed = CrossFittedTemperature(folds=5, seed=3)
+    curves = temperature_curves(torch.tensor(z), torch.tensor(labels)).numpy()
+    for start, stop in ((0, 1), (1, 8), (8, 8), (8, 120), (120, 203)):
+        crossed.update(curves[start:stop])
+    part = np.concatenate([np.random.default_rng((3, block)).permutation(5) for block in range(41)])[:203]
+    total = 0.0
+    for fold in range(5):
+        here = part == fold
+        total += here.sum() * mean_nll(z[here] / fit_temperature(z[~here], labels[~here]), labels[here])
+    assert crossed.nll() == pytest.approx(total / 203, abs=1e-6)
+    assert mean_nll(z / fit_temperature(z, labels), labels) < crossed.nll() < mean_nll(z, labels)
+
+
+def test_cross_fitting_keeps_t_1_where_the_others_have_none_and_says_nothing_of_too_few():
+    z, labels = np.tile([[4.0, 0.0]], (25, 1)), np.zeros(25, dtype=np.int64)
+    crossed = CrossFittedTemperature()
+    crossed.update(temperature_curves(torch.tensor(z[:4]), torch.tensor(labels[:4])).numpy())
+    assert crossed.nll() is None
+    crossed.update(temperature_curves(torch.tensor(z[4:]), torch.tensor(labels[4:])).numpy())
+    assert crossed.nll() == pytest.approx(mean_nll(z, labels), abs=1e-6)

@@ -32,8 +32,9 @@ MAY_IMPORT = {
     "data": {"common", "losses", "metrics", "calibration"},
     "report": {"common", "losses", "metrics", "calibration", "data"},
     "trainer": {"common", "losses", "metrics", "calibration", "data", "report"},
-    "run": {"common", "losses", "metrics", "calibration", "data", "report", "trainer"},
-    "compare": {"common", "losses", "metrics", "calibration", "data", "report", "trainer", "run"},
+    "answers": {"common", "losses", "metrics", "calibration", "data", "report", "trainer"},
+    "run": {"common", "losses", "metrics", "calibration", "data", "report", "trainer", "answers"},
+    "compare": {"common", "losses", "metrics", "calibration", "data", "report", "trainer", "answers", "run"},
 }
 HEAVY = {"torch", "transformers", "datasets", "matplotlib", "sklearn", "scipy", "evaluate", "trl", "peft", "rich", "relplot"}
 # One name in two places, each right in its own: what a script or `evaluate` calls by that name.

@@ -27,6 +27,7 @@ import transformers as tf
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
+from byte_tokenizer import byte_tokenizer
 from helpers import CLASSES, arguments, classification_rows, collate, tiny_bert, tiny_llama
 from model_sweep import MAPPINGS
 from places import ROOT
@@ -73,6 +74,7 @@ def known_to_the_reader() -> dict[str | None, dict[str, Any]]:
             pipe=tf.pipeline("text-classification", tiny_bert(), tokenizer=tokenizer, device="cpu"),
         ),
         "predict_proba": predictions_of_scikit_learn(),
+        "answer_logits": dict(language_model=tiny_llama(vocab_size=280), tokenizer=byte_tokenizer()),
         "evaluate.load": dict(probabilities=scores.softmax(-1).numpy(), labels=answers.numpy()),
     }  # fmt: skip
 

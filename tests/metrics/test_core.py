@@ -22,6 +22,7 @@ from hf_ls.metrics import (
     ece,
     ece_classwise,
     ece_equal_mass,
+    full_ece,
     mce,
     nll,
     reliability_bins,
@@ -236,6 +237,18 @@ def test_ece_classwise_equals_a_loop_and_counts_classes_absent_from_the_labels()
         expected = np.mean([sum(g for _, g in gaps_by_mask(p[:, k], labels == k, n_bins)) / len(p) for k in range(6)])
         assert ece_classwise(p, labels, n_bins) == pytest.approx(expected, abs=1e-13)
     assert ece_classwise([[0.5, 0.2, 0.3]], [0]) == pytest.approx((0.5 + 0.2 + 0.3) / 3)
+
+
+def test_full_ece_equals_a_loop_over_the_bins_of_all_probabilities():
+    logits, labels = predictions(500, 6)
+    p = softmax(logits, axis=1)
+    p[:50] = np.eye(6)[labels[:50]] * 0.4 + 0.1
+    for n_bins in (10, 15):
+        expected = sum(gap for _, gap in gaps_by_mask(p.ravel(), np.eye(6)[labels].ravel(), n_bins)) / len(p)
+        assert full_ece(p, labels, n_bins) == pytest.approx(expected, abs=1e-12)
+        assert full_ece(p, labels, n_bins) <= 6 * ece_classwise(p, labels, n_bins) + 1e-12
+    assert full_ece([[0.5, 0.2, 0.3]], [0]) == pytest.approx(1.0)  # 0.3 and 0.2 lie in other bins
+    assert full_ece(np.eye(3), [1, 2, 0]) == pytest.approx(2.0)
 
 
 def test_ece_classwise_is_the_same_in_chunks(monkeypatch):

@@ -15,7 +15,8 @@ from hf_ls import metrics
 from hf_ls.metrics.evaluate_modules import Ece, Nll, SignedGap
 
 NAMES = [
-    "aurc", "brier", "e_aurc", "ece", "ece_classwise", "ece_equal_mass", "mce", "nll", "rmsce_debiased", "signed_gap", "smooth_ece",
+    "aurc", "brier", "e_aurc", "ece", "ece_classwise", "ece_equal_mass", "full_ece", "mce", "nll", "rmsce_debiased", "signed_gap",
+    "smooth_ece",
 ]  # fmt: skip
 
 
@@ -34,8 +35,8 @@ def load(tmp_path):
 def direct(name, logits, labels):
     if name in ("nll", "brier"):
         return getattr(metrics.PredictionStatistics.from_logits(logits, labels), name).mean()
-    if name == "ece_classwise":
-        return metrics.ece_classwise(metrics.softmax(logits), labels)
+    if name in ("ece_classwise", "full_ece"):
+        return getattr(metrics, name)(metrics.softmax(logits), labels)
     stats = metrics.PredictionStatistics.from_logits(logits, labels)
     return getattr(metrics, name)(stats.confidence, stats.correct)
 

@@ -61,6 +61,7 @@ CALLS = {
     "nll": (metrics.nll, SCORES),
     "brier": (metrics.brier, OF_P),
     "ece_classwise": (metrics.ece_classwise, OF_P),
+    "full_ece": (metrics.full_ece, OF_P),
     "summarise": (lambda *a: metrics.summarise(*a, repetitions=20), SCORES),
     "PredictionStatistics.from_logits": (PredictionStatistics.from_logits, SCORES),
     "PredictionStatistics.from_probabilities": (PredictionStatistics.from_probabilities, OF_P),

@@ -68,7 +68,7 @@ def tiny_modernbert() -> tf.PreTrainedModel:
 def tiny_llama(seed: int = 0, sharpness: float = 1.0, **kwargs: Any) -> tf.PreTrainedModel:
     torch.manual_seed(seed)
     ids = dict(bos_token_id=1, eos_token_id=2, num_key_value_heads=4, max_position_embeddings=512)
-    model = tf.LlamaForCausalLM(tf.LlamaConfig(**_base(), **(ids | kwargs)))
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**_base(**(ids | kwargs))))
     with torch.no_grad():
         model.lm_head.weight.mul_(sharpness)
     return model

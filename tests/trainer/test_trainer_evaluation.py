@@ -18,7 +18,8 @@ from helpers import (
 )
 
 from hf_ls import LabelSmoothingArguments, LabelSmoothingTrainer
-from hf_ls.metrics.core import ece
+from hf_ls.calibration.token_temperature import CrossFittedTemperature, temperature_curves
+from hf_ls.metrics.core import ece, full_ece
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 23])
@@ -170,3 +171,39 @@ def test_trap_10_the_best_checkpoint_is_the_one_with_the_lowest_nll(tmp_path):
     history = {r["step"]: r["eval_nll"] for r in trainer.state.log_history if "eval_nll" in r}
     assert trainer.state.best_global_step == min(history, key=history.get)
     assert trainer.evaluate()["eval_nll"] == pytest.approx(min(history.values()), rel=1e-6)
+
+
+@pytest.mark.parametrize("logits_free", ["auto", "off"])
+@pytest.mark.parametrize("batch_size", [3, 8])
+def test_full_ece_and_calibrated_nll_of_tokens(tmp_path, logits_free, batch_size):
+    """By whole sequences: their tokens are never on both sides of a fit."""
+    model, rows = tiny_llama(sharpness=30).double().eval(), token_rows(seed=3)
+    settings = dict(
+        per_device_eval_batch_size=batch_size, label_smoothing_logits_free=logits_free, metric_for_best_model="calibrated_nll"
+    )
+    found = ours(tmp_path, model, rows, **settings).evaluate()
+    batch = collate(rows.rows)
+    with torch.no_grad():
+        z = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[:, :-1]
+    y = batch["labels"][:, 1:]
+    kept = y != -100
+    assert found["eval_full_ece"] == pytest.approx(full_ece(z[kept].softmax(-1).numpy(), y[kept].numpy()), abs=1e-9)
+    crossed = CrossFittedTemperature()
+    crossed.update(temperature_curves(z, y).sum(1).numpy())
+    assert found["eval_calibrated_nll"] == pytest.approx(crossed.nll(), abs=1e-9)
+    assert "eval_calibrated_nll" not in ours(tmp_path, model, rows).evaluate()
+
+
+@pytest.mark.parametrize("batch_size", [3, 23])
+def test_calibrated_nll_chooses_the_best_checkpoint(tmp_path, batch_size):
+    rows, model = classification_rows(23), tiny_bert()
+    settings = dict(
+        per_device_eval_batch_size=batch_size, eval_strategy="epoch", save_strategy="epoch", num_train_epochs=2, max_steps=-1,
+        load_best_model_at_end=True, metric_for_best_model="calibrated_nll", greater_is_better=False,
+    )  # fmt: skip
+    trainer = LabelSmoothingTrainer(
+        model=model, args=arguments(tmp_path, **settings), train_dataset=rows, eval_dataset=rows, data_collator=collate
+    )
+    trainer.train()
+    logged = [record["eval_calibrated_nll"] for record in trainer.state.log_history if "eval_calibrated_nll" in record]
+    assert len(logged) == 2 and trainer.state.best_metric == min(logged)
