@@ -115,11 +115,11 @@ def option_scores(
     for i, question in enumerate(asked):
         scores.log_p[i, : len(question.options)] = 0.0
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0  # never attended to
-    batches = [_inputs(rows[start : start + batch_size], pad) for start in range(0, len(rows), batch_size)]
+    parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     with torch.no_grad(), in_eval_mode(model):
-        head = _head(model, batches[0])
-        for number, inputs in enumerate(tqdm(batches, desc="answers", disable=None)):
-            for place, log_p in _log_probabilities(model, head, inputs, rows[number * batch_size : (number + 1) * batch_size]):
+        head = _head(model, _inputs(parts[0], pad))
+        for part in tqdm(parts, desc="answers", disable=None):
+            for place, log_p in _log_probabilities(model, head, _inputs(part, pad), part):
                 scores.log_p[place] += log_p
     return scores
 
