@@ -1,10 +1,10 @@
 """The gradients of a chunk of logits from few of its entries, and a certificate of what that costs.
 
-A trained model puts nearly all probability of a row into few classes. The gradient of a chunk is G = a·p − r·e_y [m, K], a and r
-per row, without the prior, which the chunk loop takes apart. Its entries above a threshold and the columns of the labels are
-multiplied as they are, so are other columns with many such entries. All else, G = a·p, is replaced by m_i·t_j: what each row dropped
-times the mean dropped distribution of the chunk, both exact in sum. That is of rank one, so the tails of many chunks share two small
-matmuls, as the prior rides along.
+A trained model puts nearly all probability of a row into few classes. The gradient of a chunk is G = a·p − r·e_y [m, K], a and
+r per row, without the prior, which the chunk loop takes apart. Its entries above a threshold and the columns of the labels are
+multiplied as they are, so are other columns with many such entries. All else, G = a·p, is replaced by m_i·t_j: what each row
+dropped times the mean dropped distribution of the chunk, both exact in sum. That is of rank one, so the tails of many chunks
+share two small matmuls, as the prior rides along.
 
 To drop p − q instead, as filters for a plain cross entropy do, would delete the smoothing term itself.
 """
@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# The first threshold is GUESS·tolerance^POWER of a row's mass, right for states of SmolLM2-135M. What the first chunk would miss by
-# it is then measured, and the threshold moved until that is between ENOUGH and 1 tolerance; later chunks follow the error so far.
+# The first threshold is GUESS·tolerance^POWER of a row's mass, right for states of SmolLM2-135M. What the first chunk would miss
+# by it is then measured, and the threshold moved until that is between ENOUGH and 1 tolerance; later chunks follow the error
+# so far.
 GUESS, POWER = 0.25, 1.6
 ENOUGH, AIM, TRIES = 0.6, 0.85, 6
 # What an entry costs beside one of a whole matmul, and so the share of the rows from which on a class is taken as a column.
