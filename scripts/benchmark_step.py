@@ -317,6 +317,9 @@ def main() -> None:
             )
         )
         return
+    from benchmark_loss import processor
+
+    print(f"{processor('cpu')}, {args.threads} threads, {args.dtype}, {args.clock} clock\n", flush=True)
     runs: list[Run] = []
     for name in args.settings:
         for round_number in range(args.rounds):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hf_ls.losses import _checks
 from hf_ls.losses._rows import RowLoss, exact_dtype, prior_dot
-from hf_ls.losses._skipping import SKIPPING_ROWS, ColumnSkipping, GradientCertificate
+from hf_ls.losses._skipping import SKIPPING_ROWS, GradientCertificate, Skipping
 
 # Rows per chunk by bytes per element: fewer starve the matmuls (each chunk reads W), more cost memory.
 CHUNK_ROWS = {2: 512, 4: 384, 8: 192}
@@ -31,7 +31,7 @@ CUDA_CHUNK_ROWS = 4096
 # On a CPU a half-precision dW is rounded at each chunk, so long batches take longer chunks instead of more roundings.
 MAX_HALF_CHUNKS = 16
 # Classes of a matmul per thread on a CPU: over all at once logits take 1.2 to 1.5 times as long (MKL on AMD EPYC, measured).
-FORWARD_COLUMNS = 1024
+FORWARD_COLUMNS = 512
 # Half-precision products for a float32 dW pass through a buffer of this many classes.
 CLASS_BLOCK = 16384
 
@@ -182,7 +182,7 @@ def chunk_loop(
     skipping = None
     if tolerance is not None:
         prior = None if rider is None else (rider.prior, rider.weighted_mixing)
-        skipping = ColumnSkipping(tolerance, weight, grad_hidden, grad_weight, alpha, prior)
+        skipping = Skipping(tolerance, weight, grad_hidden, grad_weight, alpha, prior)
 
     def logits_again(chunk: Tensor, some: Tensor) -> Tensor:
         return logits_(hidden.new_empty((len(some), classes)), chunk[some], weight, bias, scale).to(exact)
@@ -253,7 +253,7 @@ def chunk_loop(
 def can_skip(loss: RowLoss, hidden: Tensor) -> bool:
     """Whether columns may be skipped: the plain smoothed cross entropy on a CPU; float16 cannot hold the tails of p.
 
-    With a soft-cap each column has a slope of its own, so that its tail is not of rank one. On CUDA to choose the columns would
+    With a soft-cap each column has a slope of its own, so that its tail is not of rank one. On CUDA to choose the entries would
     wait for the device in every chunk.
     """
     plain = loss.objective is None and loss.softcap is None and (loss.rides_along or not loss.smoothing.epsilon)

@@ -76,10 +76,10 @@ def linear_smoothed_cross_entropy(
             [K_r, d] and [K_r], in the order of the ranks and of any sizes, hidden and labels the same everywhere, and a prior
             covers all K = Σ K_r classes. A DTensor with the placement Shard(0) on one mesh dimension says so itself.
         chunk_rows: rows of logits in memory at a time; None chooses (384 in float32, 4096 on CUDA).
-        gradient_tolerance: the relative error which the gradients may have, e.g. 5e-3: then only the classes with nearly all
+        gradient_tolerance: the relative error which the gradients may have, e.g. 5e-3: then only the entries with nearly all
             probability take part in their matmuls, the rest as one mean (see `_skipping`). "auto" is a quarter of bfloat16's
             step, and exact in other dtypes. The loss is exact always. Without effect on CUDA, in float16, with a soft-cap, an
-            objective or a group; where over half of the classes are needed (an untrained model), all take part.
+            objective or a group; where too much is needed (an untrained model), all take part.
             `linear_smoothed_terms` returns a certificate of the error.
 
     Gradients are made in the forward, in the parameters' dtype, none for a frozen weight. Half precision does

@@ -47,6 +47,7 @@ _OF_EXAMPLES = ("text-classification", "multiple-choice")  # the others have row
 _SETTINGS = {  # how a setting is called on a card; the others by their own name
     "objective": "training objective",
     "objective_params": "its parameters",
+    "gradient_tolerance": "gradient_tolerance",
     "lr_scheduler_type": "scheduler",
     "optim": "optimizer",
     "num_processes": "processes",

@@ -193,6 +193,7 @@ class TrainingFacts:
     Args:
         seeds: one for each run behind the numbers. steps: optimizer steps done. global_batch: examples of one step.
         objective: by the names of `hf_ls.Objective`, with objective_params. techniques: all that softens the targets, in words.
+        gradient_tolerance: the relative error which the gradients of the head were allowed, None for exact ones.
         teacher: name of a distillation teacher. class_weight: in words. peft: kind of adapters, None or "none" without.
         train_runtime_s: seconds, of all runs together.
     """
@@ -206,6 +207,7 @@ class TrainingFacts:
     weight_decay: float | None = None
     optim: str | None = None
     mixed_precision: str | None = None
+    gradient_tolerance: float | str | None = None
     objective: str | None = None
     objective_params: dict[str, Any] = field(default_factory=dict)
     techniques: list[str] = field(default_factory=list)

@@ -216,6 +216,7 @@ def _training_facts(config: Config, runs: dict[str, Outcome]) -> TrainingFacts:
         learning_rate=training.learning_rate,
         lr_scheduler_type=SchedulerType(training.lr_scheduler_type).value,
         weight_decay=training.weight_decay,
+        gradient_tolerance=training.gradient_tolerance,
         objective=training.label_smoothing_objective,
         objective_params=criterion_of(training, smoothing_of(training)).params,
         techniques=techniques_of(training),

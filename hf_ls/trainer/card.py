@@ -213,6 +213,7 @@ def _training(trainer: Any) -> TrainingFacts | None:
         weight_decay=args.weight_decay,
         optim=getattr(args.optim, "value", args.optim),
         mixed_precision="fp16" if args.fp16 else "bf16" if args.bf16 else None,
+        gradient_tolerance=getattr(args, "gradient_tolerance", None),
         objective=criterion.name,
         objective_params=params | ({"z loss": objective.z_loss} if objective is not None and objective.z_loss else {}),
         techniques=techniques(trainer.smoothing, criterion, trainer.distillation, trainer.mixup),

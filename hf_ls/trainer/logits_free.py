@@ -270,7 +270,7 @@ class GradientWatch:
         kept, largest, dropped, *_ = zip(*self._since, strict=True)
         logs |= {
             "gradient_error": max(found.error for found in self._since),
-            "kept_columns": sum(kept) / len(kept),
+            "kept_entries": sum(kept) / len(kept),
             "dropped_mass": sum(dropped) / len(dropped),
             "largest_dropped_mass": max(largest),
         }

@@ -1,4 +1,4 @@
-"""Training with gradients from few columns: it learns what exact gradients learn, says its error, and stops where that is large."""
+"""Training with gradients from few entries: it learns what exact gradients learn, says its error, and stops where that is large."""
 
 from __future__ import annotations
 
@@ -30,17 +30,19 @@ def trained(folder, tolerance, steps=60):
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
+    trainer.create_model_card()
     return [entry for entry in trainer.state.log_history if "loss" in entry], trainer.evaluate()["eval_nll"]
 
 
 def test_it_learns_what_exact_gradients_learn_and_says_what_it_drops(tmp_path):
-    exact, nll = trained(tmp_path, None)
-    log, found = trained(tmp_path, "0.05")
+    exact, nll = trained(tmp_path / "a", None)
+    log, found = trained(tmp_path / "b", "0.05")
     assert not [name for entry in exact for name in entry if "gradient" in name]
     assert log[0]["nll"] > 1.5 * nll and found == pytest.approx(nll, rel=0.02)
-    assert all(entry["kept_columns"] < 0.1 for entry in log)
+    assert all(entry["kept_entries"] < 0.1 for entry in log)
     assert 0 < log[-1]["gradient_error"] < 0.1
     assert 0 < log[-1]["dropped_mass"] < log[-1]["largest_dropped_mass"] < 1
+    assert ["gradient_tolerance: 0.05" in (tmp_path / name / "README.md").read_text() for name in "ab"] == [False, True]
 
 
 def test_after_too_large_an_error_gradients_are_exact(caplog):
@@ -56,7 +58,7 @@ def test_after_too_large_an_error_gradients_are_exact(caplog):
     assert "their error was 0.05 where gradient_tolerance asks for 0.01" in caplog.text
     logs = {"loss": 1.0}
     watch.add_to(logs)
-    assert logs == {"loss": 1.0, "gradient_error": 0.05, "kept_columns": pytest.approx(0.1), "dropped_mass": pytest.approx(0.02),
+    assert logs == {"loss": 1.0, "gradient_error": 0.05, "kept_entries": pytest.approx(0.1), "dropped_mass": pytest.approx(0.02),
                     "largest_dropped_mass": 0.3}  # fmt: skip
     watch.add_to(other := {"loss": 1.0})
     assert other == {"loss": 1.0}
