@@ -16,12 +16,14 @@ import numpy as np
 
 from hf_ls.calibration.posthoc import compare_posthoc
 from hf_ls.calibration.temperature import apply_temperature, fit_temperature
+from hf_ls.common.files import write_atomically
 from hf_ls.metrics.classes import class_scores, class_table
 from hf_ls.metrics.core import PredictionStatistics
 from hf_ls.metrics.paired import Draws, differences, draws_of_examples
 from hf_ls.metrics.validation import Floats, Integers, as_array, check_labels, check_logits, check_probabilities
 from hf_ls.report.calibration_report import EVALUATED, REPORT, CalibrationReport, CalibrationRow, package_versions
 from hf_ls.report.card import check_card, write_card
+from hf_ls.report.card_metadata import BENCHMARKS, benchmark_results
 from hf_ls.report.facts import DatasetFacts, HubFacts, SmoothingFacts
 from hf_ls.report.plots import write_plots
 
@@ -208,14 +210,19 @@ def calibration_report(
 
 
 def write_report_files(report: CalibrationReport, folder: str | os.PathLike[str], *, card: bool = True) -> list[Path]:
-    """Write `calibration.json`, `plots/*.png` and, if wanted, the model card `README.md`, each whole or not at all.
+    """Write `calibration.json`, `plots/*.png` and, if wanted, the model card `README.md` with what else the Hub reads, each
+    whole or not at all.
 
     Raises: ValueError for a README.md which somebody wrote, before anything is written; and as `model_card`.
     """
     if card:
         check_card(folder)
     written = [report.save(Path(folder, REPORT)), *write_plots(report, Path(folder, "plots"))]
-    return [*written, write_card(report, folder)] if card else written
+    if not card:
+        return written
+    benchmark = benchmark_results(report)
+    written += [] if benchmark is None else [write_atomically(Path(folder, BENCHMARKS), benchmark)]
+    return [*written, write_card(report, folder)]
 
 
 def _ids(labels: Any, names: list[str] | None, label_map: Mapping[str, str] | None) -> Any:

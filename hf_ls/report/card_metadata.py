@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import yaml_dump
@@ -32,6 +32,7 @@ _HUB_METRICS = {
 _OF_TOKENS = ("accuracy", "nll", "perplexity", "brier", "ece")  # averages over tokens, where predictions are tokens
 _PIPELINES = {"multiple-choice": "text-generation"}  # what the Hub runs such a model as
 _LOCAL = "local"  # the type of data which is on no Hub
+BENCHMARKS = ".eval_results/hf_ls.yaml"
 _N_BINS = 15  # of every ECE which a Trainer logs
 
 
@@ -87,6 +88,19 @@ def eval_results(report: CalibrationReport) -> list[EvalResult]:
     """The results of the published row for the Hub's model-index; empty without that row, a task or a name of the data."""
     row = report.published_row
     return [] if row is None else hub_results(report.task, report.dataset, published_metrics(row), row)
+
+
+def benchmark_results(report: CalibrationReport) -> str | None:
+    """The accuracy on test for the leaderboard of a benchmark on the Hub, YAML of `.eval_results`; None without one.
+
+    Nothing else: leaderboards take one number a task, and calibration is in the model-index. (huggingface_hub 1.4, 2026.)
+    """
+    row, dataset, task_id = report.published_row, report.dataset, report.hub.benchmark_task
+    dataset_id = hub_id(dataset.hub_id) if dataset else None
+    if task_id is None or dataset_id is None or row is None or dataset is None or dataset.split != "test":
+        return None
+    entry = EvalResultEntry(dataset_id, task_id, row.metrics["accuracy"]["value"], notes=f"n = {dataset.n:,}")
+    return str(yaml_dump(eval_result_entries_to_yaml([entry]), sort_keys=False))
 
 
 def hub_results(

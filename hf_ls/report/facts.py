@@ -81,13 +81,14 @@ class AnswerFacts:
 class HubFacts:
     """What only its user can say of a model on the Hub: licence and languages of the model, tags beside ours, its library.
 
-    library: as the Hub calls it, None where it is not known.
+    library: as the Hub calls it, None where it is not known. benchmark_task: of the data, where it is a benchmark of the Hub.
     """
 
     license: str | None = None
     language: list[str] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
     library: str | None = "transformers"
+    benchmark_task: str | None = None
 
     def __post_init__(self) -> None:
         """Make every value what JSON gives back."""

@@ -12,6 +12,8 @@ from hf_ls.report.facts import HubFacts
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _LANGUAGE = re.compile(r"[a-z]{2,8}(-[A-Za-z0-9]{2,8})*")
 
+_COUNTED = ("text-classification", "multiple-choice")  # their accuracy is over examples, as that of a leaderboard
+
 
 def _about(text: str) -> dict[str, Any]:
     return {"help": text}
@@ -31,6 +33,12 @@ class CardArguments:
         default=None,
         metadata=_about("Name of the data for readers; with it the card has results for the Hub also of local data."),
     )
+    benchmark_task: str | None = field(
+        default=None,
+        metadata=_about(
+            "Id of the task in the benchmark dataset_id (its eval.yaml): the card's folder gets .eval_results for it."
+        ),
+    )
 
     def __post_init__(self) -> None:
         if self.license is not None and not _LICENSE.fullmatch(self.license):
@@ -47,4 +55,18 @@ class CardArguments:
     @property
     def hub(self) -> HubFacts:
         """For the header of a card."""
-        return HubFacts(self.license, list(self.language))
+        return HubFacts(self.license, list(self.language), benchmark_task=self.benchmark_task)
+
+    def check_benchmark(self, task: str | None, dataset_name: str | None) -> None:
+        """Refuse results for a leaderboard of data which is on no Hub, or which counts no examples.
+
+        Raises: ValueError.
+        """
+        if self.benchmark_task is None:
+            return
+        if not (self.dataset_id or hub_id(dataset_name)):
+            raise ValueError(
+                f"expected dataset_id, the benchmark's id on the Hub, with benchmark_task, got {dataset_name}; set it"
+            )
+        if task not in _COUNTED:
+            raise ValueError(f"expected benchmark_task only with task {' or '.join(_COUNTED)}, got task {task}; drop it")

@@ -480,6 +480,7 @@ def _check(config: Config) -> None:
             "expected load_best_model_at_end with early_stopping_patience, got False; set it and metric_for_best_model"
         )
     _check_soft_labels(config)
+    config.card.check_benchmark(run.task, config.data.dataset_name)
     if run.with_baseline and not techniques_of(training) and not config.trains_on_soft_labels:
         raise ValueError(
             "expected label_smoothing_factor > 0 with with_baseline, got 0, which is the baseline itself; set one of them"

@@ -130,6 +130,7 @@ class EvaluateArguments(QuestionArguments, CardArguments):
         trained = [name for name in (SETTINGS, OUTCOME) if Path(self.output_dir, name).exists()]
         if trained:
             raise ValueError(f"expected an output_dir beside that of a run, got one with {trained[0]}; its report would be lost")
+        self.check_benchmark(self.task if self.model_name_or_path else "text-classification", self.dataset_name)
         named = self.dataset_id or self.dataset_title or hub_id(self.dataset_name) or self.dataset_name == EMBEDDED_DATASET
         if self.update_card and not named:
             source = self.dataset_name or Path(self.test_file or self.predictions or "").name

@@ -30,6 +30,7 @@ from hf_ls.data.sequences import SequenceData
 from hf_ls.metrics.paired import differences
 from hf_ls.report.build import write_report_files
 from hf_ls.report.calibration_report import SETTINGS, CalibrationReport, package_versions
+from hf_ls.report.card_metadata import BENCHMARKS
 from hf_ls.report.facts import DatasetFacts, SmoothingFacts, TrainingFacts
 from hf_ls.report.pictures import PENULTIMATE, Penultimate, write_pictures
 from hf_ls.report.sentences import regime, verdict, warnings
@@ -160,6 +161,8 @@ def push(config: Config, names: Sequence[str], folders: Collection[Path]) -> Non
 
 def _is_public(name: str) -> bool:
     top, last = name.split("/")[0], name.rsplit("/", 1)[-1]
+    if name == BENCHMARKS:
+        return True
     here = top.startswith((f"{PREFIX_CHECKPOINT_DIR}-", "_", ".")) or last.endswith(f"_{GENERATIONS}")
     return not here and last not in (PREDICTIONS, DRAWS, OUTCOME, PENULTIMATE, SETTINGS, TRAINING_ARGS_NAME)
 

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+import yaml
 from datasets import ClassLabel, Dataset, Features, Value
 from helpers import tiny_bert
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from places import ROOT
 from reports import make_report
 from small_tokenizer import WORDS, save_tokenizer, texts
@@ -28,7 +29,7 @@ from hf_ls.data.labels import match_labels, permutation_warning
 from hf_ls.metrics import ece, nll
 from hf_ls.metrics.probabilities import probabilities
 from hf_ls.report.calibration_report import EVALUATED, REPORT, CalibrationReport
-from hf_ls.report.card_metadata import eval_results
+from hf_ls.report.card_metadata import BENCHMARKS, eval_results
 from hf_ls.run.evaluate import EvaluateArguments, evaluate, parse_evaluation, update_card
 from hf_ls.run.outcome import PREDICTIONS
 
@@ -138,6 +139,20 @@ def test_nothing_is_claimed_about_a_training_which_nobody_saw(model: Path, files
     text = ModelCard.load(tmp_path / "said" / "README.md").text
     assert said.rows[0].epsilon == 0.1 and "as its user says" in text and "prior: not known" in text
     assert "convention not known" in text and "`all`" not in text
+
+
+def test_the_leaderboard_of_a_benchmark_gets_the_accuracy_alone(model: Path, files: dict[str, Any], tmp_path: Path) -> None:
+    named = {"dataset_id": "someone/notes", "benchmark_task": "default", "write_card": True}
+    report = evaluate(settings(model, files, tmp_path, **named))
+    (entry,) = parse_eval_result_entries(yaml.safe_load((tmp_path / BENCHMARKS).read_text(encoding="utf-8")))
+    assert (entry.dataset_id, entry.task_id, entry.notes) == ("someone/notes", "default", f"n = {len(files['test'][1])}")
+    assert entry.value == report.rows[0].metrics["accuracy"]["value"]
+    evaluate(settings(model, files, tmp_path / "none", dataset_id="someone/notes", write_card=True))
+    assert not (tmp_path / "none" / BENCHMARKS).exists()
+    with pytest.raises(ValueError, match="expected dataset_id, the benchmark's id on the Hub"):
+        settings(model, files, tmp_path, benchmark_task="default")
+    with pytest.raises(ValueError, match="expected benchmark_task only with task text-classification or multiple-choice"):
+        settings(model, files, tmp_path, task="token-classification", dataset_id="someone/notes", benchmark_task="default")
 
 
 def test_the_report_beside_the_weights_says_how_they_were_trained(model: Path, files: dict[str, Any], tmp_path: Path) -> None:
