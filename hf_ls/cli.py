@@ -30,7 +30,7 @@ def main() -> None:
     elif command in _COMMANDS:
         sys.argv[:2] = [f"hf-ls {command}"]
         run = {"finetune": finetune_command, "compare": compare_command, "evaluate": evaluate_command}
-        run.get(command, completion_command)()
+        (run | {"completion": completion_command})[command]()
     else:
         sys.exit(f"error: expected a command of {', '.join(_COMMANDS)}, got {command!r}; see hf-ls --help")
 

@@ -173,16 +173,24 @@ def _chunks(logits: Tensor, labels: Tensor, ignore_index: int) -> Iterator[tuple
         raise TypeError(f"expected integer labels, got {labels.dtype}; give token ids")
     if logits.dim() == 0 or logits.shape[:-1] != labels.shape:
         raise ValueError(f"expected logits [..., V] and labels [...], got {[*logits.shape]} and {[*labels.shape]}; align them")
+    for rows, z, y in kept_rows(logits, labels, ignore_index, _CHUNK_ELEMENTS.get(logits.device.type, _CHUNK_ELEMENTS_ELSEWHERE)):
+        yield rows, _curves(z, y)
+
+
+def kept_rows(logits: Tensor, labels: Tensor, ignore_index: int, elements: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The rows of logits [..., K] whose labels count, about `elements` numbers at a time: places, a copy in float64, labels.
+
+    Raises: ValueError for labels outside [0, K) other than `ignore_index`.
+    """
     num_classes = logits.shape[-1]
     flat, y = logits.reshape(-1, num_classes), labels.reshape(-1)
     kept = y != ignore_index
     if bool((kept & ((y < 0) | (y >= num_classes))).any()):
         raise ValueError(f"expected labels in [0, {num_classes}) or {ignore_index}, got others; map class names to ids 0..K-1")
     dtype = torch.float64 if logits.device.type != "mps" else torch.float32
-    elements = _CHUNK_ELEMENTS.get(logits.device.type, _CHUNK_ELEMENTS_ELSEWHERE)
     for rows in kept.nonzero().squeeze(1).split(max(1, elements // max(1, num_classes))):
         if len(rows):
-            yield rows, _curves(flat[rows].to(dtype), y[rows])
+            yield rows, flat[rows].to(dtype), y[rows]
 
 
 def _curves(z: Tensor, labels: Tensor) -> Tensor:

@@ -80,10 +80,10 @@ def load(config: Config) -> Loaded:
         announce(note)
     data = capped(config, whole)
     tokenizer = load_tokenizer(config)
+    form = chat_format(config, data, tokenizer)
     with config.training.main_process_first(desc="tokens"):
-        tokens = load_tokens(config, data, tokenizer)
-    available = {split: len(part) for split, part in whole.splits.items()}
-    return Loaded(data, tokenizer, tokens, available, chat_format(config, data, tokenizer))
+        tokens = load_tokens(config, data, tokenizer, form)
+    return Loaded(data, tokenizer, tokens, {split: len(part) for split, part in whole.splits.items()}, form)
 
 
 def load_data(config: Config) -> Data:
@@ -190,15 +190,15 @@ def _named_tokenizer(config: Config) -> Any:
         )
 
 
-def load_tokens(config: Config, data: Data, tokenizer: Any) -> DatasetDict:
-    """Token ids and labels of each split, by the task's own rule for labels."""
+def load_tokens(config: Config, data: Data, tokenizer: Any, form: ChatFormat | None) -> DatasetDict:
+    """Token ids and labels of each split, by the task's own rule for labels. form: of conversations, `chat_format`."""
     settings, task = config.data, config.run.task
     affixes = {"source_prefix": settings.source_prefix, "source_suffix": settings.source_suffix}
     if task == "text-classification":
         return tokenise(data.splits, tokenizer, settings.max_length)
     if task == "token-classification":
         return tokenise_words(data.splits, tokenizer, settings.max_length)
-    if form := chat_format(config, data, tokenizer):
+    if form is not None:
         announce(form.learnt)
         return tokenise_conversations(data.splits, form, settings.max_length)
     if task in ("causal-lm", "sft"):

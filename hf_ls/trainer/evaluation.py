@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.modeling_utils import unwrap_model
 
-from hf_ls.calibration.token_temperature import CURVES, CrossFittedTemperature, TokenTemperature, temperature_curves
+from hf_ls.calibration.token_temperature import CURVES, CrossFittedTemperature, TokenTemperature, kept_rows, temperature_curves
 from hf_ls.common.models import IGNORE_INDEX, base_model, output_embedding
 from hf_ls.losses._rows import Observer
 from hf_ls.losses.cross_entropy import check_soft_targets
@@ -245,24 +245,18 @@ def item_statistics(
 
     Raises: ValueError for labels outside [0, K) other than `ignore_index`, and for NaN logits.
     """
-    num_classes = logits.shape[-1]
-    flat, y = logits.reshape(-1, num_classes), labels.reshape(-1)
-    kept = y != ignore_index
-    if bool((kept & ((y < 0) | (y >= num_classes))).any()):
-        raise ValueError(f"expected labels in [0, {num_classes}) or {ignore_index}, got others; map class names to ids 0..K-1")
     dtype = torch.float64 if logits.device.type != "mps" else torch.float32
-    out = torch.full((y.numel(), 4 + gaps * _GAPS), float("nan"), dtype=dtype, device=logits.device)
-    rows = kept.nonzero().squeeze(1)
-    for chunk in rows.split(max(1, _CHUNK_ELEMENTS // num_classes)):
-        z = flat[chunk].to(dtype) / temperature
+    out = torch.full((labels.numel(), 4 + gaps * _GAPS), float("nan"), dtype=dtype, device=logits.device)
+    for chunk, rows, y in kept_rows(logits, labels, ignore_index, _CHUNK_ELEMENTS):
+        z = rows / temperature
         log_normaliser = z.logsumexp(-1)
         if bool(log_normaliser.isnan().any()):
             raise ValueError("expected finite logits, got NaN; the model diverged: lower the learning rate")
         top, prediction = z.max(-1)
-        nll = log_normaliser - z.gather(-1, y[chunk].unsqueeze(-1)).squeeze(-1)
+        nll = log_normaliser - z.gather(-1, y.unsqueeze(-1)).squeeze(-1)
         squares = ((2 * z).logsumexp(-1) - 2 * log_normaliser).exp()
         confidence = (top - log_normaliser).exp()
-        numbers = torch.stack([confidence, (prediction == y[chunk]).to(dtype), nll, 1 - 2 * (-nll).exp() + squares], -1)
+        numbers = torch.stack([confidence, (prediction == y).to(dtype), nll, 1 - 2 * (-nll).exp() + squares], -1)
         out[chunk] = torch.cat([numbers, _gaps_of_bins(z, log_normaliser, nll)], -1) if gaps else numbers
     return out.reshape(*labels.shape, -1)
 

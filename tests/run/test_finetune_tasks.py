@@ -77,12 +77,13 @@ def test_the_reported_nll_is_the_models_own_loss(done):
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-    from hf_ls.run.loading import capped, load_data, load_tokens
+    from hf_ls.run.loading import capped, chat_format, load_data, load_tokens
     from hf_ls.run.tasks import TASKS
 
     config = parse_config(arguments(folder, task))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokens = load_tokens(config, capped(config, load_data(config)), tokenizer)["test"]
+    data = capped(config, load_data(config))
+    tokens = load_tokens(config, data, tokenizer, chat_format(config, data, tokenizer))["test"]
     auto = AutoModelForSeq2SeqLM if task == "seq2seq" else AutoModelForCausalLM
     model = auto.from_pretrained(folder).double().eval()
     collate = TASKS["causal-lm" if task == "sft" else task].collator(tokenizer, model)
