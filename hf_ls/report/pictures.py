@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 PENULTIMATE = "penultimate.npz"
 _GAP_BINS = 60
-POINTS = 400  # of one class in a panel: more hide each other
+POINTS = 150  # of one class in a panel: more hide each other, and each costs a forward
 _CLASS_COLOURS = [strong for strong, _ in PALETTE[:3]]
 _Floats = NDArray[np.float64]
 

@@ -14,6 +14,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 from datasets import Dataset, DatasetDict
+from transformers import EvalPrediction, TrainerCallback
+from transformers.trainer_utils import PredictionOutput
 
 from hf_ls.calibration.temperature import NoFiniteTemperature
 from hf_ls.common.errors import read_json
@@ -94,12 +96,40 @@ def _epsilon(training: LabelSmoothingArguments) -> float | None:
     return training.label_smoothing_factor if training.do_train else None
 
 
+class LastEvaluation(TrainerCallback):
+    """The last evaluation in training, both callback and `compute_metrics`: the trained weights need no second one."""
+
+    def __init__(self) -> None:
+        self._predicted: EvalPrediction | None = None
+        self._metrics: dict[str, float] = {}
+        self._step = -1
+
+    def __call__(self, predicted: EvalPrediction) -> dict[str, float]:
+        """Take the predictions of all processes, and add no metric."""
+        self._predicted = predicted
+        return {}
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Note whose weights they are of."""
+        self._metrics, self._step = metrics or {}, state.global_step
+
+    def of_trained(self, trainer: Any) -> PredictionOutput | None:
+        """What `trainer.predict` would give on its evaluation data; None where those weights were not the last, or in another
+        precision."""
+        args, predicted = trainer.args, self._predicted
+        other = args.load_best_model_at_end or args.fp16_full_eval or args.bf16_full_eval
+        if other or predicted is None or self._step != trainer.state.global_step:
+            return None
+        return PredictionOutput(predicted.predictions, predicted.label_ids, self._metrics)
+
+
 def evaluate_classes(trainer: Any, tokens: DatasetDict) -> Outcome:
     """One label per example: logits of both splits, kept in `predictions.npz`; T fitted on validation, rows on test."""
-    training, num_classes = trainer.args, trainer.model.config.num_labels
+    training, num_classes, last = trainer.args, trainer.model.config.num_labels, trainer.compute_metrics
     logits, labels, soft = {}, {}, {}
     for split, prefix in _wanted(training, tokens):
-        output = _predict(trainer, tokens[split], prefix)
+        known = last.of_trained(trainer) if split == "validation" and isinstance(last, LastEvaluation) else None
+        output = _predict(trainer, tokens[split], prefix, known=known)
         write_metrics(trainer, prefix, output.metrics)
         logits[split], labels[split] = np.asarray(output.predictions, np.float64), np.asarray(output.label_ids)
         soft[split] = np.asarray(tokens[split][SOFT]) if SOFT in tokens[split].column_names else None
@@ -173,15 +203,18 @@ def _token_scores(trainer: Any) -> dict[str, Any]:
     return found | ({} if counts is None else {name: {"value": float(score(counts))} for name, score in CLASS_SCORES.items()})
 
 
-def _predict(trainer: Any, tokens: Dataset, prefix: str, *, loss_only: bool = False) -> Any:
+def _predict(
+    trainer: Any, tokens: Dataset, prefix: str, *, loss_only: bool = False, known: PredictionOutput | None = None
+) -> PredictionOutput:
     """As `trainer.predict`, in the order of the rows; `loss_only` keeps the logits of every token from being gathered.
 
     Rows of a length are evaluated together, since every token of padding costs as much as one of a text.
+    known: of the rows in that order, where the Trainer has just evaluated them.
     """
     before, order = trainer.args.prediction_loss_only, longest_first(tokens)
     trainer.args.prediction_loss_only = loss_only
     try:
-        output = trainer.predict(tokens.select(order), metric_key_prefix=prefix)
+        output = known or trainer.predict(tokens.select(order), metric_key_prefix=prefix)
     finally:
         trainer.args.prediction_loss_only = before
     if loss_only:

@@ -31,7 +31,7 @@ from hf_ls.run.config import Config
 from hf_ls.run.launch import announce, silenced
 from hf_ls.run.loading import Loaded, check_tokens, load_distillation_teacher, load_model
 from hf_ls.run.manifest import Manifest
-from hf_ls.run.outcome import write_metrics
+from hf_ls.run.outcome import LastEvaluation, write_metrics
 from hf_ls.run.publish import folder_of, list_logs
 from hf_ls.run.stopping import EarlyStopping, StopOnSignal, check_trained
 from hf_ls.run.tasks import TASKS
@@ -57,6 +57,7 @@ def make_trainer(config: Config, loaded: Loaded, callbacks: Sequence[Any] = (), 
     with silenced() if quiet else nullcontext():
         model = load_model(config, loaded.data, tokenizer)
     balanced = config.run.class_weight == "balanced"
+    last = None if task.per_token else LastEvaluation()
     settings = with_training(config, save_total_limit=None, enable_jit_checkpoint=False, push_to_hub=False).training
     trainer = task.trainer(
         model=model,
@@ -65,7 +66,8 @@ def make_trainer(config: Config, loaded: Loaded, callbacks: Sequence[Any] = (), 
         eval_dataset=tokens["validation"].select(longest_first(tokens["validation"])),  # the metrics know no order
         data_collator=task.collator(tokenizer, model),
         processing_class=tokenizer,
-        callbacks=list(callbacks),
+        compute_metrics=last,
+        callbacks=[*callbacks, *([] if last is None else [last])],
         teacher=load_distillation_teacher(config, tokenizer),
         class_weight=balanced_weights(tokens["train"], model.config.num_labels) if balanced else None,
     )

@@ -25,8 +25,10 @@ from hf_ls.report.card import model_card
 from hf_ls.run.checkpoint import last_complete_checkpoint
 from hf_ls.run.config import parse_config
 from hf_ls.run.finetune import _planned, finetune
+from hf_ls.run.loading import load
 from hf_ls.run.outcome import run_name
 from hf_ls.trainer.arguments import smoothing_of, techniques_of
+from hf_ls.trainer.mixin import LabelSmoothingTrainer
 
 
 @pytest.fixture(scope="module")
@@ -313,3 +315,33 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny, tmp_path, processes):
     assert (killed / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
     whole, resumed = (CalibrationReport.load(folder / "calibration.json") for folder in (tmp_path / "whole", killed))
     assert whole.rows == resumed.rows
+
+
+@pytest.mark.parametrize(
+    ("more", "predicted"),
+    [
+        (["--eval_strategy", "epoch"], ["test"]),
+        (["--eval_strategy", "epoch", "--save_strategy", "epoch", "--load_best_model_at_end"], ["eval", "test"]),
+        (["--eval_strategy", "no"], ["eval", "test"]),
+    ],
+)
+def test_the_weights_of_the_last_epoch_are_not_evaluated_again(tiny, tmp_path, monkeypatch, more, predicted):
+    """What was kept of the last evaluation is, row by row, what a fresh forward gives; other weights are evaluated anew."""
+    seen, predict = [], LabelSmoothingTrainer.predict
+
+    def noted(self, dataset, *args, metric_key_prefix="test", **kwargs):
+        seen.append(metric_key_prefix)
+        return predict(self, dataset, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+
+    monkeypatch.setattr(LabelSmoothingTrainer, "predict", noted)
+    config = parse_config(arguments(tiny, tmp_path, *ALL, "--num_train_epochs", "2", "--metric_for_best_model", "nll", *more))
+    finetune(config)
+    assert seen == predicted
+    kept = np.load(tmp_path / "predictions.npz")
+    rows = load(config).tokens["validation"]
+    model = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        logits = [model(input_ids=torch.tensor([row["input_ids"]])).logits[0].numpy() for row in rows]
+    np.testing.assert_allclose(kept["logits_validation"], logits, atol=1e-5)
+    np.testing.assert_array_equal(kept["labels_validation"], rows["labels"])
+    assert json.loads((tmp_path / "eval_results.json").read_text())["eval_nll"] > 0
