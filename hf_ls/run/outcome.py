@@ -205,7 +205,7 @@ def _token_scores(trainer: Any) -> dict[str, Any]:
 
 def _predict(
     trainer: Any, tokens: Dataset, prefix: str, *, loss_only: bool = False, known: PredictionOutput | None = None
-) -> PredictionOutput:
+) -> Any:
     """As `trainer.predict`, in the order of the rows; `loss_only` keeps the logits of every token from being gathered.
 
     Rows of a length are evaluated together, since every token of padding costs as much as one of a text.
@@ -214,7 +214,7 @@ def _predict(
     before, order = trainer.args.prediction_loss_only, longest_first(tokens)
     trainer.args.prediction_loss_only = loss_only
     try:
-        output = known or trainer.predict(tokens.select(order), metric_key_prefix=prefix)
+        output: Any = known or trainer.predict(tokens.select(order), metric_key_prefix=prefix)
     finally:
         trainer.args.prediction_loss_only = before
     if loss_only:
