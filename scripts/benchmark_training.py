@@ -49,8 +49,8 @@ def train(seed: int, tolerance: float | None, steps: int, batch: int, data: tupl
         arguments = LabelSmoothingArguments(
             folder, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", seed=seed, max_steps=steps,
             per_device_train_batch_size=batch, per_device_eval_batch_size=4, learning_rate=5e-5, warmup_steps=0.1,
-            logging_steps=max(1, steps // 20), label_smoothing_factor=EPSILON, gradient_tolerance=None if tolerance is None else str(tolerance),
-            dataloader_pin_memory=False,
+            logging_steps=max(1, steps // 20), label_smoothing_factor=EPSILON, dataloader_pin_memory=False,
+            gradient_tolerance=None if tolerance is None else str(tolerance),
         )  # fmt: skip
         model = smollm2()[0]
         trainer = LabelSmoothingTrainer(
