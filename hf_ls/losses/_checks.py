@@ -6,6 +6,7 @@ device in every step, so there the same sentence is the message of an assertion 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -81,6 +82,22 @@ def next_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
     return F.pad(class_ids(labels), (0, 1), value=ignore_index)[..., 1:]
 
 
+def kept_rows(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor | None:
+    """Where flat labels [N] count; None where all do.
+
+    Raises: ValueError as `check_range`.
+    """
+    if labels.numel() and not reading_waits(labels):
+        # One look where all is in order: for the batch of a classifier the looks at each label took as long as its loss.
+        lowest, highest = (int(value) for value in labels.aminmax())
+        if lowest >= 0 and highest < num_classes and not lowest <= ignore_index <= highest:
+            return None
+    kept = labels != ignore_index
+    check_range(labels, kept, num_classes, ignore_index)
+    rows = kept.nonzero().squeeze(1)
+    return None if len(rows) == len(labels) else rows
+
+
 def check_range(labels: Tensor, kept: Tensor, num_classes: int, ignore_index: int) -> None:
     """Refuse labels outside the classes where they are kept.
 
@@ -95,14 +112,17 @@ def check_range(labels: Tensor, kept: Tensor, num_classes: int, ignore_index: in
     )
 
 
-def check_finite(losses: Tensor) -> None:
-    """Refuse losses which are not numbers.
+def check_finite(losses: Tensor, total: Tensor | None = None) -> None:
+    """Refuse losses which are not numbers; `total` is their sum, where it is known.
 
     Raises: ValueError when their sum is not finite, naming how many are not.
     """
     losses = losses.detach()
+    total = losses.sum() if total is None else total.detach()
+    if not reading_waits(total) and math.isfinite(total):
+        return
     refuse(
-        ~torch.isfinite(losses.sum()),
+        ~torch.isfinite(total),
         "finite logits wherever the target has mass",
         lambda: _not_finite(losses),
         "give masked classes no mass with Smoothing(prior=...) and never label an example with a masked class (NaN: lower the "

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_ls.losses._checks import Reduction, check_finite, check_options, check_range, class_ids, item_weights, next_labels, refuse
+from hf_ls.losses._checks import Reduction, check_finite, check_options, class_ids, kept_rows, next_labels, refuse
 from hf_ls.losses.smoothing import Smoothing
 
 
@@ -36,30 +37,9 @@ def smoothed_terms(logits: Tensor, labels: Tensor, smoothing: Smoothing, *, igno
     Raises: ValueError/TypeError for shapes or dtypes which do not match, labels outside [0, K) other than
     `ignore_index`, NaN logits, and −inf logits on which the target puts mass.
     """
-    _check_shapes(logits, labels)
-    labels = class_ids(labels)
-    num_classes = logits.shape[-1]
-    kept = labels != ignore_index
-    check_range(labels, kept, num_classes, ignore_index)
-    # Ignored rows are dropped, not masked: whatever they hold (NaN, -inf) then reaches neither the value nor the gradient.
-    rows = kept.reshape(-1).nonzero().squeeze(1)
-    whole = rows.numel() == labels.numel()
-    y = labels.reshape(-1) if whole else labels.reshape(-1)[rows]
-    z = logits.reshape(-1, num_classes) if whole else logits.reshape(-1, num_classes)[rows]
-    # Half-precision logits lose 1e-3 nats in a log-softmax and overflow in a sum: compute in float32 whatever comes in.
-    z = z if z.dtype == torch.float64 else z.float()
-    z_y = z.gather(-1, y.unsqueeze(-1)).squeeze(-1)
-    nll = z.logsumexp(-1) - z_y
-    term = torch.zeros_like(nll)
-    if smoothing.epsilon:
-        prior = smoothing.prior_for(y, num_classes, z.dtype)
-        # 0·(−inf) is NaN, but a class without prior mass must add exactly 0.
-        expected = (z.masked_fill(prior == 0, 0) * prior).sum(-1) if smoothing.prior is not None else z.mean(-1)
-        term = smoothing.mixing(y, prior) * (z_y - expected)
-    check_finite(nll + term)
-    if not whole:
-        nll, term = (part.new_zeros(labels.numel()).index_copy(0, rows, part) for part in (nll, term))
-    return SmoothedTerms(nll.reshape(labels.shape), term.reshape(labels.shape))
+    terms, _, rows = _kept_terms(logits, labels, smoothing, ignore_index)
+    check_finite(terms.loss)
+    return SmoothedTerms(*(_at_labels(part, rows, labels.shape) for part in terms))
 
 
 def soft_target_terms(
@@ -81,7 +61,7 @@ def soft_target_terms(
     if targets.shape != logits.shape:
         raise ValueError(f"expected soft labels {tuple(logits.shape)}, one value per logit, got {tuple(targets.shape)}")
     kept = labels != ignore_index
-    losses, _ = _soft_target_losses(logits[kept], targets[kept], smoothing, None, smooth_soft_targets=True)
+    losses = _soft_target_losses(logits[kept], targets[kept], smoothing, None, smooth_soft_targets=True)
     return SmoothedTerms(nll, nll.new_zeros(nll.shape).masked_scatter(kept, losses - nll[kept]))
 
 
@@ -123,23 +103,25 @@ def smoothed_cross_entropy(
         smoothing = Smoothing(smoothing)
     _check_tensors(logits, labels)
     check_options(reduction, class_weight, num_items_in_batch, logits.shape[-1])
+    rows, weight = None, None
     if labels.is_floating_point():
-        losses, weight = _soft_target_losses(logits, labels, smoothing, class_weight, smooth_soft_targets)
+        losses = _soft_target_losses(logits, labels, smoothing, class_weight, smooth_soft_targets)
     else:
-        terms = smoothed_terms(logits, labels, smoothing, ignore_index=ignore_index)
-        weight = item_weights(labels, class_weight, ignore_index, terms.nll.dtype)
-        losses = terms.loss if class_weight is None else terms.loss * weight
+        terms, y, rows = _kept_terms(logits, labels, smoothing, ignore_index)
+        losses, weight = terms.loss, None if class_weight is None else class_weight.to(terms.nll)[y]
+        losses = losses if weight is None else losses * weight
+    total = losses.sum()
+    check_finite(losses, total)
     if reduction == "none":
-        return losses
+        return _at_labels(losses, rows, logits.shape[:-1])
     if reduction == "sum":
-        return losses.sum()
+        return total
+    # Nothing to average: the sum is already 0 and keeps its graph.
     if num_items_in_batch is None:
-        total = weight.sum()
-        # Nothing to average: the sum is already 0 and keeps its graph.
-        return losses.sum() / total.clamp_min(torch.finfo(total.dtype).tiny)
+        return total / (max(1, losses.numel()) if weight is None else weight.sum().clamp_min(torch.finfo(weight.dtype).tiny))
     if isinstance(num_items_in_batch, Tensor):
-        return losses.sum() / num_items_in_batch.to(losses.device).clamp_min(torch.finfo(losses.dtype).tiny)
-    return losses.sum() / num_items_in_batch if num_items_in_batch else losses.sum()
+        return total / num_items_in_batch.to(losses.device).clamp_min(torch.finfo(losses.dtype).tiny)
+    return total / num_items_in_batch if num_items_in_batch else total
 
 
 class SmoothedCrossEntropy(nn.Module):
@@ -239,9 +221,42 @@ def logits_of(outputs: Any) -> Tensor:
     )
 
 
+def _kept_terms(
+    logits: Tensor, labels: Tensor, smoothing: Smoothing, ignore_index: int
+) -> tuple[SmoothedTerms, Tensor, Tensor | None]:
+    """The terms [n] of the labels which count, not yet checked, these labels [n], and their flat places; None where all count."""
+    _check_shapes(logits, labels)
+    y, num_classes = class_ids(labels).reshape(-1), logits.shape[-1]
+    z = logits.reshape(-1, num_classes)
+    # Ignored rows are dropped, not masked: whatever they hold (NaN, -inf) then reaches neither the value nor the gradient.
+    rows = kept_rows(y, num_classes, ignore_index)
+    if rows is not None:
+        y, z = y[rows], z[rows]
+    # Half-precision logits lose 1e-3 nats in a log-softmax and overflow in a sum: compute in float32 whatever comes in.
+    log_p = (z if z.dtype == torch.float64 else z.float()).log_softmax(-1)
+    nll = F.nll_loss(log_p, y, reduction="none", ignore_index=ignore_index)
+    if not smoothing.epsilon:
+        return SmoothedTerms(nll, torch.zeros_like(nll)), y, rows
+    mixing: Tensor | float = smoothing.epsilon
+    if smoothing.prior is None and smoothing.convention == "all":
+        expected = log_p.mean(-1)
+    else:
+        prior = smoothing.prior_for(y, num_classes, nll.dtype)
+        # 0·(−inf) is NaN, but a class without prior mass must add exactly 0.
+        expected, mixing = (log_p.masked_fill(prior == 0, 0) * prior).sum(-1), smoothing.mixing(y, prior)
+    # z_y − ⟨u, z⟩, in which the normaliser cancels.
+    return SmoothedTerms(nll, (nll + expected) * -mixing), y, rows
+
+
+def _at_labels(values: Tensor, rows: Tensor | None, shape: torch.Size) -> Tensor:
+    """Values of the labels which count at their places, 0 at the others."""
+    whole = values if rows is None else values.new_zeros(shape.numel()).index_copy(0, rows, values)
+    return whole.reshape(shape)
+
+
 def _soft_target_losses(
     logits: Tensor, targets: Tensor, smoothing: Smoothing, class_weight: Tensor | None, smooth_soft_targets: bool
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     if targets.shape != logits.shape:
         raise ValueError(
             f"expected integer labels {tuple(logits.shape[:-1])} or soft targets {tuple(logits.shape)}, got float labels "
@@ -265,7 +280,7 @@ def _soft_target_losses(
         q = (1 - smoothing.epsilon) * q + smoothing.epsilon * prior
     losses = z.logsumexp(-1) * q.sum(-1) - (z.masked_fill(q == 0, 0) * q).sum(-1)
     check_finite(losses)
-    return losses, torch.ones_like(losses)
+    return losses
 
 
 def check_soft_targets(targets: Tensor, smoothing: Smoothing) -> None:
