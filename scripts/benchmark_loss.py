@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=2 python scripts/benchmark_loss.py
     OMP_NUM_THREADS=2 python scripts/benchmark_loss.py --quick
+    python scripts/benchmark_loss.py --classifier
     OMP_NUM_THREADS=2 python scripts/benchmark_loss.py --shapes 2048,512,32128 --dtypes float32 --json out.json
     OMP_NUM_THREADS=2 python scripts/benchmark_loss.py --states real --methods fused skipping cross_entropy
 
@@ -16,6 +17,9 @@ smoothing. More threads than free cores slow the chunked methods most; `--thread
 to the same length, under a head which begins as [0, W] and is fitted to other sentences for 24 steps of Adam at ε = 0.1: a wider
 head which is trained, though briefly. `skipping` is `fused` with a gradient tolerance, for trained models; its errors, and
 those of plain bfloat16 arithmetic, are printed below the table.
+
+`--classifier` is another table: the dense loss over the logits of a classifier beside `F.cross_entropy(label_smoothing=)`, one
+thread, CPU seconds, the fastest of the rounds, where the time is that of Python and of starting operations.
 """
 
 from __future__ import annotations
@@ -42,9 +46,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_ls.data.classification import load_snippets
+from hf_ls.losses.cross_entropy import smoothed_cross_entropy
 from hf_ls.losses.linear import linear_smoothed_cross_entropy
 
 EPSILON = 0.1
+CLASSIFIERS = [(32, 3), (32, 77), (256, 1000)]  # N, K
+CALLS = 200  # of a dense loss in one timing
 SHAPES = ["2048,512,32128", "1024,768,128256", "512,1024,256000", "8192,512,32128"]
 MIB = 2**20
 FIT_STEPS = 24
@@ -333,6 +340,29 @@ def measure(
     return errors(kept, hidden, weight, states[2].to(device)) if compares and valid[0] == 1 else []
 
 
+def classifier_rows(rounds: int) -> list[str]:
+    """Lines of a table: microseconds of forward and backward of the dense losses, and their ratio."""
+    torch.set_num_threads(1)
+    found = []
+    for n, k in CLASSIFIERS:
+        generator = torch.Generator().manual_seed(0)
+        logits = torch.randn(n, k, generator=generator).requires_grad_()
+        labels = torch.randint(k, (n,), generator=generator)
+        runs = [
+            backward_of(partial(smoothed_cross_entropy, logits, labels, EPSILON), logits),
+            backward_of(partial(F.cross_entropy, logits, labels, label_smoothing=EPSILON), logits),
+        ]
+
+        def many(run: Run) -> None:
+            for _ in range(CALLS):
+                run()
+
+        times = [[seconds(partial(many, run), "cpu", time.process_time) for run in runs] for _ in range(rounds + 1)]
+        ours, torchs = (min(column) / CALLS * 1e6 for column in zip(*times[1:], strict=True))
+        found.append(f"| {n}, {k} | {ours:.0f} | {torchs:.0f} | {ours / torchs:.2f} |")
+    return found
+
+
 HEADER = """| N, d, V | dtype | valid | method | seconds | × floor (medians) | MiB beyond dW |
 |---|---|---|---|---|---|---|"""
 
@@ -358,6 +388,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one shape in float32, three rounds: under five minutes")
+    parser.add_argument("--classifier", action="store_true", help="only the dense loss of classifiers")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: CPU seconds, steady beside other work")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -370,6 +401,10 @@ def main() -> None:
     args = command_line().parse_args()
     if args.quick:
         args.shapes, args.dtypes, args.valid, args.rounds = SHAPES[:1], ["float32"], [1.0, 0.6], 3
+    if args.classifier:
+        print(f"{processor('cpu')}, torch {torch.__version__}, epsilon {EPSILON}\n")
+        print("| N, K | hf_ls, µs | F.cross_entropy, µs | × |\n|---|--:|--:|--:|", *classifier_rows(args.rounds), sep="\n")
+        return
     os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler prints two lines per use otherwise
     torch.set_num_threads(args.threads)
     clock = time.perf_counter if args.clock == "wall" else time.process_time
