@@ -155,6 +155,8 @@ def smollm2() -> tuple[Any, Any]:
     file = next(Path(package.origin).parent.glob("*.gguf"))  # found, not imported: the package wants a compiler
     tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
+    # Its weights were dequantised when it was loaded; by this mark alone a Trainer would refuse to train them.
+    model.is_quantized = False
     return model.eval(), tokenizer
 
 
