@@ -156,7 +156,7 @@ def smollm2() -> tuple[Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
     # Its weights were dequantised when it was loaded; by this mark alone a Trainer would refuse to train them.
-    model.is_quantized = False
+    model.is_quantized = False  # type: ignore[assignment]
     return model.eval(), tokenizer
 
 
