@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from hf_ls.trainer.arguments import LabelSmoothingSeq2SeqArguments as LabelSmoothingSeq2SeqArguments
     from hf_ls.trainer.mixin import LabelSmoothingMixin as LabelSmoothingMixin
     from hf_ls.trainer.mixin import LabelSmoothingTrainer as LabelSmoothingTrainer
+    from hf_ls.trainer.preferences import compare_pairs as compare_pairs
+    from hf_ls.trainer.preferences import preference_pairs as preference_pairs
     from hf_ls.trainer.seq2seq import LabelSmoothingSeq2SeqTrainer as LabelSmoothingSeq2SeqTrainer
     from hf_ls.trainer.sft import LabelSmoothingSFTConfig as LabelSmoothingSFTConfig
     from hf_ls.trainer.sft import LabelSmoothingSFTTrainer as LabelSmoothingSFTTrainer
@@ -58,6 +60,8 @@ _HOME = {
     "LabelSmoothingSeq2SeqTrainer": "trainer.seq2seq",
     "LabelSmoothingSFTConfig": "trainer.sft",
     "LabelSmoothingSFTTrainer": "trainer.sft",
+    "compare_pairs": "trainer.preferences",
+    "preference_pairs": "trainer.preferences",
 }
 _MODULES = {
     "card": "report.card",

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 # Labels with this value are not counted, as in torch and transformers.
 IGNORE_INDEX = -100
+# Set on reward models whose forward takes pairs of texts.
+COMPARES_PAIRS = "compares_pairs"
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -75,6 +77,12 @@ def no_cache(model: nn.Module) -> dict[str, bool]:
     With a cache, the default without labels, FSMT has no causal mask: each position sees the words to come.
     """
     return {"use_cache": False} if "use_cache" in inspect.signature(base_model(model).forward).parameters else {}
+
+
+def chooses(model: nn.Module) -> bool:
+    """Whether the classes of a model are the choices of each example, which mean something else in every one."""
+    inner = base_model(model)
+    return type(inner).__name__.endswith("ForMultipleChoice") or getattr(inner, COMPARES_PAIRS, False)
 
 
 def base_model(model: nn.Module) -> nn.Module:

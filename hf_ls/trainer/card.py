@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.modelcard import TASK_MAPPING
 
 from hf_ls.common.files import write_atomically
-from hf_ls.common.models import output_embedding
+from hf_ls.common.models import chooses, output_embedding
 from hf_ls.common.privacy import TEXTS, paths_here
 from hf_ls.report.calibration_report import REPORT, CalibrationReport, package_versions
 from hf_ls.report.card import CardFacts, is_generated, model_card, render
@@ -177,7 +177,7 @@ def _smoothing(trainer: Any) -> SmoothingFacts:
         more["prior"] = _prior(smoothing.prior)
     return SmoothingFacts.of(
         smoothing,
-        None if spans else config.vocab_size if vocabulary else config.num_labels,
+        None if spans or chooses(trainer.model) else config.vocab_size if vocabulary else config.num_labels,
         plain=criterion.plain,
         steps=(state.global_step, state.max_steps),
         item_by_item=criterion.name in ADAPTIVE,

@@ -18,7 +18,7 @@ from transformers import Trainer
 from transformers.modeling_utils import unwrap_model
 
 from hf_ls.calibration.token_temperature import CURVES, CrossFittedTemperature, TokenTemperature, kept_rows, temperature_curves
-from hf_ls.common.models import IGNORE_INDEX, base_model, output_embedding
+from hf_ls.common.models import IGNORE_INDEX, base_model, chooses, output_embedding
 from hf_ls.losses._rows import Observer
 from hf_ls.losses.cross_entropy import check_soft_targets
 from hf_ls.losses.smoothing import Smoothing
@@ -291,7 +291,7 @@ def class_names_of(model: nn.Module) -> list[str]:
     """The names of the classes, where a class means the same in every example: not of the tokens of a vocabulary, nor of the
     choices of multiple choice."""
     names = getattr(getattr(base_model(model), "config", None), "id2label", None)
-    if not names or output_embedding(model) is not None or type(base_model(model)).__name__.endswith("ForMultipleChoice"):
+    if not names or output_embedding(model) is not None or chooses(model):
         return []
     return [str(name) for _, name in sorted(names.items())]
 

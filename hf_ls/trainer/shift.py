@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import unwrap_model
 
-from hf_ls.common.models import IGNORE_INDEX, base_model, in_eval_mode, output_embedding
+from hf_ls.common.models import IGNORE_INDEX, base_model, chooses, in_eval_mode, output_embedding
 from hf_ls.losses._checks import next_labels
 from hf_ls.losses.cross_entropy import check_no_probabilities, logits_of, smoothed_terms
 from hf_ls.losses.smoothing import Smoothing
@@ -87,10 +87,11 @@ def check_supported(model: nn.Module, label_names: list[str], class_weight: Tens
             f"expected classes, got problem_type={problem!r}: a number has no distribution to smooth; use transformers.Trainer, "
             "or load the model with num_labels=2 or more and problem_type='single_label_classification'"
         )
-    if "Classification" in name and getattr(config, "num_labels", 2) < 2:
+    pairs = chooses(model)
+    if "Classification" in name and not pairs and getattr(config, "num_labels", 2) < 2:
         raise ValueError(
             f"expected num_labels >= 2, got {config.num_labels} in {name}, which is a regression head; use transformers.Trainer, "  # type: ignore[union-attr]
-            "or load the model with num_labels=2 or more"
+            "or load the model with num_labels=2 or more; a reward model over pairs is for hf_ls.compare_pairs"
         )
     if any(kind.__name__.endswith(_ALIGNING) for kind in type(inner).__mro__):
         raise ValueError(
@@ -106,7 +107,7 @@ def check_supported(model: nn.Module, label_names: list[str], class_weight: Tens
     if len(label_names) != 1 and not spans:
         raise ValueError(f"expected one label input, got {label_names}; {name} is not supported, use transformers.Trainer")
     # Of other models only the logits tell: the classes of multiple choice are the choices, not `num_labels`.
-    classes = getattr(config, "num_labels", None) if "Classification" in name else None
+    classes = getattr(config, "num_labels", None) if "Classification" in name and not pairs else None
     if class_weight is not None and classes is not None and class_weight.shape != (classes,):
         raise ValueError(f"expected class_weight [{classes}], got {tuple(class_weight.shape)}; one weight per class of the model")
 

@@ -71,6 +71,7 @@ def known_to_the_reader() -> dict[str | None, dict[str, Any]]:
             labels=labels, class_weight=torch.ones(CLASSES), hidden=torch.randn(4, 16, requires_grad=True),
             head_weight=torch.randn(CLASSES, 16), validation_logits=scores.numpy(), validation_labels=answers.numpy(),
             language_model=tiny_llama(), conversations=sft_rows.conversations(), tokenizer=tokenizer, texts=["w5 w6", "w7"],
+            reward_model=sft_rows.reward_model(), preferences=sft_rows.preferences(),
             pipe=tf.pipeline("text-classification", tiny_bert(), tokenizer=tokenizer, device="cpu"),
         ),
         "predict_proba": predictions_of_scikit_learn(),

@@ -33,6 +33,18 @@ def conversations(n=8):
     return Dataset.from_dict({"messages": [talk(i) for i in range(n)]})
 
 
+def preferences(n=8):
+    sides = {side: [words(3 + i % 4, 10 * i + j) for i in range(n)] for j, side in enumerate(("chosen", "rejected"))}
+    return Dataset.from_dict(sides)
+
+
+def reward_model(**settings):
+    torch.manual_seed(1)
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config = tf.LlamaConfig(**{"num_labels": 1, "vocab_size": VOCAB, "pad_token_id": 0, **sizes, **settings})
+    return tf.LlamaForSequenceClassification(config)
+
+
 def save_chat_model(folder):
     """A Llama of 32 dimensions with that tokenizer."""
     build("llama")[0].save_pretrained(folder)
