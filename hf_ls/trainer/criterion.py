@@ -2,8 +2,8 @@
 
 Beside it: the state of online label smoothing in checkpoints, the terms of the loss as the log shows them, and which techniques
 take the place of the plain cross entropy. Label smoothing, its adaptive forms, the objectives which press confidence down,
-distillation and mixup all do the same thing to the target and together overshoot; and of any two together no result can be credited
-to one of them.
+distillation and mixup all do the same thing to the target and together overshoot; and of any two together no result can be
+credited to one of them.
 """
 
 from __future__ import annotations
