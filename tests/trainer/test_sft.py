@@ -314,7 +314,7 @@ def test_trls_defaults_are_kept(tmp_path):
 
 @pytest.mark.parametrize("epsilon", [0.0, EPSILON])
 def test_other_losses_of_trl_are_refused(tmp_path, epsilon):
-    for loss, remedy in (("dft", "set label_smoothing_objective='dft'"), ("chunked_nll", "leave it out")):
+    for loss, remedy in (("dft", "set label_smoothing_objective='dft'"), ("sigmoid", "leave it out")):
         with pytest.raises(ValueError, match=f"loss_type='nll', got '{loss}'; {remedy}"):
             trainer_of(tmp_path, LabelSmoothingSFTTrainer, loss_type=loss, label_smoothing_factor=epsilon)
 
