@@ -247,8 +247,9 @@ def brier(logits: Tensor, labels: Tensor, smoothing: Smoothing) -> Tensor:
     """The Brier score of the whole distribution, Σ_k (p_k − t_k)² with the (smoothed) target t.
 
     0 to 2, no nats; least at p = t, a proper score as the cross entropy, but bounded: a label of probability near 0 hardly
-    pulls. With ε > 0 it has the gradient of the score smoothing of Shao et al., Σ_j t_j·Σ_k (p_k − [k = j])², which is larger by
-    the constant 1 − Σ_k t_k².
+    pulls, so that it is for models which know something already. With ε > 0 its gradient is that of the score expected under t,
+    Σ_j t_j·Σ_k (p_k − [k = j])², which is larger by the constant 1 − Σ_k t_k²; Shao et al. smooth that and add a logarithm of the
+    probabilities below ε/K, which is left out here.
 
     Raises: as `check_smoothing` and `losses.smoothed_terms`.
     Source: Brier 1950; for each token of a language model Shao et al. 2024, "Language Generation with Strictly Proper Scoring
