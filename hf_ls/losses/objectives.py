@@ -243,7 +243,7 @@ def eaft(logits: Tensor, labels: Tensor, smoothing: Smoothing, *, alpha: float =
     return weight * nll
 
 
-def brier(logits: Tensor, labels: Tensor, smoothing: Smoothing) -> Tensor:
+def brier_loss(logits: Tensor, labels: Tensor, smoothing: Smoothing) -> Tensor:
     """The Brier score of the whole distribution, Σ_k (p_k − t_k)² with the (smoothed) target t.
 
     0 to 2, no nats; least at p = t, a proper score as the cross entropy, but bounded: a label of probability near 0 hardly
@@ -285,7 +285,7 @@ OBJECTIVES: dict[str, ObjectiveFunction] = {
     "instance": instance,
     "dft": dft,
     "eaft": eaft,
-    "brier": brier,
+    "brier": brier_loss,
 }
 NAMES = (*OBJECTIVES, "online")
 COMBINES_WITH_EPSILON = frozenset({"smoothed_ce", "confidence_penalty", "generalised_smoothing", "brier"})

@@ -16,7 +16,7 @@ from hf_ls.losses.cross_entropy import smoothed_cross_entropy
 from hf_ls.losses.objectives import COMBINES_WITH_EPSILON, OBJECTIVES, Objective, masked_objective
 from hf_ls.losses.priors import confusion_prior, restrict_prior
 from hf_ls.losses.smoothing import Schedule, Smoothing
-from hf_ls.metrics.core import brier as brier_score
+from hf_ls.metrics.core import brier
 
 K = 5
 PLAIN = Smoothing(0.0)
@@ -338,13 +338,13 @@ def test_eaft_is_within_its_bounds_and_that_of_its_authors():
 @pytest.mark.parametrize("epsilon", [0.0, 0.3])
 def test_brier_is_the_reported_score_and_its_smoothing_that_of_the_expected_score(epsilon):
     logits, labels = _batch(dtype=torch.float64)
-    reported = brier_score(logits.softmax(-1).numpy(), labels.numpy())
-    assert ob.brier(logits, labels, PLAIN).mean().item() == pytest.approx(reported, rel=1e-12)
-    each = torch.stack([ob.brier(logits, torch.full_like(labels, k), PLAIN) for k in range(K)], 1)
+    reported = brier(logits.softmax(-1).numpy(), labels.numpy())
+    assert ob.brier_loss(logits, labels, PLAIN).mean().item() == pytest.approx(reported, rel=1e-12)
+    each = torch.stack([ob.brier_loss(logits, torch.full_like(labels, k), PLAIN) for k in range(K)], 1)
     target = Smoothing(epsilon).target(labels, K, torch.float64)
     expected = (target * each).sum(1) - (1 - target.square().sum(1))
-    torch.testing.assert_close(ob.brier(logits, labels, Smoothing(epsilon)), expected)
-    worst = ob.brier(torch.tensor([[200.0, 0]]), torch.tensor([1]), PLAIN)
+    torch.testing.assert_close(ob.brier_loss(logits, labels, Smoothing(epsilon)), expected)
+    worst = ob.brier_loss(torch.tensor([[200.0, 0]]), torch.tensor([1]), PLAIN)
     assert worst.item() == 2
 
 
