@@ -32,7 +32,7 @@ _DISK_FULL = (
 # Names of other programs and of habit, and what they are called here.
 _ALIASES = {
     "label_smoothing_factor": ("epsilon", "eps", "smoothing", "label_smoothing", "label_smoothing_epsilon", "ls"),
-    "label_smoothing_objective": ("objective", "loss", "loss_type", "criterion"),
+    "label_smoothing_objective": ("objective", "loss", "loss_type", "criterion", "use_dft_loss", "use_eaft_loss", "use_eaft"),
     "learning_rate": ("lr",),
     "lr_scheduler_type": ("scheduler", "lr_scheduler", "lr_schedule"),
     "num_train_epochs": ("epochs", "num_epochs", "n_epochs", "max_epochs", "train_epochs"),

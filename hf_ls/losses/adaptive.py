@@ -67,6 +67,19 @@ def instance_epsilon(confidence: Tensor, *, maximum: float = 0.2) -> Tensor:
     return maximum * confidence
 
 
+def entropy(log_p: Tensor) -> Tensor:
+    """H(p) = −Σ p_k log p_k of log-probabilities: [..., K] -> [...], 0 to log K, nats."""
+    # p·log p tends to 0 with p, but 0·(−inf) is NaN.
+    return -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(-1)
+
+
+def normalised_entropy(logits: Tensor) -> Tensor:
+    """H(p)/log(number of finite logits) of p = softmax(logits): [..., K] -> [...], 0 to 1; 0 where one class is possible."""
+    log_p = logits.log_softmax(-1)
+    largest = (log_p != -torch.inf).sum(-1).to(log_p.dtype).log().clamp_min(torch.finfo(log_p.dtype).tiny)
+    return (entropy(log_p) / largest).clamp(0, 1)
+
+
 def adaptive_smoothed_terms(
     logits: Tensor,
     labels: Tensor,
@@ -110,14 +123,8 @@ def adaptive_smoothed_terms(
 def _confidence(logits: Tensor, nll: Tensor, kind: Confidence) -> Tensor:
     if kind == "label":
         return torch.exp(-nll)
-    log_p = logits.to(nll.dtype).log_softmax(-1)
-    if kind == "max":
-        return log_p.amax(-1).exp()
-    possible = log_p != -torch.inf
-    entropy = -(log_p.exp() * log_p.masked_fill(~possible, 0)).sum(-1)
-    # With a single possible class the entropy is 0 of 0: certain.
-    largest = possible.sum(-1).to(nll.dtype).log().clamp_min(torch.finfo(nll.dtype).tiny)
-    return (1 - entropy / largest).clamp(0, 1)
+    z = logits.to(nll.dtype)
+    return z.softmax(-1).amax(-1) if kind == "max" else 1 - normalised_entropy(z)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ Every function computes in float32 (float64 stays float64), takes valid labels o
 the ignored rows first), and gives a −inf class without prior mass exactly no influence. Losses are in nats.
 Notation: z logits, p = softmax(z), nll = −log p_y, u the prior of `smoothing` (1/K if it has none).
 
-With ε > 0: smoothed_ce, confidence_penalty and generalised_smoothing use it; the others have a strength or an
-epsilon of their own and refuse it (`check_smoothing`). ε < 0 is for generalised_smoothing alone.
+With ε > 0: smoothed_ce, confidence_penalty, brier and generalised_smoothing use it; the others have a strength or an
+epsilon of their own, or weigh each NLL by the prediction, and refuse it (`check_smoothing`). ε < 0 is for
+generalised_smoothing alone.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ from hf_ls.losses.adaptive import (
     OnlineLabelSmoothing,
     OnlineSettings,
     adaptive_smoothed_terms,
+    entropy,
     graduated_epsilon,
     instance_epsilon,
+    normalised_entropy,
 )
 from hf_ls.losses.cross_entropy import SmoothedTerms, smoothed_terms
 from hf_ls.losses.smoothing import Smoothing
@@ -60,10 +63,7 @@ def confidence_penalty(logits: Tensor, labels: Tensor, smoothing: Smoothing, *, 
     _require("beta", beta, 0, math.inf)
     z = _float(logits)
     loss = _terms("confidence_penalty", z, labels, smoothing).loss
-    log_p = z.log_softmax(-1)
-    # p·log p tends to 0 with p, but 0·(−inf) is NaN.
-    entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(-1)
-    return loss - beta * entropy
+    return loss - beta * entropy(z.log_softmax(-1))
 
 
 def maxsup(logits: Tensor, labels: Tensor, smoothing: Smoothing, *, alpha: float = 0.1) -> Tensor:
@@ -206,6 +206,61 @@ def instance(logits: Tensor, labels: Tensor, smoothing: Smoothing, *, maximum: f
     ).loss
 
 
+def dft(logits: Tensor, labels: Tensor, smoothing: Smoothing) -> Tensor:
+    """Dynamic fine-tuning: the NLL of each label weighted with its own probability, sg(p_y)·nll.
+
+    sg: no gradient goes through the weight, so that the gradient is p_y·(p − e_y), that of −p_y: labels which the model holds
+    for unlikely hardly pull. 0 to 1/e, and 0 again at p_y = 0. No proper score: on labels with noise it is content only with all
+    probability on one class. The same as `loss_type="dft"` of trl.SFTConfig.
+
+    Raises: as `check_smoothing` (ε must be 0) and `losses.smoothed_terms`.
+    Source: Wu et al. 2025, "On the Generalization of SFT: A Reinforcement Learning Perspective with Reward Rectification".
+    """
+    nll = _terms("dft", logits, labels, smoothing).nll
+    return torch.exp(-nll.detach()) * nll
+
+
+def eaft(logits: Tensor, labels: Tensor, smoothing: Smoothing, *, alpha: float = 1.0, top_k: float = 20) -> Tensor:
+    """Entropy-adaptive fine-tuning: the NLL weighted with the uncertainty of the prediction, sg(H/log k)^α·nll.
+
+    H: the entropy of the k = `top_k` largest probabilities, made to sum to 1; sg: no gradient goes through the weight, which is
+    0 (a sure prediction, right or wrong) to 1. At least 0; α ≥ 0, α = 0 is the nll; top_k ≥ 2, inf for all classes. With fewer
+    classes k is their number. Both defaults are the paper's, whose code has 3.0 for log 20 = 2.996.
+
+    Raises: as `check_smoothing` (ε must be 0) and `losses.smoothed_terms`; ValueError for α < 0 and a top_k below 2 or with a
+    fraction.
+    Source: Diao et al. 2026, "Entropy-Adaptive Fine-Tuning: Resolving Confident Conflicts to Mitigate Forgetting".
+    """
+    _require("alpha", alpha, 0, math.inf)
+    _require("top_k", top_k, 2, math.inf, inclusive=True)
+    if top_k % 1 and top_k != math.inf:
+        raise ValueError(f"expected top_k as a whole number, got {top_k}; 20 is the paper's")
+    z = _float(logits)
+    nll = _terms("eaft", z, labels, smoothing).nll
+    with torch.no_grad():
+        largest = z if top_k >= z.shape[-1] else z.topk(int(top_k), sorted=False).values
+        weight = normalised_entropy(largest).pow(alpha)
+    return weight * nll
+
+
+def brier_loss(logits: Tensor, labels: Tensor, smoothing: Smoothing) -> Tensor:
+    """The Brier score of the whole distribution, Σ_k (p_k − t_k)² with the (smoothed) target t.
+
+    0 to 2, no nats; least at p = t, a proper score as the cross entropy, but bounded: a label of probability near 0 hardly
+    pulls, so that it is for models which know something already. With ε > 0 its gradient is that of the score expected under t,
+    Σ_j t_j·Σ_k (p_k − [k = j])², which is larger by the constant 1 − Σ_k t_k²; Shao et al. smooth that and add a logarithm of the
+    probabilities below ε/K, which is left out here.
+
+    Raises: as `check_smoothing` and `losses.smoothed_terms`.
+    Source: Brier 1950; for each token of a language model Shao et al. 2024, "Language Generation with Strictly Proper Scoring
+    Rules".
+    """
+    z = _float(logits)
+    _terms("brier", z, labels, smoothing)
+    ids = class_ids(labels)
+    return (z.softmax(-1) - smoothing.target(ids, z.shape[-1], z.dtype)).square().sum(-1)
+
+
 def z_loss(logits: Tensor) -> Tensor:
     """The squared log normaliser of each row, lse(z)², to be added with a small weight to any objective.
 
@@ -228,9 +283,12 @@ OBJECTIVES: dict[str, ObjectiveFunction] = {
     "generalised_smoothing": generalised_smoothing,
     "graduated": graduated,
     "instance": instance,
+    "dft": dft,
+    "eaft": eaft,
+    "brier": brier_loss,
 }
 NAMES = (*OBJECTIVES, "online")
-COMBINES_WITH_EPSILON = frozenset({"smoothed_ce", "confidence_penalty", "generalised_smoothing"})
+COMBINES_WITH_EPSILON = frozenset({"smoothed_ce", "confidence_penalty", "generalised_smoothing", "brier"})
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -366,8 +424,8 @@ def check_smoothing(name: str, smoothing: Smoothing) -> None:
     epsilons = [smoothing.epsilon, *([smoothing.schedule.final_epsilon] if smoothing.schedule else [])]
     if name not in COMBINES_WITH_EPSILON and any(epsilons):
         raise ValueError(
-            f"expected epsilon = 0 with {name}, got {max(epsilons, key=abs)}: it replaces label smoothing; "
-            f"pass Smoothing(0.0) and set its own strength, or use one of {sorted(COMBINES_WITH_EPSILON)}"
+            f"expected epsilon = 0 with {name}, got {max(epsilons, key=abs)}: it takes the place of label smoothing; "
+            f"pass Smoothing(0.0) and its own parameters, or use one of {sorted(COMBINES_WITH_EPSILON)}"
         )
     if name != "generalised_smoothing" and min(epsilons) < 0:
         raise ValueError(f"expected epsilon >= 0 with {name}, got {min(epsilons)}; use 'generalised_smoothing' for ε < 0")

@@ -170,8 +170,8 @@ class Smoothing:
             )
         return self.epsilon / (1 - at_label)
 
-    def target(self, labels: Tensor, num_classes: int) -> Tensor:
-        """The smoothed target distribution t, float32 [..., K], for integer labels [...].
+    def target(self, labels: Tensor, num_classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The smoothed target distribution t [..., K] for integer labels [...].
 
         t = (1−e)·e_y + e·u. Rows sum to 1.
 
@@ -187,10 +187,9 @@ class Smoothing:
             lambda: f"{int(labels.min())}..{int(labels.max())}",
             "drop ignored positions before asking for their targets",
         )
-        prior = self.prior_for(labels, num_classes)
+        prior = self.prior_for(labels, num_classes, dtype)
         mixing = self.mixing(labels, prior).unsqueeze(-1)
-        one_hot = torch.nn.functional.one_hot(labels, num_classes).to(prior.dtype)
-        return (1 - mixing) * one_hot + mixing * prior
+        return (mixing * prior).scatter_add_(-1, labels.unsqueeze(-1), 1 - mixing)
 
     def optimal_logit_gap(self, num_classes: int) -> float:
         """The gap z_y − z_k (k ≠ y) at which the loss is least, in nats; infinite at ε = 0.

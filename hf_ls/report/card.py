@@ -228,17 +228,15 @@ def is_generated(text: str) -> bool:
 
 def smoothing_lines(facts: SmoothingFacts, training: TrainingFacts | None) -> list[str]:
     """What is known of the smoothing, one fact a line."""
-    softened = training.techniques if training else []
+    changed = training.techniques if training else []
     weights = [f"class weights: {in_words(training.class_weight)}"] if training and training.class_weight else []
-    together = [f"what softens the targets, all together: {in_words(softened)}"] if len(softened) > 1 else []
+    together = [f"what changes the loss, all together: {in_words(changed)}"] if len(changed) > 1 else []
     if facts.is_used is None:
         return ["not known: this model was not trained here", *weights]
     if facts.item_by_item:
         return ["epsilon: made by the objective, item by item", *together, *weights]
     if not facts.is_used:
-        else_ = (
-            f"what else made the targets softer: {in_words(softened)}" if softened else "the targets are the plain hard labels"
-        )
+        else_ = f"the loss is changed by {in_words(changed)}" if changed else "the targets are the plain hard labels"
         return [f"No label smoothing was used (epsilon = 0): {else_}", *weights]
     lines = [
         f"effective epsilon: {facts.epsilon:g}",

@@ -193,7 +193,7 @@ class TrainingFacts:
 
     Args:
         seeds: one for each run behind the numbers. steps: optimizer steps done. global_batch: examples of one step.
-        objective: by the names of `hf_ls.Objective`, with objective_params. techniques: all that softens the targets, in words.
+        objective: by the names of `hf_ls.Objective`, with objective_params. techniques: all that changes the loss, in words.
         gradient_tolerance: the relative error which the gradients of the head were allowed, None for exact ones.
         teacher: name of a distillation teacher. class_weight: in words. peft: kind of adapters, None or "none" without.
         train_runtime_s: seconds, of all runs together.

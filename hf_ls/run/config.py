@@ -499,8 +499,9 @@ def _check_soft_labels(config: Config) -> None:
         )
     if config.trains_on_soft_labels and alone and techniques_of(training):
         raise ValueError(
-            f"expected one target-softening technique, got {techniques_of(training)[0]} and soft labels, which are soft already; "
-            "set label_smoothing_factor: 0, or with_baseline for a row of each, or allow_combined_softening for both at once"
+            f"expected one technique beside the plain cross entropy, got {techniques_of(training)[0]} and soft labels, which are "
+            "soft already; set label_smoothing_factor: 0, or with_baseline for a row of each, or "
+            "allow_combined_softening for both at once"
         )
 
 

@@ -32,7 +32,7 @@ class LabelSmoothingArguments(TrainingArguments):
     """`TrainingArguments` in which `label_smoothing_factor` is ε, with its convention and schedule beside it.
 
     Raises: ValueError for ε outside [0, 1), an unknown convention, schedule or logits-free mode, settings of distillation or
-    mixup out of range, two target-softening techniques without `allow_combined_softening`, or a lower-is-better
+    mixup out of range, two techniques at once without `allow_combined_softening`, or a lower-is-better
     `metric_for_best_model` with `greater_is_better=True`.
     """
 
@@ -91,7 +91,7 @@ class LabelSmoothingArguments(TrainingArguments):
     mixup_per: str = field(default="batch", metadata={"help": "One mixing ratio per 'batch' or per 'example'."})
     allow_combined_softening: bool = field(
         default=False,
-        metadata={"help": "Allow two of label smoothing, confidence objectives, distillation and mixup at once."},
+        metadata={"help": "Allow two of label smoothing, other objectives, distillation and mixup at once."},
     )
 
     def __post_init__(self) -> None:
@@ -215,7 +215,7 @@ def loss_of(
     """What the arguments describe now; ε from the arguments, the rest of a given smoothing as it is.
 
     Raises: ValueError as `Smoothing`, `criterion_of` and `Mixup`, for a teacher which is named and not there, and for two
-    target-softening techniques.
+    techniques at once.
     """
     smoothing = smoothing_of(args) if smoothing is None else replace(smoothing, epsilon=args.label_smoothing_factor)
     named = getattr(args, "distillation_teacher", None)
@@ -231,7 +231,7 @@ def loss_of(
 
 
 def techniques_of(args: LabelSmoothingArguments) -> list[str]:
-    """The target-softening techniques which the arguments put in effect, in words, for a card.
+    """What the arguments put in effect beside the plain cross entropy, in words, for a card.
 
     Raises: ValueError as `Smoothing`, `Criterion`, `Distillation` and `Mixup`.
     """

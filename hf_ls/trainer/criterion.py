@@ -1,8 +1,9 @@
 """What one training item costs: the smoothed cross entropy, another objective, or an adaptive epsilon.
 
 Beside it: the state of online label smoothing in checkpoints, the terms of the loss as the log shows them, and which techniques
-make the training target softer. Label smoothing, its adaptive forms, the objectives which press confidence down, distillation and
-mixup all do the same thing to the target: together they overshoot, and no result can be credited to one of them.
+take the place of the plain cross entropy. Label smoothing, its adaptive forms, the objectives which press confidence down,
+distillation and mixup all do the same thing to the target and together overshoot; and of any two together no result can be
+credited to one of them.
 """
 
 from __future__ import annotations
@@ -226,7 +227,7 @@ def techniques(
     distillation: Distillation | None = None,
     mixup: Mixup | None = None,
 ) -> list[str]:
-    """The target-softening techniques in effect, each in a few words; empty for the plain cross entropy.
+    """What is in effect beside the plain cross entropy, each in a few words; empty for that alone.
 
     >>> techniques(Smoothing(0.1), Criterion(Smoothing(0.1)), mixup=Mixup(0.2))
     ['label smoothing (ε = 0.1)', 'embedding mixup (α = 0.2, one λ per batch)']
@@ -250,14 +251,14 @@ def techniques(
 
 
 def check_combined(found: list[str], allowed: bool) -> None:
-    """Refuse two target-softening techniques at once.
+    """Refuse two techniques at once.
 
     Raises: ValueError naming them and the switch.
     """
     if len(found) > 1 and not allowed:
         raise ValueError(
-            f"expected one target-softening technique, got {' and '.join(found)}: each of them makes the model less confident; "
-            "drop all but one, or set allow_combined_softening=True to train with both"
+            f"expected one technique beside the plain cross entropy, got {' and '.join(found)}: nobody could tell what each "
+            "of them does to the confidence; drop all but one, or set allow_combined_softening=True to train with both"
         )
 
 

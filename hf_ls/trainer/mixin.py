@@ -89,7 +89,7 @@ class LabelSmoothingMixin(Steps):
 
     Extractive question answering needs nothing else: each row has two labels, `start_positions` and `end_positions`, see `spans`.
 
-    Raises: ValueError for `compute_loss_func`, a second `compute_loss`, two different epsilons, two target-softening techniques,
+    Raises: ValueError for `compute_loss_func`, a second `compute_loss`, two different epsilons, two techniques at once,
     tasks without one label per prediction (multi-label, regression, CTC), sequences cut among processes, and a model whose own
     loss is no cross entropy of its logits.
     """

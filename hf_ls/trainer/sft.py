@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from hf_ls.common.errors import extra
+from hf_ls.losses.objectives import OBJECTIVES
 from hf_ls.trainer.arguments import LabelSmoothingArguments
 from hf_ls.trainer.mixin import LabelSmoothingMixin
 
@@ -85,6 +86,8 @@ class LabelSmoothingSFTTrainer(LabelSmoothingMixin, _LossOrLogits):  # type: ign
     them a GPU keeps to the chunk loop. Masks of prompts and users, packing and padding-free batches, PEFT: as in TRL. Examples
     which TRL drops, because `max_length` leaves no token to learn, are counted in a warning.
 
+    TRL's `loss_type="dft"` is here `label_smoothing_objective="dft"`, with the NLL in evaluations.
+
     Raises: ValueError for a `loss_type` other than "nll" and where no example is left; TypeError for arguments which are no
     `SFTConfig`; as the mixin.
     """
@@ -96,9 +99,9 @@ class LabelSmoothingSFTTrainer(LabelSmoothingMixin, _LossOrLogits):  # type: ign
         if given is not None and not isinstance(given, SFTConfig):
             raise TypeError(f"expected LabelSmoothingSFTConfig or trl.SFTConfig, got {type(given).__name__}; use one of them")
         if given is not None and given.loss_type != "nll":
-            raise ValueError(
-                f"expected loss_type='nll', got {given.loss_type!r}, which is another loss; use trl.SFTTrainer for it"
-            )
+            named = given.loss_type in OBJECTIVES
+            remedy = f"set label_smoothing_objective={given.loss_type!r}, the same loss" if named else "leave it out"
+            raise ValueError(f"expected loss_type='nll', got {given.loss_type!r}; {remedy}")
         super().__init__(*args, **kwargs)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, packing: bool, *rest: Any, **options: Any) -> Any:

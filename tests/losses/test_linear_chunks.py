@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from linear_reference import (
 from hf_ls.losses._chunks import PriorRow, default_chunk_rows
 from hf_ls.losses._rows import RowLoss
 from hf_ls.losses.linear import linear_smoothed_cross_entropy
+from hf_ls.losses.objectives import Objective
 from hf_ls.losses.smoothing import Smoothing
 
 
@@ -26,6 +29,7 @@ from hf_ls.losses.smoothing import Smoothing
         {"softcap": 5.0},
         {"z_loss": 0.1},
         {"objective": lambda z, y: F.cross_entropy(z, y, reduction="none")},
+        *({"objective": partial(Objective(name), smoothing=Smoothing(0.0))} for name in ("dft", "eaft", "brier")),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -16,6 +16,7 @@ from hf_ls.losses.cross_entropy import smoothed_cross_entropy
 from hf_ls.losses.objectives import COMBINES_WITH_EPSILON, OBJECTIVES, Objective, masked_objective
 from hf_ls.losses.priors import confusion_prior, restrict_prior
 from hf_ls.losses.smoothing import Schedule, Smoothing
+from hf_ls.metrics.core import brier
 
 K = 5
 PLAIN = Smoothing(0.0)
@@ -50,6 +51,12 @@ CASES = [
     ("graduated", {"thresholds": (0.2, 0.4, 0.9), "values": (0.0, 0.3, 0.1, 0.2)}, Smoothing(0.0, "wrong", prior=UNIGRAM)),
     ("instance", {}, PLAIN),
     ("instance", {"maximum": 0.6}, Smoothing(0.0, prior=MATRIX)),
+    ("dft", {}, PLAIN),
+    ("eaft", {}, PLAIN),
+    ("eaft", {"alpha": 2.5, "top_k": 3}, PLAIN),
+    ("brier", {}, PLAIN),
+    ("brier", {}, Smoothing(0.2, "wrong", prior=UNIGRAM)),
+    ("brier", {}, Smoothing(0.3, prior=MATRIX)),
 ]
 IDS = [f"{name}-{i}" for i, (name, _, _) in enumerate(CASES)]
 all_cases = pytest.mark.parametrize(("name", "params", "smoothing"), CASES, ids=IDS)
@@ -92,6 +99,15 @@ def _reference(name: str, params: dict, smoothing: Smoothing, z: Tensor, y: Tens
         return -(target * p.log()).sum(-1)
     if name == "smoothed_ce":
         return soft
+    if name == "brier":
+        return ((p - target) ** 2).sum(-1)
+    if name == "dft":
+        return -p_y.detach() * p_y.log()
+    if name == "eaft":
+        share = p.detach().sort(-1, descending=True).values[:, : params.get("top_k", 20)]
+        share = share / share.sum(-1, keepdim=True)
+        gate = -(share * share.log()).sum(-1) / math.log(share.shape[-1])
+        return -(gate ** params.get("alpha", 1)) * p_y.log()
     if name == "confidence_penalty":
         return soft + params.get("beta", 0.1) * (p * p.log()).sum(-1)
     if name == "maxsup":
@@ -129,8 +145,12 @@ def test_values_and_gradients_are_those_of_the_formula(name, params, smoothing):
     torch.testing.assert_close(gradient, expected_gradient, **exact)
 
 
-# The ε of "instance" moves with the logits but is a constant to the gradient, which a finite difference cannot know.
-@pytest.mark.parametrize(("name", "params", "smoothing"), [case for case in CASES if case[0] != "instance"])
+# The ε of "instance" and these weights move with the logits but are constants to the gradient, which a finite difference cannot
+# know.
+CONSTANTS = ("instance", "dft", "eaft")
+
+
+@pytest.mark.parametrize(("name", "params", "smoothing"), [case for case in CASES if case[0] not in CONSTANTS])
 def test_gradcheck(name, params, smoothing):
     logits, labels = _batch(6, seed=3)
     objective = Objective(name, **params)
@@ -240,6 +260,7 @@ IDENTITIES = {
     "margin_smoothing, huge margin": lambda z, y: ob.margin_smoothing(z, y, PLAIN, margin=1e9),
     "margin_smoothing, infinite margin": lambda z, y: ob.margin_smoothing(z, y, PLAIN, margin=math.inf),
     "maxsup, alpha 0": lambda z, y: ob.maxsup(z, y, PLAIN, alpha=0.0),
+    "eaft, alpha 0": lambda z, y: ob.eaft(z, y, PLAIN, alpha=0.0),
     "generalised_smoothing, epsilon 0": lambda z, y: ob.generalised_smoothing(z, y, PLAIN),
     "smoothed_ce, epsilon 0": lambda z, y: ob.smoothed_ce(z, y, PLAIN),
 }
@@ -291,6 +312,40 @@ def test_flsd_is_focal_on_each_side_of_its_threshold():
     losses = ob.flsd(logits, labels, PLAIN)
     torch.testing.assert_close(losses[low], ob.focal(logits, labels, PLAIN, gamma=5.0)[low])
     torch.testing.assert_close(losses[~low], ob.focal(logits, labels, PLAIN, gamma=3.0)[~low])
+
+
+def test_dft_has_the_gradient_of_the_probability_of_the_label():
+    logits, labels = _batch()
+    logits.requires_grad_()
+    (gradient,) = torch.autograd.grad(ob.dft(logits, labels, PLAIN).sum(), logits)
+    p_y = logits.softmax(-1).gather(1, labels.unsqueeze(1))
+    torch.testing.assert_close(gradient, torch.autograd.grad(-p_y.sum(), logits)[0])
+
+
+def test_eaft_is_within_its_bounds_and_that_of_its_authors():
+    """Their code on 50 classes (LLaMA-Factory, 2026), where 3.0 stands for log 20."""
+    logits = torch.randn(40, 50, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 3
+    logits[0], logits[1] = 0, 80 * torch.eye(50)[7]
+    labels = torch.arange(40)
+    losses, nll = ob.eaft(logits, labels, PLAIN, alpha=0.5), _cross_entropy(logits, labels)
+    log_p = torch.topk(logits, 20).values.log_softmax(-1)
+    theirs = nll * (-(log_p.exp() * log_p).sum(-1) / 3.0) ** 0.5
+    torch.testing.assert_close(losses * (math.log(20) / 3.0) ** 0.5, theirs)
+    assert losses[0] == pytest.approx(math.log(50)) and losses[1] < 1e-12 < nll[1]
+    assert torch.equal(ob.eaft(logits, labels, PLAIN, top_k=math.inf), ob.eaft(logits, labels, PLAIN, top_k=50))
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.3])
+def test_brier_is_the_reported_score_and_its_smoothing_that_of_the_expected_score(epsilon):
+    logits, labels = _batch(dtype=torch.float64)
+    reported = brier(logits.softmax(-1).numpy(), labels.numpy())
+    assert ob.brier_loss(logits, labels, PLAIN).mean().item() == pytest.approx(reported, rel=1e-12)
+    each = torch.stack([ob.brier_loss(logits, torch.full_like(labels, k), PLAIN) for k in range(K)], 1)
+    target = Smoothing(epsilon).target(labels, K, torch.float64)
+    expected = (target * each).sum(1) - (1 - target.square().sum(1))
+    torch.testing.assert_close(ob.brier_loss(logits, labels, Smoothing(epsilon)), expected)
+    worst = ob.brier_loss(torch.tensor([[200.0, 0]]), torch.tensor([1]), PLAIN)
+    assert worst.item() == 2
 
 
 def test_z_loss_is_the_squared_normaliser_with_its_gradient():
@@ -377,6 +432,9 @@ def test_objective_has_the_papers_defaults():
         "generalised_smoothing": {"floor": math.inf},
         "graduated": {"thresholds": (0.3, 0.7), "values": (0.0, 0.1, 0.3)},
         "instance": {"maximum": 0.2},
+        "dft": {},
+        "eaft": {"alpha": 1.0, "top_k": 20},
+        "brier": {},
     }
 
 
@@ -408,6 +466,9 @@ WRONG = {
     "generalised_smoothing": ({"flor": 1.0}, "floor", {"floor": 0.0}, r"floor > 0, got 0.0", {"floor": "inf"}),
     "graduated": ({"value": (0.0,)}, "values", {"thresholds": (0.7, 0.3)}, r"increasing .*, got \(0.7, 0.3\)", {"thresholds": 0.5}),
     "instance": ({"maximun": 0.1}, "maximum", {"maximum": 1.5}, r"maximum in \[0, 1\], got 1.5", {"maximum": (0.2,)}),
+    "dft": ({"zloss": 1.0}, "z_loss", {"z_loss": -1.0}, r"z_loss in \[0, inf\), got -1.0", {"z_loss": "0"}),
+    "eaft": ({"topk": 5}, "top_k", {"top_k": 2.5}, r"top_k as a whole number, got 2.5", {"top_k": "20"}),
+    "brier": ({"zloss": 1.0}, "z_loss", {"z_loss": -1.0}, r"z_loss in \[0, inf\), got -1.0", {"z_loss": None}),
     "online": ({"alpah": 0.3}, "alpha", {"alpha": 1.1}, r"alpha in \[0, 1\], got 1.1", {"alpha": "0.5"}),
 }  # fmt: skip
 

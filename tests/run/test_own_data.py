@@ -127,7 +127,7 @@ def test_soft_labels_and_smoothing_at_once_must_be_asked_for(tmp_path):
         "--use_cpu",
         "true",
     ]
-    with pytest.raises(ValueError, match=r"one target-softening technique, got label smoothing .* and soft labels"):
+    with pytest.raises(ValueError, match=r"one technique beside the plain cross entropy, got label smoothing .* and soft labels"):
         parse_config([*argv, "--label_smoothing_factor", "0.1"])
     parse_config([*argv, "--label_smoothing_factor", "0.1", "--allow_combined_softening"])
     parse_config([*argv, "--label_smoothing_factor", "0.1", "--soft_labels", "evaluate"])

@@ -4,10 +4,27 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import arguments, classification_rows, collate, one_step, tiny_bert, tiny_llama, token_rows, weights
+from helpers import (
+    arguments,
+    classification_rows,
+    collate,
+    one_step,
+    seq2seq_rows,
+    tiny_bart,
+    tiny_bert,
+    tiny_llama,
+    token_rows,
+    weights,
+)
 from safetensors.torch import load_file
 
-from hf_ls import LabelSmoothingArguments, LabelSmoothingTrainer, Smoothing
+from hf_ls import (
+    LabelSmoothingArguments,
+    LabelSmoothingSeq2SeqArguments,
+    LabelSmoothingSeq2SeqTrainer,
+    LabelSmoothingTrainer,
+    Smoothing,
+)
 from hf_ls.losses.adaptive import OnlineLabelSmoothing, adaptive_smoothed_terms
 from hf_ls.losses.objectives import COMBINES_WITH_EPSILON, NAMES, OBJECTIVES, Objective, masked_objective
 from hf_ls.run.checkpoint import CheckpointMark
@@ -30,8 +47,22 @@ def test_every_objective_trains_a_classifier_exactly_under_accumulation(tmp_path
     assert whole["loss"] == pytest.approx(whole["nll"] + whole["smoothing_term"], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_logits_free_and_dense_objectives_are_the_same(tmp_path, name):
+LANGUAGE_MODELS = {
+    "llama": (LabelSmoothingTrainer, LabelSmoothingArguments, lambda: tiny_llama(sharpness=10), token_rows),
+    "bart": (
+        LabelSmoothingSeq2SeqTrainer,
+        LabelSmoothingSeq2SeqArguments,
+        tiny_bart,
+        lambda: seq2seq_rows((7, 3, 5, 2, 6, 4, 8, 1)),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "model"), [*((name, "llama") for name in OBJECTIVES), *((name, "bart") for name in ("dft", "eaft", "brier"))]
+)
+def test_logits_free_and_dense_objectives_are_the_same(tmp_path, name, model):
+    trainer_class, arguments_class, make, rows = LANGUAGE_MODELS[model]
     kwargs = dict(
         allow_combined_softening=True,
         label_smoothing_objective=name,
@@ -39,8 +70,7 @@ def test_logits_free_and_dense_objectives_are_the_same(tmp_path, name):
     )
     (free, g1), (dense, g2) = (
         one_step(
-            LabelSmoothingTrainer, tiny_llama(sharpness=10), token_rows(), tmp_path, LabelSmoothingArguments,
-            per_device_train_batch_size=4, gradient_accumulation_steps=2, label_smoothing_logits_free=mode, **kwargs,
+            trainer_class, make(), rows(), tmp_path, arguments_class, per_device_train_batch_size=4, gradient_accumulation_steps=2, label_smoothing_logits_free=mode, **kwargs,
         )
         for mode in ("on", "off")
     )  # fmt: skip

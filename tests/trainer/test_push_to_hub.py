@@ -149,6 +149,8 @@ def test_trap_12_epsilon_is_claimed_only_where_it_was_used(tmp_path: Path) -> No
 
     focal = card_of(made(tmp_path / "d", label_smoothing_objective="focal", label_smoothing_objective_params='{"gamma": 3}'))
     assert "training objective: focal" in focal.text and "gamma 3" in focal.text and "No label smoothing was used" in focal.text
+    dft = card_of(made(tmp_path / "f", label_smoothing_objective="dft"))
+    assert "No label smoothing was used (epsilon = 0): the loss is changed by dft" in dft.text
     z_loss = card_of(made(tmp_path / "e", objective=Objective("smoothed_ce", z_loss=1e-4)))
     assert "z loss 0.0001" in z_loss.text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import warnings
@@ -69,6 +70,51 @@ def test_loss_gradient_and_metrics_are_those_of_trl(tmp_path, epsilon):
     assert_close(ours, stock)
     assert ours[0]["mean_token_accuracy"] < 1
     assert ours[0]["entropy"] > 0.1
+
+
+@pytest.mark.parametrize("loss", ["nll", "dft"])
+def test_dft_is_that_of_trl_without_logits(tmp_path, loss):
+    """Losses, gradients and the weights after them; the evaluation is the NLL, which TRL's is not."""
+    fixed = dict(label_smoothing_factor=0.0, per_device_train_batch_size=4, max_steps=3, eval_rows=texts((5, 11)))
+    objective = {} if loss == "nll" else {"label_smoothing_objective": loss}
+    stock = trainer_of(tmp_path, trl.SFTTrainer, loss_type=loss, **fixed)
+    ours = trainer_of(tmp_path, LabelSmoothingSFTTrainer, label_smoothing_logits_free="on", **objective, **fixed)
+    names = ("loss", "grad_norm", *METRICS)
+    found = [[{name: record[name] for name in names} for record in records(trainer)] for trainer in (ours, stock)]
+    assert_close(*found)
+    for mine, theirs in zip(ours.model.parameters(), stock.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+    evaluated = ours.evaluate()
+    assert evaluated["eval_loss"] == evaluated["eval_nll"]
+    assert (evaluated["eval_loss"] == pytest.approx(stock.evaluate()["eval_loss"], rel=1e-4)) == (loss == "nll")
+
+
+@pytest.mark.parametrize("name", ["dft", "eaft", "brier"])
+def test_packed_and_masked_objectives_are_those_of_their_formula(tmp_path, name):
+    """Completion-only labels in packed rows: the mean over the labels which count, and no others."""
+    rows = Dataset.from_list([{"prompt": words(n, 2 * n), "completion": words(5 + n % 3, n)} for n in LENGTHS])
+    trainer = trainer_of(
+        tmp_path, LabelSmoothingSFTTrainer, rows=rows, packing=True, max_length=24, max_steps=1, learning_rate=0.0,
+        label_smoothing_factor=0.0, label_smoothing_objective=name, label_smoothing_logits_free="on",
+    )  # fmt: skip
+    (record,) = records(trainer)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(trainer.train_dataset))])
+    with torch.no_grad():
+        logits = trainer.model.eval()(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits
+    labels = batch["labels"][..., 1:]
+    kept = labels != -100
+    p, y = logits[:, :-1][kept].double().softmax(-1), labels[kept]
+    p_y = p[torch.arange(len(y)), y]
+    top = p.sort(-1, descending=True).values[:, :20]
+    top = top / top.sum(-1, keepdim=True)
+    expected = {
+        "dft": -p_y * p_y.log(),
+        "eaft": torch.special.entr(top).sum(-1) / math.log(20) * -p_y.log(),
+        "brier": p.square().sum(-1) - 2 * p_y + 1,
+    }[name]
+    assert 0 < int(kept.sum()) < labels.numel()
+    assert record["loss"] == pytest.approx(float(expected.mean()), rel=1e-4)
+    assert record["nll"] == pytest.approx(float(-p_y.log().mean()), rel=1e-4)
 
 
 @pytest.mark.parametrize("epsilon", [0.0, EPSILON])
@@ -268,8 +314,9 @@ def test_trls_defaults_are_kept(tmp_path):
 
 @pytest.mark.parametrize("epsilon", [0.0, EPSILON])
 def test_other_losses_of_trl_are_refused(tmp_path, epsilon):
-    with pytest.raises(ValueError, match="loss_type='nll', got 'dft'"):
-        trainer_of(tmp_path, LabelSmoothingSFTTrainer, loss_type="dft", label_smoothing_factor=epsilon)
+    for loss, remedy in (("dft", "set label_smoothing_objective='dft'"), ("sigmoid", "leave it out")):
+        with pytest.raises(ValueError, match=f"loss_type='nll', got '{loss}'; {remedy}"):
+            trainer_of(tmp_path, LabelSmoothingSFTTrainer, loss_type=loss, label_smoothing_factor=epsilon)
 
 
 def test_plain_arguments_are_refused_and_trls_own_are_taken(tmp_path):

@@ -161,14 +161,6 @@ def test_a_model_by_its_folder_and_plain_defaults(tmp_path):
     assert not [w for w in found if "gradient_checkpointing` is deprecated" in str(w.message)]
 
 
-def test_dft_is_left_alone_with_a_sentence(tmp_path):
-    args = arguments(tmp_path, LabelSmoothingSFTConfig, bf16=False, loss_type="dft")
-    with pytest.raises(
-        ValueError, match=r"expected loss_type='nll', got 'dft', which is another loss; use trl\.SFTTrainer for it"
-    ):
-        LabelSmoothingSFTTrainer(model=build("llama")[0], args=args, train_dataset=texts(), processing_class=tokenizer())
-
-
 # Pictures
 
 
