@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from hf_ls import metrics as metrics
     from hf_ls import report as report
     from hf_ls.answers.callback import AnswerCallback as AnswerCallback
+    from hf_ls.answers.preferences import compare_pairs as compare_pairs
+    from hf_ls.answers.preferences import preference_pairs as preference_pairs
     from hf_ls.answers.scoring import answer_logits as answer_logits
     from hf_ls.calibration import temperature as temperature
     from hf_ls.losses import objectives as objectives
@@ -32,8 +34,6 @@ if TYPE_CHECKING:
     from hf_ls.trainer.arguments import LabelSmoothingSeq2SeqArguments as LabelSmoothingSeq2SeqArguments
     from hf_ls.trainer.mixin import LabelSmoothingMixin as LabelSmoothingMixin
     from hf_ls.trainer.mixin import LabelSmoothingTrainer as LabelSmoothingTrainer
-    from hf_ls.trainer.preferences import compare_pairs as compare_pairs
-    from hf_ls.trainer.preferences import preference_pairs as preference_pairs
     from hf_ls.trainer.seq2seq import LabelSmoothingSeq2SeqTrainer as LabelSmoothingSeq2SeqTrainer
     from hf_ls.trainer.sft import LabelSmoothingSFTConfig as LabelSmoothingSFTConfig
     from hf_ls.trainer.sft import LabelSmoothingSFTTrainer as LabelSmoothingSFTTrainer
@@ -60,8 +60,8 @@ _HOME = {
     "LabelSmoothingSeq2SeqTrainer": "trainer.seq2seq",
     "LabelSmoothingSFTConfig": "trainer.sft",
     "LabelSmoothingSFTTrainer": "trainer.sft",
-    "compare_pairs": "trainer.preferences",
-    "preference_pairs": "trainer.preferences",
+    "compare_pairs": "answers.preferences",
+    "preference_pairs": "answers.preferences",
 }
 _MODULES = {
     "card": "report.card",

@@ -82,7 +82,7 @@ def next_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
     return F.pad(class_ids(labels), (0, 1), value=ignore_index)[..., 1:]
 
 
-def kept_rows(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor | None:
+def kept_places(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor | None:
     """Where flat labels [N] count; None where all do.
 
     Raises: ValueError as `check_range`.

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_ls.losses._checks import Reduction, check_finite, check_options, class_ids, kept_rows, next_labels, refuse
+from hf_ls.losses._checks import Reduction, check_finite, check_options, class_ids, kept_places, next_labels, refuse
 from hf_ls.losses.smoothing import Smoothing
 
 
@@ -229,7 +229,7 @@ def _kept_terms(
     y, num_classes = class_ids(labels).reshape(-1), logits.shape[-1]
     z = logits.reshape(-1, num_classes)
     # Ignored rows are dropped, not masked: whatever they hold (NaN, -inf) then reaches neither the value nor the gradient.
-    rows = kept_rows(y, num_classes, ignore_index)
+    rows = kept_places(y, num_classes, ignore_index)
     if rows is not None:
         y, z = y[rows], z[rows]
     # Half-precision logits lose 1e-3 nats in a log-softmax and overflow in a sum: compute in float32 whatever comes in.

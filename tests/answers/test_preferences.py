@@ -12,9 +12,9 @@ from transformers import DataCollatorForMultipleChoice
 from trl import RewardConfig, RewardTrainer
 
 from hf_ls import LabelSmoothingArguments, LabelSmoothingTrainer
+from hf_ls.answers.preferences import compare_pairs, preference_pairs
 from hf_ls.data.classification import EMBEDDED_MODEL, model_path
 from hf_ls.metrics.core import PredictionStatistics, ece
-from hf_ls.trainer.preferences import compare_pairs, preference_pairs
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
 
