@@ -262,7 +262,7 @@ def check_fingerprints(left: Mapping[Cell, Mapping[str, Any]]) -> None:
         "steps": "set num_train_epochs or max_steps and no early stopping",
     }
     for cell, found in left.items():
-        fingerprint = found["fingerprint"] | {name: found[name] for name in ("device", "threads", "processes")}
+        fingerprint = found["fingerprint"] | {name: found.get(name) for name in ("device", "threads", "processes")}
         reference, expected = first.setdefault(cell.seed, (cell, fingerprint))
         for name, value in expected.items():
             if fingerprint[name] != value:

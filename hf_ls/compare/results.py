@@ -36,11 +36,12 @@ def measure_more(config: Config, spec: Spec, trainer: Any, loaded: Loaded, outco
     temperature of other sequences.
     """
     folder, task = folder_of(config), TASKS[config.run.task]
-    sets = {name: load_dataset("parquet", data_files=path, split="train") for name, path in spec.ood.items()}
     tokens = {}
-    for name, rows in sets.items():
-        data = replace(loaded.data, splits=DatasetDict(train=rows))
-        tokens[name] = load_tokens(config, data, loaded.tokenizer, loaded.form)["train"]
+    with config.training.main_process_first(desc="out-of-domain sets"):
+        sets = {name: load_dataset("parquet", data_files=path, split="train") for name, path in spec.ood.items()}
+        for name, rows in sets.items():
+            data = replace(loaded.data, splits=DatasetDict(train=rows))
+            tokens[name] = load_tokens(config, data, loaded.tokenizer, loaded.form)["train"]
     if not task.per_token:
         found = {name: predict(trainer, part, f"ood_{name}") for name, part in tokens.items()}
         arrays = {f"logits_{name}": np.asarray(output.predictions, np.float64) for name, output in found.items()}

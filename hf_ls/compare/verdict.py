@@ -79,7 +79,8 @@ def _sentence(comparison: Comparison, kind: Kind, rivals: list[Variant], found: 
     if kind == "temperature":
         others = "" if picked is None else f"; smoothing, at best {picked.label}, is not measurably better than that"
         worse = f", and its {_are(by['worse'])} measurably worse" if by["worse"] else ""
-        return f"Use temperature scaling instead: it improves the baseline's NLL measurably and changes no prediction{others}{worse}."
+        gain = "it improves the baseline's NLL measurably and changes no prediction"
+        return f"Use temperature scaling instead: {gain}{others}{worse}."
     worse = f"; with {picked.label} its {_are(by['worse'])} measurably worse" if picked is not None and by["worse"] else ""
     return f"No measurable difference in favour of smoothing or temperature scaling: keep the baseline{worse}."
 
@@ -109,9 +110,11 @@ def _title(metric: str) -> str:
 
 def _others(comparison: Comparison, rivals: list[Variant]) -> list[str]:
     """The variants which validation did not pick, where their quality remains another after the correction for their number."""
-    smoothed = [v for v in comparison.variants if v.name != BASELINE and v != comparison.picked]
+    smoothed, picked = [v for v in comparison.variants if v.name != BASELINE], comparison.picked
     found = []
     for variant in smoothed:
+        if picked is None or (variant.name, variant.epsilon) == (picked.name, picked.epsilon):
+            continue  # with a temperature or without, the predictions are the same
         contrast = comparison.contrast(variant, rivals[0], comparison.quality)
         if (finding := contrast.corrected(comparison.level)) != "none":
             found.append(f"{variant.label} {contrast.value:+.4f}, {_FINDINGS[finding]}")
@@ -119,7 +122,7 @@ def _others(comparison: Comparison, rivals: list[Variant]) -> list[str]:
         return []
     return [
         f"Not picked, but of another {_title(comparison.quality)} than the {rivals[0].label} on {TEST}, corrected for "
-        f"{len(smoothed) + (comparison.picked is not None)} variants: {'; '.join(found)}."
+        f"{len(smoothed)} variants: {'; '.join(found)}."
     ]
 
 

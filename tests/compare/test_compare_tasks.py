@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shlex
-import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import transformers as tf
-from datasets import load_dataset
+from datasets import DatasetDict, load_dataset
+from forked import Forked, all_ended, ranks, run_file
+from places import ROOT
 from tiny_run import save_tiny_model
 
 from hf_ls.compare.cells import CELL
@@ -18,7 +23,7 @@ from hf_ls.compare.comparison import Comparison, Variant
 from hf_ls.compare.experiment import parse_compare, run_comparison
 from hf_ls.compare.results import VALIDATION
 from hf_ls.compare.worker import run_cell
-from hf_ls.metrics.paired import draws_of_tokens
+from hf_ls.data.g2p import load_g2p
 from hf_ls.run.outcome import Outcome
 
 BART = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
@@ -76,21 +81,38 @@ def compared(argv):
     return run_comparison(*parse_compare(argv))
 
 
+@pytest.fixture(scope="module")
+def cheap():
+    """A small part of the dictionary, and no plot of a run: neither is what is tested here."""
+    whole = load_g2p()
+    small = replace(whole, splits=DatasetDict({split: part.select(range(80)) for split, part in whole.splits.items()}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_ls.run.loading.load_g2p", lambda: small)
+        patch.setattr("hf_ls.report.build.write_plots", lambda *args, **options: [])
+        patch.setattr("hf_ls.compare.experiment.write_plots", lambda *args, **options: [])
+        yield
+
+
+def printed_cells(argv):
+    """The lines which `--print_cells` prints, without that which it says beside them."""
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_ls.compare.experiment._announce", said.append)
+        assert compared([*argv, "--print_cells"]) is None
+    return said[1:]
+
+
 @pytest.fixture(scope="module", params=list(TASKS))
-def done(request, tmp_path_factory):
+def done(request, cheap, tmp_path_factory):
     """A comparison whose cells were run one by one, from the lines of `--print_cells`."""
     task, folder = request.param, tmp_path_factory.mktemp("compare") / "out"
     argv = arguments(task, folder)
-    with pytest.MonkeyPatch.context() as patch:
-        printed = []
-        patch.setattr("hf_ls.compare.experiment._announce", printed.append)
-        assert compared([*argv, "--print_cells"]) is None
-        lines = [line for line in printed if "hf_ls.compare.worker" in line]
-        for line in lines:
-            run_cell(Path(shlex.split(line)[-1]))
-        printed.clear()
-        assert compared([*argv, "--print_cells"]) is None  # all are finished, and none is printed again
-        assert not [line for line in printed if "hf_ls.compare.worker" in line]
+    lines = printed_cells(argv)
+    assert [Path(shlex.split(line)[-1]).name for line in lines] == [
+        f"{name}-seed{seed}" for seed in SEEDS.get(task, ["0"]) for name in ("baseline", "smoothed-0.2")
+    ]
+    for line in lines:
+        run_cell(Path(shlex.split(line)[-1]))
     times = {path: path.stat().st_mtime_ns for path in folder.glob(f"cells/*/{CELL}")}
     comparison = compared(argv)
     assert {path: path.stat().st_mtime_ns for path in folder.glob(f"cells/*/{CELL}")} == times and len(times) == len(lines)
@@ -108,14 +130,10 @@ def test_the_comparison_holds_the_quality_beside_nll_and_ece_on_every_set(done):
         contrast = next(c for c in comparison.contrasts if (c.row, c.against, c.metric, c.set) == (row, against, metric, "test"))
         assert contrast.low <= contrast.high and contrast.p is not None
     page = (folder / "report.html").read_text()
-    assert (
-        f"tokens in {comparison.clusters['test']} sequences" in page
-        and f">{QUALITY[task]}<" in page
-        and "nan" not in page.lower()
-    )
-    assert (" and ".join([*NAMES]) in page) is False and (
-        ("classes O, B-PLACE, I-PLACE" in page) == (task == "token-classification")
-    )
+    assert f"tokens in {comparison.clusters['test']} sequences" in page and f">{QUALITY[task]}<" in page
+    figures = re.findall(r"<svg.*?</svg>", page, re.S)
+    assert len(figures) == 6 + 2 + 4 and "nan" not in " ".join(figures).lower()
+    assert ("classes B-PLACE, I-PLACE, O" in page) == (task == "token-classification")
 
 
 def test_the_numbers_are_those_of_the_cells(done):
@@ -157,14 +175,24 @@ def test_the_files_of_the_cells_hold_what_a_run_without_a_comparison_reads(done)
         assert rows.features["tags"].feature.names == ["B-PLACE", "I-PLACE", "O"]
 
 
-def test_a_line_of_print_cells_is_a_command_of_a_shell(done):
-    """One of a cell which is finished says so, and one whose folder holds more than its run wrote is refused."""
+def test_a_line_is_a_command_of_a_shell_and_what_is_finished_is_not_printed(done):
     task, folder, argv, _ = done
     if task != "causal-lm":
         pytest.skip("the command is the same for every task")
-    command = f"OMP_NUM_THREADS=1 {shlex.quote(__import__('sys').executable)} -m hf_ls.compare.worker"
-    line = f"{command} {shlex.quote(str(folder / 'cells' / 'baseline-seed0'))} < /dev/null"
-    ended = subprocess.run(line, shell=True, capture_output=True, text=True)
-    assert (ended.returncode, ended.stdout) == (0, "baseline-seed0 is finished already\n"), ended.stderr
     with pytest.raises(ValueError, match="expected the settings of the comparison"):
         compared([*argv, "--weight_decay", "0.1", "--print_cells"])
+    assert printed_cells(argv) == []
+    (folder / "cells" / "smoothed-0.2-seed0" / CELL).unlink()
+    (line,) = printed_cells(argv)
+    *settings, python, option, module, cell = shlex.split(line)
+    assert (python, option, module) == (sys.executable, "-m", "hf_ls.compare.worker") and "OMP_NUM_THREADS" in settings[0]
+    assert {path.name for path in Path(cell).iterdir() if path.name[0] != "."} == {"hf_ls_manifest.jsonl", "spec.json"}
+    environment = os.environ | dict(setting.split("=") for setting in settings)
+    file = ROOT / "hf_ls" / "compare" / "worker.py"
+    code, said = all_ended(ranks(2, file, [cell], environment), 250)  # as torchrun starts it
+    assert code == 0, said
+    assert json.loads((Path(cell) / CELL).read_text())["processes"] == 2
+    code, said = all_ended([Forked(run_file, str(file), [cell], environment=environment)], 250)
+    assert (code, said) == (0, "smoothed-0.2-seed0 is finished already\n")
+    with pytest.raises(ValueError, match=r"expected the same .* in baseline-seed0 and smoothed-0\.2-seed0, got"):
+        compared(argv)
