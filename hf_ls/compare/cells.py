@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -163,16 +163,21 @@ def _earlier(cell: Path) -> Manifest:
 
 
 def commands(specs: Sequence[Spec], folder: Path, threads: int) -> list[str]:
-    """One command of a shell for each cell which is not finished, to be run anywhere where these files are.
+    """One command of a shell for each cell which is not finished or at work, to be run anywhere where these files are.
 
-    Raises: ValueError as `_start`.
+    Raises: ValueError as `clear`.
     """
-    todo = [spec for spec in specs if finished(folder / spec.cell.name, spec) is None]
+    todo = []
     folder.mkdir(parents=True, exist_ok=True)
     with Manifest(folder).recording():
-        for spec in todo:
-            with cell_lock(folder / spec.cell.name):
+        for spec in (spec for spec in specs if finished(folder / spec.cell.name, spec) is None):
+            with ExitStack() as held:
+                try:
+                    held.enter_context(cell_lock(folder / spec.cell.name, patience=0.0))
+                except ValueError:  # a process of it lives, here or elsewhere
+                    continue
                 _prepare(spec, folder)
+                todo.append(spec)
     settings = " ".join(f"{name}={value}" for name, value in _threads(threads).items())
     return [f"{settings} {shlex.quote(sys.executable)} -m {_WORKER} {shlex.quote(str(folder / spec.cell.name))}" for spec in todo]
 
@@ -255,12 +260,12 @@ def _start(spec: Spec, manifest: Manifest, threads: int, slot: int) -> subproces
             )  # fmt: skip
 
 
-def cell_lock(cell: Path) -> AbstractContextManager[None]:
+def cell_lock(cell: Path, patience: float = 30.0) -> AbstractContextManager[None]:
     """The lock of the cell in this folder.
 
     Raises: ValueError on entering, where another process does not give it up.
     """
-    return locked(cell.parent / f".{cell.name}.lock", "end that process", patience=30)
+    return locked(cell.parent / f".{cell.name}.lock", "wait for the process of this cell, or end it", patience=patience)
 
 
 def one_gpu(slot: int) -> str | None:

@@ -183,7 +183,8 @@ def _print_cells(options: CompareArguments, config: Config, argv: Sequence[str],
                 cell_config(config, spec, folder)
             lines = commands(list(specs.values()), folder / "cells", threads)
             _announce(
-                f"{len(specs) - len(lines)} of {len(specs)} cells are finished; without --print_cells the same line compares them"
+                f"{len(specs) - len(lines)} of {len(specs)} cells are finished or at work; once all are finished, the same line "
+                "without --print_cells compares them"
             )
         for line in lines:
             _announce(line)

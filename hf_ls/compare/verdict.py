@@ -68,7 +68,7 @@ def _sentence(comparison: Comparison, kind: Kind, rivals: list[Variant], found: 
     if kind == "not_learnt":
         return _unlearnt(comparison)
     if picked is not None and kind == "smooth":
-        same = f"; its {by['none'][0]} is not measurably different" if by["none"] else ""
+        same = f"; its {by['none'][0]} shows no such difference" if by["none"] else ""
         return f"{_advice(picked)}: its {_are(by['better'])} measurably better than that of {against}{same}."
     if picked is not None and kind == "trade_off":
         lost, won = by["worse"][0], by["better"][0]

@@ -18,7 +18,7 @@ from forked import Forked, all_ended, ranks, run_file
 from places import ROOT
 from tiny_run import save_tiny_model
 
-from hf_ls.compare.cells import CELL
+from hf_ls.compare.cells import CELL, cell_lock
 from hf_ls.compare.comparison import Comparison, Variant
 from hf_ls.compare.experiment import parse_compare, run_comparison
 from hf_ls.compare.results import VALIDATION
@@ -175,24 +175,44 @@ def test_the_files_of_the_cells_hold_what_a_run_without_a_comparison_reads(done)
         assert rows.features["tags"].feature.names == ["B-PLACE", "I-PLACE", "O"]
 
 
-def test_a_line_is_a_command_of_a_shell_and_what_is_finished_is_not_printed(done):
+@pytest.fixture
+def unfinished(done):
+    """The folder and the line of a cell which must run again, in a comparison whose other one is finished."""
     task, folder, argv, _ = done
     if task != "causal-lm":
-        pytest.skip("the command is the same for every task")
+        pytest.skip("a cell is started alike for every task")
+    (folder / "cells" / "smoothed-0.2-seed0" / CELL).unlink(missing_ok=True)
+    (line,) = printed_cells(argv)
+    return folder / "cells" / "smoothed-0.2-seed0", argv, line
+
+
+def test_a_line_is_a_command_of_a_shell_for_what_is_neither_finished_nor_at_work(unfinished):
+    cell, argv, line = unfinished
+    threads, *_, python, option, module, named = shlex.split(line)
+    assert (python, option, module, named) == (sys.executable, "-m", "hf_ls.compare.worker", str(cell))
+    assert re.fullmatch(r"OMP_NUM_THREADS=\d+", threads)
+    assert {path.name for path in cell.iterdir() if path.name[0] != "."} == {"hf_ls_manifest.jsonl", "spec.json"}
+    with cell_lock(cell):
+        assert printed_cells(argv) == []
     with pytest.raises(ValueError, match="expected the settings of the comparison"):
         compared([*argv, "--weight_decay", "0.1", "--print_cells"])
+    run_cell(cell)
+    (cell / CELL).unlink()
+    run_cell(cell)  # what a process which died has left is no hindrance
     assert printed_cells(argv) == []
-    (folder / "cells" / "smoothed-0.2-seed0" / CELL).unlink()
-    (line,) = printed_cells(argv)
-    *settings, python, option, module, cell = shlex.split(line)
-    assert (python, option, module) == (sys.executable, "-m", "hf_ls.compare.worker") and "OMP_NUM_THREADS" in settings[0]
-    assert {path.name for path in Path(cell).iterdir() if path.name[0] != "."} == {"hf_ls_manifest.jsonl", "spec.json"}
-    environment = os.environ | dict(setting.split("=") for setting in settings)
-    file = ROOT / "hf_ls" / "compare" / "worker.py"
-    code, said = all_ended(ranks(2, file, [cell], environment), 250)  # as torchrun starts it
+    before = (cell / CELL).stat().st_mtime_ns
+    run_cell(cell)
+    assert (cell / CELL).stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_two_processes_of_torchrun_are_one_cell(unfinished):
+    cell, argv, _ = unfinished
+    file, environment = ROOT / "hf_ls" / "compare" / "worker.py", os.environ | {"OMP_NUM_THREADS": "1"}
+    code, said = all_ended(ranks(2, file, [str(cell)], environment), 250)
     assert code == 0, said
-    assert json.loads((Path(cell) / CELL).read_text())["processes"] == 2
-    code, said = all_ended([Forked(run_file, str(file), [cell], environment=environment)], 250)
+    assert json.loads((cell / CELL).read_text())["processes"] == 2
+    code, said = all_ended([Forked(run_file, str(file), [str(cell)], environment=environment)], 250)
     assert (code, said) == (0, "smoothed-0.2-seed0 is finished already\n")
     with pytest.raises(ValueError, match=r"expected the same .* in baseline-seed0 and smoothed-0\.2-seed0, got"):
         compared(argv)
