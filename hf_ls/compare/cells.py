@@ -255,7 +255,7 @@ def _start(spec: Spec, manifest: Manifest, threads: int, slot: int) -> subproces
         environment |= {} if (gpu := one_gpu(slot)) is None else {"CUDA_VISIBLE_DEVICES": gpu}
         with open(cell / LOG, "wb") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", _WORKER, str(cell), WITH_PARENT],
+                [sys.executable, "-m", _WORKER, WITH_PARENT, str(cell)],
                 stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
             )  # fmt: skip
 

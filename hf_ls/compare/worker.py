@@ -82,7 +82,7 @@ def main() -> None:
     from hf_ls.compare.cells import cell_lock
     from hf_ls.run.launch import end_processes
 
-    folder = Path(sys.argv[1])
+    folder = Path(sys.argv[-1])
     try:
         with cell_lock(folder) if os.environ.get("RANK", "0") == "0" else nullcontext():  # torchrun starts several
             run_cell(folder)
