@@ -219,12 +219,14 @@ def print_comparison(comparison: Comparison, facts: Facts) -> None:
     from rich.text import Text
 
     console = Console()
-    seeds = len(comparison.seeds)
+    seeds, compared = len(comparison.seeds), {contrast.metric for contrast in comparison.contrasts}
     for name in comparison.sets:
         lines = rows(comparison, name)
         title = f"{name}, {comparison.size(name)}, mean of {seeds} seed{'s' * (seeds > 1)}"
         made = Table(title=Text(title), box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0), show_edge=False)
-        shown = [i for i, cell in enumerate(lines[0]["cells"]) if cell["heading"] not in ("debiased RMSCE", "AURC", "Brier")]
+        headings = [cell["heading"] for cell in lines[0]["cells"]]
+        wide = {"debiased RMSCE", "AURC", "Brier"} | {*headings} - {heading for _, heading in COLUMNS} - compared
+        shown = [i for i, heading in enumerate(headings) if heading not in wide]
         for heading in ("run", "T", *(lines[0]["cells"][i]["heading"] for i in shown)):
             made.add_column(Text(heading), justify="left" if heading == "run" else "right")
         for line in lines:
