@@ -92,7 +92,7 @@ class TokenTemperature:
                 f"expected an optimum between T = {1 / _GRID[-1]:g} and {1 / _GRID[0]:g}, got one beyond; divide the logits "
                 "by a constant first, or keep T = 1 (T → 0: the validation split is all but separable, use a larger one)"
             )
-        step = brentq(self._between(low).deriv(), 0.0, 1.0)
+        step = brentq(np.polynomial.Polynomial(_between(self._over_log_beta()[low : low + 2])).deriv(), 0.0, 1.0)
         return float(1.0 / (_GRID[low] * np.exp(step * _WIDTH)))
 
     def nll(self, temperature: float) -> float:
@@ -101,20 +101,37 @@ class TokenTemperature:
         Raises:
             ValueError: another T, or no tokens yet.
         """
-        place = -np.log(temperature * _GRID[0]) / _WIDTH
-        if not (len(self) and -1e-9 <= place <= len(_GRID) - 1 + 1e-9):
-            raise ValueError(f"expected tokens and a temperature from 1/32 to 32, got {len(self)} tokens and {temperature}")
-        low = min(max(int(place), 0), len(_GRID) - 2)
-        return float(self._between(low)(place - low)) / len(self)
+        if not len(self):
+            raise ValueError("expected tokens, got none; call update() first")
+        return float(nll_at(self.sums.numpy(), temperature)) / len(self)
 
     def _over_log_beta(self) -> np.ndarray:
-        """NLL, slope and curvature [21, 3] over u = log β, where the NLL is nearer to a polynomial."""
-        nll, slope, curvature = self.sums[_FIRST:].reshape(-1, 3).numpy().T
-        return np.stack([nll, _GRID * slope, _GRID * slope + _GRID**2 * curvature], 1)
+        return _over_log_beta(self.sums.numpy())
 
-    def _between(self, low: int) -> np.polynomial.Polynomial:
-        """The NLL between two points of the grid, over 0 to 1."""
-        return _quintic(*(self._over_log_beta()[low : low + 2] * [1, _WIDTH, _WIDTH**2]).tolist())
+
+def nll_at(curves: np.ndarray, temperature: float) -> np.ndarray:
+    """Σ NLL in nats [...] at a T from 1/32 to 32 of curves [..., 66], sums of `temperature_curves` over tokens.
+
+    Raises:
+        ValueError: another T.
+    """
+    place = -np.log(temperature * _GRID[0]) / _WIDTH
+    if not -1e-9 <= place <= len(_GRID) - 1 + 1e-9:
+        raise ValueError(f"expected a temperature from 1/32 to 32, got {temperature}; divide the logits by a constant first")
+    low = min(max(int(place), 0), len(_GRID) - 2)
+    return np.polynomial.polynomial.polyval(place - low, _between(_over_log_beta(curves)[..., low : low + 2, :]))
+
+
+def _over_log_beta(curves: np.ndarray) -> np.ndarray:
+    """NLL, slope and curvature [..., 21, 3] over u = log β, where the NLL is nearer to a polynomial."""
+    nll, slope, curvature = np.moveaxis(curves[..., _FIRST:].reshape(*curves.shape[:-1], len(_GRID), 3), -1, 0)
+    return np.stack([nll, _GRID * slope, _GRID * slope + _GRID**2 * curvature], -1)
+
+
+def _between(ends: np.ndarray) -> np.ndarray:
+    """Coefficients [6, ...] of the NLL between two points of the grid, over 0 to 1, from what `_over_log_beta` has there."""
+    start, end = np.moveaxis(ends * [1, _WIDTH, _WIDTH**2], -2, 0)
+    return _quintic(np.moveaxis(start, -1, 0), np.moveaxis(end, -1, 0))
 
 
 class CrossFittedTemperature:
@@ -125,10 +142,11 @@ class CrossFittedTemperature:
     temperature mends ("refinement"). Source: Berta, Holzmüller, Jordan and Bach 2025.
     """
 
-    def __init__(self, folds: int = 5, seed: int = 0) -> None:
-        """Start with no examples."""
+    def __init__(self, folds: int = 5, seed: int = 0, *, keep: bool = False) -> None:
+        """Start with no examples; keep: the curves of each one, for `by_example`, which takes 528 bytes each."""
         self.folds, self.seed, self.examples = folds, seed, 0
         self._parts = np.zeros((folds, CURVES))
+        self._kept: list[tuple[np.ndarray, np.ndarray]] | None = [] if keep else None
 
     def update(self, curves: np.ndarray) -> None:
         """Add examples in their order: float64 [n, 66], each the sum of `temperature_curves` over its tokens, maybe 0."""
@@ -137,21 +155,41 @@ class CrossFittedTemperature:
         part = np.concatenate([np.empty(0, dtype=np.int64), *deals])[self.examples - first * self.folds :][: len(curves)]
         np.add.at(self._parts, part, curves)
         self.examples += len(curves)
+        if self._kept is not None:
+            self._kept.append((part, curves))
 
     def nll(self) -> float | None:
         """The mean NLL of all tokens in nats; None where a part is empty."""
         if not (self._parts[:, _COUNT] > 0).all():
             return None
-        whole, total = self._parts.sum(axis=0), 0.0
+        total = sum(float(nll_at(own, t)) for own, t in zip(self._parts, self._temperatures(), strict=True))
+        return total / float(self._parts[:, _COUNT].sum())
+
+    def by_example(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each example its number of tokens, their summed NLL, and the same cross-fitted: float64 [n] each, in their order.
+
+        Raises:
+            ValueError: nothing was kept.
+        """
+        if not self._kept:
+            raise ValueError("expected examples which were kept, got none; make it with keep=True")
+        part, curves = (np.concatenate(columns) for columns in zip(*self._kept, strict=True))
+        crossed = np.empty(len(part))
+        for fold, temperature in enumerate(self._temperatures()):
+            crossed[part == fold] = nll_at(curves[part == fold], temperature)
+        return curves[:, _COUNT], nll_at(curves, 1.0), crossed
+
+    def _temperatures(self) -> list[float]:
+        """For each part the T of all the others."""
+        found = []
         for own in self._parts:
-            others, held_out = TokenTemperature(), TokenTemperature()
-            others.sums, held_out.sums = torch.from_numpy(whole - own), torch.from_numpy(own)
+            others = TokenTemperature()
+            others.sums = torch.from_numpy(self._parts.sum(axis=0) - own)
             try:
-                temperature = others.fit()
+                found.append(others.fit())
             except NoFiniteTemperature:
-                temperature = 1.0
-            total += held_out.nll(temperature) * own[_COUNT]
-        return float(total / whole[_COUNT])
+                found.append(1.0)
+        return found
 
 
 @torch.no_grad()
@@ -217,12 +255,10 @@ def _curves(z: Tensor, labels: Tensor) -> Tensor:
     return torch.stack(columns, -1)
 
 
-def _quintic(start: tuple[float, float, float], end: tuple[float, float, float]) -> np.polynomial.Polynomial:
-    """Return the polynomial over [0, 1] with the given (value, slope, curvature) at 0 and at 1."""
+def _quintic(start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Coefficients [6, ...] of the polynomial over [0, 1] with the given (value, slope, curvature) [3, ...] at 0 and at 1."""
     value, slope, curvature = start
     d0 = end[0] - value - slope - curvature / 2
     d1 = end[1] - slope - curvature
     d2 = end[2] - curvature
-    return np.polynomial.Polynomial(
-        [value, slope, curvature / 2, 10 * d0 - 4 * d1 + d2 / 2, -15 * d0 + 7 * d1 - d2, 6 * d0 - 3 * d1 + d2 / 2]
-    )
+    return np.stack([value, slope, curvature / 2, 10 * d0 - 4 * d1 + d2 / 2, -15 * d0 + 7 * d1 - d2, 6 * d0 - 3 * d1 + d2 / 2])

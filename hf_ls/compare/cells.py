@@ -10,18 +10,20 @@ import copy
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hf_ls.common.errors import read_json
 from hf_ls.common.files import locked, write_atomically
+from hf_ls.compare.worker import WITH_PARENT
 from hf_ls.run.config import Config, DataArguments
 from hf_ls.run.manifest import Manifest
 from hf_ls.trainer.arguments import smoothing_of, without_smoothing
@@ -30,10 +32,16 @@ from hf_ls.trainer.criterion import Criterion, parse_params
 CELL = "cell.json"  # written last: a cell with it is finished
 LOG = "log.txt"
 SPEC = "spec.json"
+_WORKER = "hf_ls.compare.worker"
 _PACKAGE = Path(__file__).parents[1]
 # Those of `accelerate launch`: a cell is a single process, whatever this one was started by.
 _LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 _LOG_LINES = 20
+# Settings of the data which say how rows become tokens; the others say which rows, and the files of cells hold these alone.
+_AS_TOKENS = (
+    "max_length", "max_target_length", "source_prefix", "source_suffix", "chat_template_path", "assistant_only_loss",
+    "completion_only_loss", "packing",
+)  # fmt: skip
 
 
 class CellFailed(RuntimeError):
@@ -64,13 +72,14 @@ class Cell:
 class Spec:
     """All that the process of a cell is told.
 
-    argv: the settings shared by all cells. data: "train", "validation", "test" -> file; ood: name -> file.
+    argv: the settings shared by all cells. data: "train", "validation", "test" -> file; ood: name -> file. columns: setting ->
+    column of all files.
     """
 
     cell: Cell
     argv: list[str]
     data: dict[str, str]
-    pairs: bool
+    columns: dict[str, str]
     ood: dict[str, str]
 
     def to_json(self) -> str:
@@ -110,13 +119,8 @@ def cell_config(base: Config, spec: Spec, folder: Path) -> Config:
     for name, value in changes.items():
         setattr(training, name, value)
     Criterion(smoothing_of(training), cell.objective, parse_params(cell.params))
-    data = DataArguments(
-        train_file=spec.data["train"],
-        validation_file=spec.data["validation"],
-        test_file=spec.data["test"],
-        text_pair_column="text_pair" if spec.pairs else None,
-        max_length=base.data.max_length,
-    )
+    files: dict[str, Any] = {f"{split}_file": path for split, path in spec.data.items()}
+    data = DataArguments(**files, **spec.columns, **{name: getattr(base.data, name) for name in _AS_TOKENS})  # type: ignore[arg-type]
     return replace(base, run=replace(base.run, with_baseline=False, bake_temperature=False), training=training, data=data)
 
 
@@ -129,6 +133,57 @@ def finished(folder: Path, spec: Spec) -> dict[str, Any] | None:
         return None
     found = read_json(folder / CELL, f"delete {CELL}, and the cell is run again")
     return found if Cell(**found["spec"]["cell"]) == spec.cell else None
+
+
+def clear(cell: Path) -> None:
+    """Delete what an earlier process of this cell left, but not what the comparison wrote for it.
+
+    Raises: ValueError for a folder in which there is more than these.
+    """
+    _earlier(cell).delete(first=CELL, keep=(SPEC, LOG))
+
+
+def _prepare(spec: Spec, folder: Path) -> Path:
+    """The folder of a cell in that of all cells, with nothing in it but what its process is told.
+
+    Raises: ValueError as `clear`.
+    """
+    cell = folder / spec.cell.name
+    _earlier(cell).delete(first=CELL)
+    write_atomically(cell / SPEC, spec.to_json())
+    return cell
+
+
+def _earlier(cell: Path) -> Manifest:
+    comparison, earlier = Manifest(cell.parent), Manifest(cell)
+    for path in (cell / SPEC, cell / LOG):
+        if comparison.lists(path):
+            earlier.claim(path)
+    return earlier
+
+
+def commands(specs: Sequence[Spec], folder: Path, threads: int) -> list[str]:
+    """One command of a shell for each cell which is not finished or at work, to be run anywhere where these files are.
+
+    Raises: ValueError as `clear`.
+    """
+    todo = []
+    folder.mkdir(parents=True, exist_ok=True)
+    with Manifest(folder).recording():
+        for spec in (spec for spec in specs if finished(folder / spec.cell.name, spec) is None):
+            with ExitStack() as held:
+                try:
+                    held.enter_context(cell_lock(folder / spec.cell.name, patience=0.0))
+                except ValueError:  # a process of it lives, here or elsewhere
+                    continue
+                _prepare(spec, folder)
+                todo.append(spec)
+    settings = " ".join(f"{name}={value}" for name, value in _threads(threads).items())
+    return [f"{settings} {shlex.quote(sys.executable)} -m {_WORKER} {shlex.quote(str(folder / spec.cell.name))}" for spec in todo]
+
+
+def _threads(threads: int) -> dict[str, str]:
+    return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
 
 
 def run_cells(
@@ -188,34 +243,29 @@ def _run_cells(
 def _start(spec: Spec, manifest: Manifest, threads: int, slot: int) -> subprocess.Popen[bytes]:
     """Start a cell in an empty folder, once one which is dying there has ended: a cell holds a lock while it lives.
 
-    Raises: ValueError for a folder in which there is more than what the cell's run and this comparison wrote.
+    Raises: ValueError while another lives there, and as `clear`.
     """
     cell = manifest.folder / spec.cell.name
     with cell_lock(cell):
-        earlier = Manifest(cell)
-        for path in (cell / SPEC, cell / LOG):
-            if manifest.lists(path):
-                earlier.claim(path)
-        earlier.delete(first=CELL)
+        _prepare(spec, manifest.folder)
         manifest.add(cell / LOG)
-        write_atomically(cell / SPEC, spec.to_json())
         environment = {name: value for name, value in os.environ.items() if name not in _LAUNCH_VARIABLES}
-        environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+        environment |= {**_threads(threads), "PYTHONUNBUFFERED": "1"}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_PACKAGE.parent), environment.get("PYTHONPATH")]))
         environment |= {} if (gpu := one_gpu(slot)) is None else {"CUDA_VISIBLE_DEVICES": gpu}
         with open(cell / LOG, "wb") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "hf_ls.compare.worker", str(cell)],
+                [sys.executable, "-m", _WORKER, WITH_PARENT, str(cell)],
                 stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
             )  # fmt: skip
 
 
-def cell_lock(cell: Path) -> AbstractContextManager[None]:
+def cell_lock(cell: Path, patience: float = 30.0) -> AbstractContextManager[None]:
     """The lock of the cell in this folder.
 
     Raises: ValueError on entering, where another process does not give it up.
     """
-    return locked(cell.parent / f".{cell.name}.lock", "end that process", patience=30)
+    return locked(cell.parent / f".{cell.name}.lock", "wait for the process of this cell, or end it", patience=patience)
 
 
 def one_gpu(slot: int) -> str | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from hf_ls.metrics.ceiling import has_learnt
 from hf_ls.metrics.core import PredictionStatistics
-from hf_ls.metrics.paired import Contrast
-from hf_ls.report.calibration_report import BASELINE
+from hf_ls.metrics.paired import Contrast, Draws
+from hf_ls.report.calibration_report import BASELINE, CalibrationRow
 
-Kind = Literal["smooth", "temperature", "no_difference", "not_learnt"]
+Kind = Literal["smooth", "trade_off", "temperature", "no_difference", "not_learnt"]
 
 TEST = "test"
 # Of every variant and set, in this order; task metrics of `Result.extra` follow. "null_ece" and "null_ece_q95" are the
@@ -63,13 +63,33 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class TokenStatistics:
+    """What is known of the tokens of one set: none of them, only sums, and what these become when sequences are drawn anew.
+
+    row: the metrics with their 95 % intervals over sequences, and the bins of the reliability diagram. draws: of some of these
+    metrics, paired with those of other models on the same sequences. sequences: how many. label_counts: how often each label
+    which occurs is one, in no order.
+    """
+
+    row: CalibrationRow
+    draws: Sequence[Draws]
+    sequences: int
+    label_counts: Sequence[int]
+
+    def __len__(self) -> int:
+        """The number of tokens."""
+        return self.row.n
+
+
+@dataclass(frozen=True)
 class Result:
     """One variant trained with one seed, measured on every set.
 
     variant, seed: the cell. temperature: what divided the logits, 1.0 for a variant which is not tempered.
     validation_nll: nats against hard labels, with that temperature; of a tempered variant from cross-fitting (the
         temperature of one half measured on the other), so that fitting one is no advantage.
-    statistics: set name -> per-prediction statistics in the order of that set. "test" is judged, others are columns.
+    statistics: set name -> per-prediction statistics in the order of that set, or the sums over its tokens. "test" is judged,
+        others are columns.
     cluster: set name -> the sentence (integer) of each token [n], resampled together; None: each prediction its own.
     extra: set name -> {task metric: value}, e.g. {"test": {"exact_match": 0.8}}.
     labels: set name -> labels [n], so that a set in another order is refused, and a model which has not learnt is seen; None:
@@ -80,7 +100,7 @@ class Result:
     seed: int
     temperature: float
     validation_nll: float
-    statistics: Mapping[str, PredictionStatistics]
+    statistics: Mapping[str, PredictionStatistics] | Mapping[str, TokenStatistics]
     cluster: Mapping[str, NDArray[Any]] | None = None
     extra: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     labels: Mapping[str, NDArray[Any]] | None = None
@@ -110,7 +130,8 @@ class Measurement:
 class Verdict:
     """What to do, and why.
 
-    kind: "smooth", "temperature" (use temperature scaling instead), "no_difference", or "not_learnt" (no advice).
+    kind: "smooth", "trade_off" (smoothing makes one of NLL and quality better and the other worse), "temperature" (use
+        temperature scaling instead), "no_difference", or "not_learnt" (no advice).
     variant: what to use: the picked smoothed variant, the baseline with temperature, or the baseline.
     epsilon: of the picked variant if kind is "smooth", else None.
     sentence: the verdict in one plain sentence. evidence: sentences with the numbers behind it: how validation picked, one for
@@ -136,7 +157,8 @@ class Comparison:
     clusters: set name -> number of clusters which were resampled, for sets with clusters.
     level, repetitions: of all intervals. temperatures, validation_nll: variant label -> value per seed.
     picked: the smoothed variant with the lowest mean validation NLL; None if none was compared.
-    class_counts: of the labels of "test"; None where they are not known.
+    class_counts: of the labels of "test"; None where they are not known. quality: the metric which says how good the predictions
+        are, and is judged beside the NLL.
     """
 
     seeds: list[int]
@@ -152,6 +174,7 @@ class Comparison:
     contrasts: list[Contrast]
     verdict: Verdict
     class_counts: list[int] | None = None
+    quality: str = "accuracy"
 
     def measurement(self, variant: Variant, metric: str, set: str = TEST) -> Measurement:
         """The measurement of a metric. Raises: ValueError if there is none."""
@@ -171,6 +194,11 @@ class Comparison:
                 "the references are baseline and baseline + temperature"
             )
         return found[0]
+
+    def size(self, set: str = TEST) -> str:
+        """How much a set holds, in words: "300 examples", "14,683 tokens in 2,000 sequences"."""
+        n, units = self.sets[set], self.clusters.get(set)
+        return f"{n:,} examples" if units is None else f"{n:,} tokens in {units:,} sequences"
 
     def metrics(self, set: str = TEST) -> list[str]:
         """The names of the metrics measured on a set, in order."""

@@ -9,33 +9,42 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
-from datasets import ClassLabel, Dataset, concatenate_datasets
+from datasets import ClassLabel, Dataset, List, concatenate_datasets
 
 from hf_ls.common.files import write_atomically
+from hf_ls.common.models import IGNORE_INDEX
 from hf_ls.data.classification import EMBEDDED_DATASET, ClassificationData, load_snippets
+from hf_ls.data.conversations import FOR_TEMPLATE, pairs_as_conversations
 from hf_ls.data.labels import folded
 from hf_ls.data.reading import read_files
+from hf_ls.data.sequences import SequenceData, SequenceTask, load_sequences, texts_of
+from hf_ls.data.splitting import same_text
 from hf_ls.run.config import Config
-from hf_ls.run.loading import capped, load_data
+from hf_ls.run.loading import Data, capped, load_data
 
 logger = logging.getLogger(__name__)
 
-_COLUMNS = ("text", "text_pair", "label")
+# Column of a file which cells read -> the setting which names it; what stands beside these is for chat templates.
+_COLUMNS = {name: f"{name}_column" for name in ("text", "text_pair", "label")}
+_SEQUENCE_COLUMNS = {name: f"{name}_column" for name in ("text", "source", "target", "messages", "tokens", "tags")}
+_SEQUENCE_COLUMNS |= {"prompt": "source_column", "completion": "target_column"}
 
 
 @dataclass(frozen=True)
 class CompareData:
     """Where the data lie and what they are.
 
+    label_names: of classes or tags, none for language models. columns: setting of a run -> column of all files.
     train: seed -> file (one file for all seeds without label noise). others: "validation", "test" -> file.
     ood: name of an out-of-domain set -> file. sizes, hashes: file name -> how many rows it has, and their SHA-256.
     """
 
     name: str
     label_names: tuple[str, ...]
-    pairs: bool
+    columns: dict[str, str]
     train: dict[int, Path]
     others: dict[str, Path]
     ood: dict[str, Path]
@@ -64,11 +73,16 @@ def prepare_data(
     missing = {"train", "validation", "test"} - set(data.splits)
     if missing:
         raise ValueError(f"expected train, validation and test, got no {sorted(missing)}; give --test_file (test reports alone)")
-    columns = [column for column in _COLUMNS if column in data.splits["train"].column_names]
-    parts = {split: part.select_columns(columns) for split, part in data.splits.items()}
+    known = _COLUMNS if isinstance(data, ClassificationData) else _SEQUENCE_COLUMNS
+    columns = [column for column in data.splits["train"].column_names if column in (*known, *FOR_TEMPLATE)]
+    parts = {split: _named(part.select_columns(columns), data) for split, part in data.splits.items()}
     seen = {text for part in parts.values() for text in _texts(part)}
     ood = {source: _rows_of_source(source, data) for source in ood_sources}
-    ood |= {name: read_labelled(Path(path), config, data) for name, path in (ood_files or {}).items()}
+    for name, path in (ood_files or {}).items():
+        if isinstance(data, ClassificationData):
+            ood[name] = read_labelled(Path(path), config, data)
+        else:
+            ood[name] = _named(read_sequences(Path(path), config, data), data)
     tables: dict[str, Dataset] = {"validation": parts["validation"], "test": parts["test"]}
     if flip_labels:
         for seed in seeds:
@@ -79,7 +93,7 @@ def prepare_data(
         apart = [i for i, text in enumerate(_texts(rows)) if text not in seen][:ood_samples]
         if not apart:
             raise ValueError(f"expected examples in {name} which are not in train, validation or test, got none; drop that set")
-        tables[f"ood-{name}"] = rows.select(apart).select_columns(columns)
+        tables[f"ood-{name}"] = rows.select(apart).select_columns([c for c in columns if c in rows.column_names])
     files = {}
     for name, table in tables.items():
         files[name] = folder / f"{name}.parquet"
@@ -87,7 +101,7 @@ def prepare_data(
     return CompareData(
         name=data.name,
         label_names=data.label_names,
-        pairs="text_pair" in columns,
+        columns={known[column]: column for column in columns if column in known},
         train={seed: files.get(f"train-seed{seed}", files.get("train", Path())) for seed in seeds},
         others={split: files[split] for split in ("validation", "test")},
         ood={name: files[f"ood-{name}"] for name in ood},
@@ -134,7 +148,52 @@ def read_labelled(path: Path, config: Config, data: ClassificationData) -> Datas
     return rows.remove_columns("label").add_column("label", labels).cast_column("label", ClassLabel(names=list(data.label_names)))
 
 
-def _in_domain(config: Config, ood_sources: Sequence[str]) -> ClassificationData:
+def read_sequences(path: Path, config: Config, data: SequenceData) -> Dataset:
+    """A file with the columns of the settings, or with names which are guessed as those of training; tags as ids of training.
+
+    Raises: ValueError as `load_sequences`, for other columns than those of training, and for unknown tags.
+    """
+    names = ("text_column", "messages_column", "source_column", "target_column", "tokens_column", "tags_column")
+    columns: dict[str, Any] = {name: getattr(config.data, name) for name in names}
+    try:
+        found = load_sequences(
+            cast(SequenceTask, config.run.task), None,
+            files={"train": str(path)}, validation_fraction=0.0, test_fraction=0.0, **columns,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(
+            f"expected an out-of-domain set with the columns of the training data in {path}, got: {error}"
+        ) from error
+    splits = found.splits
+    if data.conversational and not found.conversational and "source" in splits["train"].column_names:
+        splits = pairs_as_conversations(splits)
+    rows = splits["train"]
+    wanted, got = (set(part.column_names) - {*FOR_TEMPLATE} for part in (data.splits["train"], rows))
+    if wanted != got:
+        raise ValueError(
+            f"expected columns of {sorted(wanted)} in {path}, got {sorted(got)}; write the rows as those of training"
+        )
+    if not data.label_names:
+        return rows
+    ids = {folded(name): i for i, name in enumerate(data.label_names)}
+    if not {folded(name) for name in found.label_names} <= set(ids):
+        ids = {str(i): i for i in range(len(data.label_names))}
+    unknown = [name for name in found.label_names if folded(name) not in ids]
+    if unknown:
+        raise ValueError(f"expected tags among {list(data.label_names)} in {path}, got {unknown[:5]}; fix or drop those rows")
+    id_of = {i: ids[folded(name)] for i, name in enumerate(found.label_names)} | {IGNORE_INDEX: IGNORE_INDEX}
+    tags = [[id_of[tag] for tag in row] for row in rows["tags"]]
+    return rows.remove_columns("tags").add_column("tags", tags)
+
+
+def _named(part: Dataset, data: Data) -> Dataset:
+    """Tags with their names, which a file keeps; other data as they are."""
+    if "tags" not in part.column_names:
+        return part
+    return part.cast_column("tags", List(ClassLabel(names=list(data.label_names))))
+
+
+def _in_domain(config: Config, ood_sources: Sequence[str]) -> Data:
     if ood_sources:
         if config.data.dataset_name != EMBEDDED_DATASET:
             raise ValueError(
@@ -147,21 +206,20 @@ def _in_domain(config: Config, ood_sources: Sequence[str]) -> ClassificationData
         if unknown or not kept:
             raise ValueError(f"expected some, not all, of the sources {known} in ood_sources, got {list(ood_sources)}; choose")
         config = replace(config, data=replace(config.data, snippet_sources=kept))
-    data = capped(config, load_data(config))
-    if not isinstance(data, ClassificationData):
-        raise ValueError("expected one label per text, got sequences; compare text-classification")
-    return data
+    return capped(config, load_data(config))
 
 
-def _rows_of_source(source: str, data: ClassificationData) -> Dataset:
+def _rows_of_source(source: str, data: Data) -> Dataset:
     """All splits of a source which nothing is trained on."""
     splits = load_snippets([source]).splits
     return concatenate_datasets([splits[split] for split in ("test", "validation", "train")]).select_columns(["text", "label"])
 
 
-def _texts(rows: Dataset) -> list[tuple[str, ...]]:
+def _texts(rows: Dataset) -> list[str]:
+    if "label" not in rows.column_names:
+        return texts_of(rows)
     columns = [column for column in ("text", "text_pair") if column in rows.column_names]
-    return [tuple(str(value).lower() for value in values) for values in zip(*(rows[c] for c in columns), strict=True)]
+    return [same_text(*values) for values in zip(*(rows[c] for c in columns), strict=True)]
 
 
 def _hash(table: Dataset) -> str:

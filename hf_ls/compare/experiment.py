@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +18,11 @@ from typing import Any, Literal
 from hf_ls.common.errors import read_json
 from hf_ls.common.files import locked, write_atomically
 from hf_ls.common.privacy import token_in_environment, without_secrets, yaml_without_secrets
-from hf_ls.compare.cells import Cell, Spec, cell_config, run_cells
-from hf_ls.compare.comparison import Comparison
+from hf_ls.compare.cells import Cell, Spec, cell_config, commands, run_cells
+from hf_ls.compare.comparison import TEST, Comparison
 from hf_ls.compare.data import CompareData, prepare_data
 from hf_ls.compare.page import Facts, print_comparison, write_report
-from hf_ls.compare.results import Predictions, clearly_worse
+from hf_ls.compare.results import Predictions, Sequences, clearly_worse
 from hf_ls.compare.statistics import compare
 from hf_ls.losses.smoothing import Smoothing
 from hf_ls.metrics.ceiling import ceiling_warning, last_epsilon
@@ -30,6 +32,7 @@ from hf_ls.run.config import Config, Parser, about, parse_config
 from hf_ls.run.loading import load
 from hf_ls.run.publish import folder_of, pictures_of
 from hf_ls.run.settings import check_same, settings_of
+from hf_ls.run.tasks import TASKS
 from hf_ls.run.training import rehearse
 from hf_ls.trainer.arguments import smoothing_of
 from hf_ls.trainer.criterion import Criterion, parse_params
@@ -51,17 +54,22 @@ class CompareArguments:
     objectives: list[str] = field(
         default_factory=list, metadata=about("Further objectives, e.g. maxsup focal 'focal={\"gamma\": 3}'.")
     )
-    flip_labels: float = field(default=0.0, metadata=about("Share of training labels moved to another class."))
+    flip_labels: float = field(default=0.0, metadata=about("Share of training labels moved to another class, of texts."))
     ood_sources: list[str] = field(default_factory=list, metadata=about("Embedded data: keep these from training, test on them."))
     ood_file: list[str] = field(default_factory=list, metadata=about("Further test sets, as name=path.csv."))
     ood_samples: int = field(default=1000, metadata=about("Examples kept of each out-of-domain set."))
     jobs: int | None = field(
         default=None, metadata=about("Runs at the same time; one a GPU, or one for two cores, if not given.")
     )
-    repetitions: int = field(default=1000, metadata=about("Bootstrap repetitions."))
+    repetitions: int = field(default=1000, metadata=about("Bootstrap repetitions, of text-classification."))
+    print_cells: bool = field(
+        default=False, metadata=about("Train nothing here: print a command for each run, for any machine which sees output_dir.")
+    )
 
     def __post_init__(self) -> None:
         grid = self.epsilons or (_SEARCH_GRID if self.epsilon == "auto" else _GRID)
+        if self.print_cells and self.epsilon == "auto":
+            raise ValueError("expected --epsilon grid with --print_cells, got auto, where a seed decides the next ones; drop one")
         self.grid = sorted({0.0, *grid})
         if any(not 0 <= epsilon < 1 for epsilon in grid) or len(set(grid)) != len(grid):
             raise ValueError(f"expected different epsilons in [0, 1), got {self.epsilons}; 0 0.05 0.1 0.2 is a usual grid")
@@ -102,9 +110,11 @@ def parse_compare(argv: Sequence[str]) -> tuple[CompareArguments, Config, list[s
     )
     config = parse_config(rest)
     if config.run.task != "text-classification":
-        raise ValueError(
-            f"expected task text-classification, got {config.run.task}; runs of other tasks keep no logits to compare"
-        )
+        for name, default in (("flip_labels", 0.0), ("ood_sources", []), ("repetitions", 1000)):
+            if (value := getattr(options, name)) != default:
+                raise ValueError(
+                    f"expected {name} only with task text-classification, got {value} with {config.run.task}; drop it"
+                )
     if config.run.early_stopping_patience is not None:
         raise ValueError(
             "expected no early_stopping_patience, got one: runs would differ in their steps; set num_train_epochs and, to keep "
@@ -146,6 +156,8 @@ def plan(options: CompareArguments, seed: int) -> list[Cell]:
 def run_comparison(options: CompareArguments, config: Config, argv: Sequence[str]) -> Comparison | None:
     """Run every cell, compare, and leave `report.json` and `report.html` in output_dir; None after a dry run.
 
+    With `print_cells` it only prepares what the cells read, and prints a command for each which is not finished; None.
+
     Raises: ValueError for settings other than those of the folder, for cells which differ in more than their loss, and while
     another comparison works in the folder; CellFailed for a cell which did not finish.
     """
@@ -154,8 +166,28 @@ def run_comparison(options: CompareArguments, config: Config, argv: Sequence[str
         if config.run.dry_run:
             _rehearse(options, config, argv, folder)
             return None
+        if options.print_cells:
+            _print_cells(options, config, argv, folder)
+            return None
         with locked(folder / ".lock", "wait for the other comparison, or give another output_dir"):
             return _run(options, config, argv, folder)
+
+
+def _print_cells(options: CompareArguments, config: Config, argv: Sequence[str], folder: Path) -> None:
+    """A command a line on the standard output, and nothing else there."""
+    with locked(folder / ".lock", "wait for the other comparison, or give another output_dir"):
+        with redirect_stdout(sys.stderr):
+            data, _, specs = _prepare(options, config, argv, folder)
+            threads = _keep_settings(folder, _settings(options, config, data), _share(options.jobs)[1])
+            for spec in specs.values():
+                cell_config(config, spec, folder)
+            lines = commands(list(specs.values()), folder / "cells", threads)
+            _announce(
+                f"{len(specs) - len(lines)} of {len(specs)} cells are finished or at work; once all are finished, the same line "
+                "without --print_cells compares them"
+            )
+        for line in lines:
+            _announce(line)
 
 
 def _rehearse(options: CompareArguments, config: Config, argv: Sequence[str], folder: Path) -> None:
@@ -194,22 +226,23 @@ def _run(options: CompareArguments, config: Config, argv: Sequence[str], folder:
     for spec in specs.values():
         cell_config(config, spec, folder)  # every refusal before the first step
     dropped: dict[float, str] = {}
-    predictions: dict[Cell, Predictions] = {}
+    kind = Sequences if TASKS[config.run.task].per_token else Predictions
+    predictions: dict[Cell, Predictions | Sequences] = {}
     left: dict[Cell, dict[str, Any]] = {}
     # All seeds at once, or one after the other where the earlier ones decide what is worth another run.
     for batch in [[seed] for seed in options.seeds] if options.epsilon == "auto" else [options.seeds]:
         wanted = [cell for seed in batch for cell in cells[seed] if cell.epsilon not in dropped]
         left |= run_cells([specs[cell] for cell in wanted], folder / "cells", jobs=jobs, threads=threads, announce=_announce)
         check_fingerprints(left)
-        predictions |= {cell: Predictions.load(cell, folder / "cells" / cell.name) for cell in wanted}
+        predictions |= {cell: kind.load(cell, folder / "cells" / cell.name) for cell in wanted}
         if options.epsilon == "auto" and batch[-1] != options.seeds[-1]:
             dropped |= _drop(predictions, dropped, batch[-1])
     compared = [found for cell, found in predictions.items() if cell.epsilon not in dropped]
     made = {found.cell: found.results() for found in compared}
     results = [result for of_cell in made.values() for result in of_cell]
-    comparison = compare(results, repetitions=options.repetitions)
+    comparison = compare(results, quality=compared[0].quality, repetitions=options.repetitions)
     unfitted = [cell.name for cell, rs in made.items() if any(r.variant.tempered and r.temperature == 1.0 for r in rs)]
-    facts = _facts(options, config, data, compared, list(dropped.values()), unfitted, left)
+    facts = _facts(options, config, data, compared, [*dropped.values(), *_blocks(comparison, data)], unfitted, left)
     pictures = _pictures(cells[options.seeds[0]], comparison, folder)
     write_report(comparison, results, facts, folder, pictures)
     print_comparison(comparison, facts)
@@ -230,20 +263,20 @@ def check_fingerprints(left: Mapping[Cell, Mapping[str, Any]]) -> None:
         "steps": "set num_train_epochs or max_steps and no early stopping",
     }
     for cell, found in left.items():
-        fingerprint = found["fingerprint"] | {"device": found["device"], "threads": found["threads"]}
+        fingerprint = found["fingerprint"] | {name: found.get(name) for name in ("device", "threads", "processes")}
         reference, expected = first.setdefault(cell.seed, (cell, fingerprint))
         for name, value in expected.items():
             if fingerprint[name] != value:
                 raise ValueError(
                     f"expected the same {name} in {reference.name} and {cell.name}, got {value} and {fingerprint[name]}: they "
-                    f"differ in more than their loss; {remedies.get(name, 'run all cells on one machine')}"
+                    f"differ in more than their loss; {remedies.get(name, 'run all cells of a seed on machines which are alike')}"
                 )
 
 
 def _spec(cell: Cell, argv: Sequence[str], folder: Path, data: CompareData) -> Spec:
     files = {"train": str(data.train[cell.seed]), **{split: str(path) for split, path in data.others.items()}}
     frozen = _with_frozen_config(argv, folder)
-    return Spec(cell, frozen, files, data.pairs, {name: str(path) for name, path in data.ood.items()})
+    return Spec(cell, frozen, files, data.columns, {name: str(path) for name, path in data.ood.items()})
 
 
 def _with_frozen_config(argv: Sequence[str], folder: Path) -> list[str]:
@@ -304,8 +337,8 @@ def _share(jobs: int | None) -> tuple[int, int]:
     return jobs, max(1, cores // jobs)
 
 
-def _drop(predictions: Mapping[Cell, Predictions], dropped: Mapping[float, str], seed: int) -> dict[float, str]:
-    grid: dict[float, list[Predictions]] = {}
+def _drop(predictions: Mapping[Cell, Predictions | Sequences], dropped: Mapping[float, str], seed: int) -> dict[float, str]:
+    grid: dict[float, list[Predictions | Sequences]] = {}
     for cell, found in predictions.items():
         if cell.objective == "smoothed_ce" and cell.epsilon not in dropped:
             grid.setdefault(cell.epsilon, []).append(found)
@@ -323,8 +356,8 @@ def _facts(
     options: CompareArguments,
     config: Config,
     data: CompareData,
-    compared: Sequence[Predictions],
-    dropped: list[str],
+    compared: Sequence[Predictions | Sequences],
+    noted: list[str],
     unfitted: list[str],
     left: Mapping[Cell, Mapping[str, Any]],
 ) -> Facts:
@@ -334,9 +367,9 @@ def _facts(
     accuracy = 1 - sum(found.validation_error for found in baselines) / len(baselines)
     grid = {found.cell.epsilon for found in compared if found.cell.epsilon}
     asked = [last_epsilon(epsilon, smoothing.schedule) for epsilon in grid]
-    n, who = len(baselines[0].labels["validation"]), "the baseline on validation"
+    n, who = int((baselines[0].count > 0).sum()), "the baseline on validation"
     warning = ceiling_warning(asked, smoothing.convention, accuracy, n, baselines[0].num_classes, who)
-    warnings = [*dropped, *([f"{warning[0].upper()}{warning[1:]}."] if warning else [])]
+    warnings = [*noted, *([f"{warning[0].upper()}{warning[1:]}."] if warning else [])]
     if unfitted:
         warnings.append(f"No finite temperature could be fitted on validation for {', '.join(unfitted)}; 1 was used.")
     first = next(iter(left.values()))
@@ -359,6 +392,17 @@ def _facts(
             "device": first["device"],
         },
     )
+
+
+def _blocks(comparison: Comparison, data: CompareData) -> list[str]:
+    """A warning where there are more rows of tokens than examples."""
+    units, n = comparison.clusters.get(TEST, 0), data.sizes[TEST]
+    if units <= n:
+        return []
+    return [
+        f"The {n:,} documents of {TEST} are {units:,} rows of tokens, which count as independent: the intervals are too narrow; "
+        "a larger max_length helps."
+    ]
 
 
 def _pictures(cells: Sequence[Cell], comparison: Comparison, folder: Path) -> list[Path]:

@@ -34,7 +34,6 @@ class Fingerprint(TrainerCallback, ExportableState):
         self.weights: str | None = None
         self.inputs = hashlib.sha256().hexdigest()
         self.batches = 0
-        self.model: Any = None
         self._hook: Any = None
 
     def state(self) -> dict[str, Any]:
@@ -52,7 +51,6 @@ class Fingerprint(TrainerCallback, ExportableState):
         self.weights = saved.get("weights") or hash_weights(model)
         self.inputs = saved.get("inputs", hashlib.sha256().hexdigest())
         self.batches = saved.get("batches", 0)
-        self.model = model
         self._hook = model.register_forward_pre_hook(self._see, with_kwargs=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

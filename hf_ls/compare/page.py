@@ -17,24 +17,28 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 
 from hf_ls.common.files import write_atomically
-from hf_ls.compare.comparison import TEST, Comparison, Measurement, Result, Variant
-from hf_ls.metrics.core import direction, reliability_bins
+from hf_ls.compare.comparison import TEST, Comparison, Measurement, Result, TokenStatistics, Variant
+from hf_ls.metrics.core import ReliabilityBins, direction, reliability_bins
 from hf_ls.metrics.paired import Contrast
 from hf_ls.report.calibration_report import BASELINE, package_versions
 
 _TEMPLATE = Path(__file__).with_name("compare_template.html")
 HEADLINES = {
     "smooth": "Smooth",
+    "trade_off": "A trade-off",
     "temperature": "Use temperature scaling instead",
     "no_difference": "No measurable difference",
     "not_learnt": "The models have not learnt",
 }
-# Metric, heading; lower is better for all but accuracy and the signed gap.
+# Metric, heading; those of a task follow by their names.
 COLUMNS = (
     ("accuracy", "accuracy"), ("nll", "NLL"), ("brier", "Brier"), ("ece", "ECE"), ("smooth_ece", "smooth ECE"),
     ("rmsce_debiased", "debiased RMSCE"), ("aurc", "AURC"), ("e_aurc", "E-AURC"), ("signed_gap", "signed gap"),
 )  # fmt: skip
-_AT_MOST_1 = ("accuracy", "ece", "smooth_ece", "rmsce_debiased", "aurc", "e_aurc")
+_AT_MOST_1 = (
+    "accuracy", "ece", "smooth_ece", "rmsce_debiased", "aurc", "e_aurc", "exact_match", "entity_f1", "sequence_ece", "f1_macro",
+    "f1_weighted", "balanced_accuracy",
+)  # fmt: skip
 # By file name: what a picture of one seed shows.
 _PICTURES = {
     "penultimate.png": "Three classes on the plane of their templates: what the last layer sees, and which class wins there "
@@ -43,7 +47,6 @@ _PICTURES = {
     "Without smoothing there is no such point: the gap grows as long as training goes on.",
     "calibration_steps.png": "Calibration on validation while the model trained.",
 }
-_FOREST = (("nll", "NLL, nats"), ("accuracy", "accuracy"), ("ece", "ECE"))
 FEWEST_SEEDS = 3  # of an interval over seeds
 _WIDTH, _MARGIN, _LONG_NAME = 340.0, 12.0, 27
 
@@ -101,7 +104,9 @@ def html(comparison: Comparison, results: Sequence[Result], facts: Facts, pictur
         facts=facts,
         minutes=facts.seconds / 60,
         level=f"{comparison.level:.0%}".replace("%", " %"),
-        tables=[{"set": name, "n": comparison.sets[name], "rows": rows(comparison, name)} for name in [TEST, *others]],
+        tables=[{"set": name, "size": comparison.size(name), "rows": rows(comparison, name)} for name in [TEST, *others]],
+        higher=[metric for metric in comparison.metrics() if direction(metric) == "higher" and not metric.startswith("null_")],
+        units="sequences" if comparison.clusters else "examples",
         forests=forests(comparison, TEST),
         other_forests=[forest for name in others for forest in forests(comparison, name, only=("nll",))],
         diagrams=diagrams(comparison, results),
@@ -121,6 +126,9 @@ def rows(comparison: Comparison, name: str) -> list[dict[str, Any]]:
         cells = []
         for metric, heading in columns:
             if metric not in known:
+                continue
+            if not any((m.variant, m.metric, m.set) == (variant, metric, name) for m in comparison.measurements):
+                cells.append({"heading": heading, "value": "–", "interval": "", "note": ""})  # as after a temperature
                 continue
             found = comparison.measurement(variant, metric, name)
             null = comparison.measurement(variant, "null_ece", name).mean if metric == "ece" and "null_ece" in known else None
@@ -160,7 +168,7 @@ def forests(comparison: Comparison, name: str, only: Iterable[str] = ()) -> list
     """The paired differences of a set as panels, one a metric and reference, every mark at its place in the plot."""
     panels = []
     wanted = set(only)
-    for metric, title in _FOREST:
+    for metric, title in (("nll", "NLL, nats"), (comparison.quality, comparison.quality), ("ece", "ECE")):
         if wanted and metric not in wanted:
             continue
         for reference in (Variant(BASELINE, 0.0, False), Variant(BASELINE, 0.0, True)):
@@ -177,8 +185,7 @@ def diagrams(comparison: Comparison, results: Sequence[Result], n_bins: int = 10
         parts = [result.statistics[TEST] for result in results if result.variant == variant]
         if not parts:
             continue
-        confidence, correct = (np.concatenate([getattr(part, name) for part in parts]) for name in ("confidence", "correct"))
-        bins = reliability_bins(confidence, correct, n_bins)
+        bins = _pooled(parts, n_bins)
         ece = comparison.measurement(variant, "ece").mean
         dots = [
             {"x": 22 + 124 * c, "y": 134 - 124 * a, "r": 1.5 + 6 * math.sqrt(n / bins.count.max()), "n": int(n)}
@@ -189,6 +196,21 @@ def diagrams(comparison: Comparison, results: Sequence[Result], n_bins: int = 10
     return out
 
 
+def _pooled(parts: Sequence[Any], n_bins: int) -> ReliabilityBins:
+    """The bins of all predictions together; of tokens those in which each model was measured."""
+    if not isinstance(parts[0], TokenStatistics):
+        confidence, correct = (np.concatenate([getattr(part, name) for part in parts]) for name in ("confidence", "correct"))
+        return reliability_bins(confidence, correct, n_bins)
+    known = [{name: np.array(column, dtype=np.float64) for name, column in part.row.reliability.items()} for part in parts]
+    count = np.sum([part["count"] for part in known], axis=0)
+    with np.errstate(invalid="ignore"):  # 0 / 0 in an empty bin
+        means = [
+            np.sum([part["count"] * np.nan_to_num(part[name]) for part in known], axis=0) / count
+            for name in ("confidence", "accuracy")
+        ]
+    return ReliabilityBins(known[0]["edges"], count.astype(np.int64), *means)
+
+
 def print_comparison(comparison: Comparison, facts: Facts) -> None:
     """The table and the verdict on the console."""
     from rich import box
@@ -197,12 +219,14 @@ def print_comparison(comparison: Comparison, facts: Facts) -> None:
     from rich.text import Text
 
     console = Console()
-    seeds = len(comparison.seeds)
-    for name, n in comparison.sets.items():
+    seeds, compared = len(comparison.seeds), {contrast.metric for contrast in comparison.contrasts}
+    for name in comparison.sets:
         lines = rows(comparison, name)
-        title = f"{name}, {n:,} examples, mean of {seeds} seed{'s' * (seeds > 1)}"
+        title = f"{name}, {comparison.size(name)}, mean of {seeds} seed{'s' * (seeds > 1)}"
         made = Table(title=Text(title), box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0), show_edge=False)
-        shown = [i for i, cell in enumerate(lines[0]["cells"]) if cell["heading"] not in ("debiased RMSCE", "AURC", "Brier")]
+        headings = [cell["heading"] for cell in lines[0]["cells"]]
+        wide = {"debiased RMSCE", "AURC", "Brier"} | {*headings} - {heading for _, heading in COLUMNS} - compared
+        shown = [i for i, heading in enumerate(headings) if heading not in wide]
         for heading in ("run", "T", *(lines[0]["cells"][i]["heading"] for i in shown)):
             made.add_column(Text(heading), justify="left" if heading == "run" else "right")
         for line in lines:

@@ -8,30 +8,36 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from hf_ls.compare.comparison import METRICS, TEST, Comparison, Measurement, Result, Variant, Verdict
+from hf_ls.compare.comparison import TEST, Comparison, Measurement, Result, TokenStatistics, Variant, Verdict
+from hf_ls.compare.measured import Examples, Tokens
 from hf_ls.compare.verdict import judge
-from hf_ls.metrics.core import rmsce_debiased, smooth_ece
-from hf_ls.metrics.paired import COMPARED, RESAMPLED, Contrast, Resamples, holm, seed_difference, seed_interval
+from hf_ls.metrics.core import PredictionStatistics
+from hf_ls.metrics.paired import Contrast, holm, seed_difference, seed_interval
 from hf_ls.metrics.validation import check_count
 from hf_ls.report.calibration_report import BASELINE
 
 
-def compare(results: Sequence[Result], *, level: float = 0.95, repetitions: int = 1000, seed: int = 0) -> Comparison:
+def compare(
+    results: Sequence[Result], *, quality: str = "accuracy", level: float = 0.95, repetitions: int = 1000, seed: int = 0
+) -> Comparison:
     """Compare variants on shared examples within each seed, and judge.
 
     Validation picks the smoothed variant (lowest mean NLL, with or without temperature); "test" reports. The verdict is
-    "smooth" if the picked one is measurably better than the baseline and than the baseline + temperature in NLL, or in
-    accuracy with an NLL which is measurably worse than neither; else "temperature" if baseline + temperature is measurably
-    better than the baseline in NLL; else "no_difference". "Measurably" means that the two-sided p-value of the contrast,
-    over examples and seeds, is at most 1 − level, which is to say that its interval leaves 0 out. It is not corrected there:
-    one variant is tested, picked on other data, and two ways to be better with half of 1 − level each make a wrong "smooth" no
-    likelier than 1 − level. The table of all ε is corrected (`Contrast.p_holm`). "not_learnt" where neither the baseline nor the
-    picked variant has learnt (`metrics.ceiling.has_learnt`), which needs `Result.labels`.
+    "smooth" if the picked one is measurably better than the baseline and than the baseline + temperature in NLL or in quality,
+    and measurably worse than neither in the other; "trade_off" if it is so in one and worse than one of them in the other; else
+    "temperature" if baseline + temperature is measurably better than the baseline in NLL; else "no_difference". "Measurably"
+    means that the two-sided p-value of the contrast, over examples (or whole sequences) and seeds, is at most 1 − level, which is
+    to say that its interval leaves 0 out. It is not corrected there: one variant is tested, picked on other data, and two ways to
+    be better with half of 1 − level each make a wrong "smooth" no likelier than 1 − level. The table of all ε is corrected
+    (`Contrast.p_holm`). "not_learnt" where neither the baseline nor the picked variant has learnt (`metrics.ceiling.has_learnt`),
+    which needs the labels.
 
-    level: of all intervals. repetitions: bootstrap replicates. seed: of their weights.
+    quality: the metric which is judged beside the NLL, of the predictions or in `Result.extra`. level: of all intervals.
+    repetitions: bootstrap replicates. seed: of their weights. Sums over tokens bring replicates and 95 % intervals of their own.
 
     >>> from hf_ls.metrics import PredictionStatistics
     >>> labels = np.arange(300) % 3
@@ -53,51 +59,61 @@ def compare(results: Sequence[Result], *, level: float = 0.95, repetitions: int 
         raise ValueError(f"expected level between 0 and 1, got {level}; 0.95 is usual")
     check_count(repetitions, "repetitions")
     first = cells[variants[0], seeds[0]]
+    if level != 0.95 and isinstance(first.statistics[TEST], TokenStatistics):
+        raise ValueError(f"expected level 0.95 with sums over tokens, whose intervals have it, got {level}; leave it out")
     measurements: list[Measurement] = []
     contrasts: list[Contrast] = []
     clusters: dict[str, int] = {}
+    drawn = repetitions
     for name in first.statistics:
         ordered = [cells[variant, s] for variant in variants for s in seeds]
-        cluster = (first.cluster or {}).get(name)
-        resamples = Resamples([r.statistics[name] for r in ordered], cluster, repetitions=repetitions, seed=seed)
-        if cluster is not None:
-            clusters[name] = resamples.units
+        models: Any = [r.statistics[name] for r in ordered]
+        measured: Examples | Tokens
+        if isinstance(models[0], TokenStatistics):
+            measured = Tokens(models)
+        else:
+            measured = Examples(models, (first.cluster or {}).get(name), repetitions=repetitions, seed=seed)
+        drawn = measured.repetitions
+        if measured.clustered:
+            clusters[name] = measured.units
         rows = {v: list(range(i * len(seeds), (i + 1) * len(seeds))) for i, v in enumerate(variants)}
         for variant in variants:
             own = [cells[variant, s] for s in seeds]
-            measurements += _measure(variant, own, name, rows[variant], resamples, level)
-        extra = [m.metric for m in measurements if m.set == name and m.metric not in METRICS and m.variant == variants[0]]
+            measurements += _measure(variant, own, name, rows[variant], measured, level)
+        extra = list((first.extra.get(name) or {}).keys())
         for reference in (Variant(BASELINE, 0.0, False), Variant(BASELINE, 0.0, True)):
             if reference not in variants:
                 continue
-            for metric in (*COMPARED, *extra):
+            for metric in (*measured.compared, *extra):
                 values = {m.variant: m.per_seed for m in measurements if (m.set, m.metric) == (name, metric)}
                 found = {}
                 for v in (v for v in variants if v != reference):
                     names = {"row": v.label, "against": reference.label, "set": name}
-                    if metric in RESAMPLED:
-                        found[v] = resamples.difference(rows[v], rows[reference], metric, level, **names)
-                    else:
+                    if metric in extra:
                         found[v] = seed_difference(metric, values[v], values[reference], level, **names)
+                    else:
+                        found[v] = measured.difference(rows[v], rows[reference], metric, level, **names)
                 contrasts += _corrected(found)
     by_label = {v.label: [cells[v, s] for s in seeds] for v in variants}
     validation = {label: [float(r.validation_nll) for r in own] for label, own in by_label.items()}
     smoothed = [v for v in variants if v.name != BASELINE]
-    labels = (first.labels or {}).get(TEST)
+    if not any(c.metric == quality for c in contrasts) and len(variants) > 1:
+        raise ValueError(f"expected a quality which every run measured, got {quality!r}; name one of its metrics")
     comparison = Comparison(
         seeds=seeds,
         variants=variants,
         sets={name: len(stats) for name, stats in first.statistics.items()},
         clusters=clusters,
         level=float(level),
-        repetitions=int(repetitions),
+        repetitions=int(drawn),
         temperatures={label: [float(r.temperature) for r in own] for label, own in by_label.items()},
         validation_nll=validation,
         picked=min(smoothed, key=lambda v: float(np.mean(validation[v.label])), default=None),
         measurements=measurements,
         contrasts=contrasts,
         verdict=Verdict("no_difference", Variant(BASELINE, 0.0, False), None, "", [], []),
-        class_counts=None if labels is None else np.bincount(np.unique(labels, return_inverse=True)[1].ravel()).tolist(),
+        class_counts=_label_counts(first),
+        quality=quality,
     )
     return dataclasses.replace(comparison, verdict=judge(comparison))
 
@@ -127,7 +143,7 @@ def _checked(results: Sequence[Result]) -> tuple[dict[tuple[Variant, int], Resul
             plain = cells[dataclasses.replace(variant, tempered=False), s]
             for name, stats in result.statistics.items():
                 # Dividing may round two classes to a tie; more than a few changes are another run or another order.
-                if np.mean(stats.correct != plain.statistics[name].correct) > 0.001:
+                if _changed(stats, plain.statistics[name]) > 0.001:
                     raise ValueError(
                         f"expected the same predictions of {variant.label} with and without temperature on {name!r} "
                         f"with seed {s}, got others; divide the logits of one run, in one order, by the temperature"
@@ -146,14 +162,20 @@ def _check_result(result: Result, first: Result, who: str) -> None:
         wanted = f"{list(first.statistics)}, got {list(result.statistics)}"
         raise ValueError(f"expected the sets {wanted} {who}; evaluate every run on the same sets, in one order")
     for name, stats in result.statistics.items():
-        if len(stats) != len(first.statistics[name]):
-            wanted = f"{len(first.statistics[name])} predictions, got {len(stats)}"
+        theirs = first.statistics[name]
+        if len(stats) != len(theirs):
+            wanted = f"{len(theirs)} predictions, got {len(stats)}"
             raise ValueError(f"expected {wanted} on {name!r} {who}; evaluate every run on the same examples")
-        if not np.isfinite(stats.nll).all():
+        if not np.isfinite(_nll(stats)).all():
             raise ValueError(f"expected finite nll on {name!r} {who}, got inf; build the statistics from logits")
+        if _drawn_from(stats) != _drawn_from(theirs):
+            raise ValueError(
+                f"expected the same sequences on {name!r} {who} as elsewhere, got others; keep one order of examples, and their "
+                "draws by one seed"
+            )
         for what, own, other in (("labels", result.labels, first.labels), ("cluster", result.cluster, first.cluster)):
-            mine, theirs = (own or {}).get(name), (other or {}).get(name)
-            if (mine is None) != (theirs is None) or (mine is not None and not np.array_equal(mine, theirs)):  # type: ignore[arg-type]
+            mine, others = (own or {}).get(name), (other or {}).get(name)
+            if (mine is None) != (others is None) or (mine is not None and not np.array_equal(mine, others)):  # type: ignore[arg-type]
                 raise ValueError(
                     f"expected the same {what} on {name!r} {who} as elsewhere, got others; keep one order of examples"
                 )
@@ -165,26 +187,45 @@ def _check_result(result: Result, first: Result, who: str) -> None:
         raise ValueError(f"expected the task metrics of {dict(first.extra)} {who}, got {dict(result.extra)}; measure the same")
 
 
+def _nll(stats: PredictionStatistics | TokenStatistics) -> Any:
+    return stats.row.value("nll") if isinstance(stats, TokenStatistics) else stats.nll
+
+
+def _drawn_from(stats: PredictionStatistics | TokenStatistics) -> list[tuple[str, int]] | None:
+    """What the draws of tokens were made from; None for predictions, which are drawn here."""
+    return [(draws.examples, draws.units) for draws in stats.draws] if isinstance(stats, TokenStatistics) else None
+
+
+def _changed(stats: Any, plain: Any) -> float:
+    """The share of predictions which are right in one and wrong in the other, of tokens as far as it shows in their sum."""
+    if isinstance(stats, TokenStatistics):
+        return abs(stats.row.value("accuracy") - plain.row.value("accuracy"))
+    return float(np.mean(stats.correct != plain.correct))
+
+
+def _label_counts(result: Result) -> list[int] | None:
+    stats, labels = result.statistics[TEST], (result.labels or {}).get(TEST)
+    if isinstance(stats, TokenStatistics):
+        return [int(count) for count in stats.label_counts]
+    return None if labels is None else np.bincount(np.unique(labels, return_inverse=True)[1].ravel()).tolist()
+
+
 def _measure(
-    variant: Variant, results: list[Result], name: str, rows: list[int], resamples: Resamples, level: float
+    variant: Variant, results: list[Result], name: str, rows: list[int], measured: Examples | Tokens, level: float
 ) -> list[Measurement]:
     """Return every metric of one variant on one set."""
-    per_seed: dict[str, list[float]] = {metric: [] for metric in METRICS}
-    for result, row in zip(results, rows, strict=True):
-        stats = result.statistics[name]
-        values = dict(zip(RESAMPLED, resamples.values[row].tolist(), strict=True))
-        values["null_ece"], values["null_ece_q95"] = resamples.null_ece(row)
-        values["rmsce_debiased"] = rmsce_debiased(stats.confidence, stats.correct)
-        values["smooth_ece"] = smooth_ece(stats.confidence, stats.correct)
-        values |= {metric: float(value) for metric, value in result.extra.get(name, {}).items()}
-        for metric, value in values.items():
-            per_seed.setdefault(metric, []).append(value)
+    values = [
+        measured.values(row) | {metric: float(value) for metric, value in result.extra.get(name, {}).items()}
+        for result, row in zip(results, rows, strict=True)
+    ]
     measurements = []
-    for metric, numbers in per_seed.items():
+    for metric in (metric for metric in values[0] if all(metric in found for found in values)):
+        numbers = [found[metric] for found in values]
         low, high = seed_interval(numbers, level)
+        over_units = [measured.interval(row, metric, level) for row in rows]
         ends: list[list[float] | None] = [None, None]
-        if metric in RESAMPLED:
-            ends = [list(side) for side in zip(*(resamples.interval(row, metric, level) for row in rows), strict=True)]
+        if None not in over_units:
+            ends = [list(side) for side in zip(*over_units, strict=True)]
         measurements.append(Measurement(variant, name, metric, numbers, float(np.mean(numbers)), low, high, *ends))
     return measurements
 

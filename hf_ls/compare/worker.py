@@ -1,7 +1,7 @@
-"""The process of one cell: `python -m hf_ls.compare.worker FOLDER`, started by `cells`.
+"""The process of one cell: `python -m hf_ls.compare.worker FOLDER`, started by `cells`, or by hand on any machine.
 
-A run of `finetune` with its fingerprint, then predictions on the out-of-domain sets, then `cell.json`. Nothing heavy is
-imported before it watches its parent.
+A run of `finetune` with its fingerprint, then what the comparison needs beside it, then `cell.json`. Nothing heavy is imported
+before it watches its parent.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import sys
 import threading
 from pathlib import Path
 from typing import Any
+
+WITH_PARENT = "--with_parent"  # end with the process that started this one; a command of a shell has none
 
 
 def end_with_parent() -> None:
@@ -28,16 +30,18 @@ def end_with_parent() -> None:
 
 
 def run_cell(folder: Path) -> None:
-    """Train, evaluate, predict on the out-of-domain sets, and write `cell.json` last."""
+    """Train, evaluate, measure on the out-of-domain sets, and write `cell.json` last; nothing where that is there already."""
     import json
     import time
     from dataclasses import asdict
 
     import torch
+    from accelerate import PartialState
 
     from hf_ls.common.files import write_atomically
-    from hf_ls.compare.cells import CELL, SPEC, Spec, cell_config
+    from hf_ls.compare.cells import CELL, SPEC, Spec, cell_config, clear, finished
     from hf_ls.compare.fingerprint import FINGERPRINT, Fingerprint
+    from hf_ls.compare.results import measure_more
     from hf_ls.run.config import parse_config
     from hf_ls.run.finetune import finetune
     from hf_ls.run.manifest import Manifest
@@ -45,58 +49,44 @@ def run_cell(folder: Path) -> None:
     started = time.monotonic()
     spec = Spec.from_json((folder / SPEC).read_text(encoding="utf-8"))
     config = cell_config(parse_config(spec.argv), spec, folder)
-    fingerprint = Fingerprint()
-    finetune(config, [fingerprint])
+    done = finished(folder, spec) is not None
+    PartialState().wait_for_everyone()  # every process has looked before the first one writes
+    if done:
+        print(f"{spec.cell.name} is finished already", flush=True)
+        return
+    if config.training.should_save:
+        clear(folder)
+    PartialState().wait_for_everyone()
+    finetune(config, [Fingerprint()], lambda trainer, loaded, outcome: measure_more(config, spec, trainer, loaded, outcome))
+    if not config.training.should_save:
+        return
     with Manifest(folder).recording():
-        if spec.ood:
-            _predict(config, fingerprint.model, spec.ood, folder)
         left: dict[str, Any] = {
             "spec": asdict(spec),
             "fingerprint": json.loads((folder / FINGERPRINT).read_text(encoding="utf-8")),
-            "device": str(config.training.device),
+            "device": torch.cuda.get_device_name() if config.training.device.type == "cuda" else config.training.device.type,
             "threads": torch.get_num_threads(),
+            "processes": config.training.world_size,
             "seconds": round(time.monotonic() - started, 1),
         }
         write_atomically(folder / CELL, json.dumps(left, indent=1) + "\n")
 
 
-def _predict(config: Any, model: Any, files: dict[str, str], folder: Path) -> None:
-    """Logits of the trained model on each file, to `ood.npz`, by the same way as those of test."""
-    import numpy as np
-    from datasets import DatasetDict, load_dataset
-
-    from hf_ls.common.files import write_arrays
-    from hf_ls.compare.results import OOD
-    from hf_ls.data.classification import tokenise
-    from hf_ls.run.loading import load_tokenizer
-    from hf_ls.run.tasks import TASKS
-
-    tokenizer, task = load_tokenizer(config), TASKS[config.run.task]
-    trainer = task.trainer(
-        model=model, args=config.training, data_collator=task.collator(tokenizer, model), processing_class=tokenizer
-    )
-    arrays: dict[str, Any] = {}
-    for name, path in files.items():
-        rows = load_dataset("parquet", data_files=path, split="train")
-        tokens = tokenise(DatasetDict(train=rows), tokenizer, config.data.max_length)["train"]
-        output = trainer.predict(tokens, metric_key_prefix=f"ood_{name}")
-        arrays[f"logits_{name}"], arrays[f"labels_{name}"] = (
-            np.asarray(output.predictions, np.float64),
-            np.asarray(output.label_ids),
-        )
-    write_arrays(folder / OOD, **arrays)
-
-
 def main() -> None:
     """Run the cell in the folder named on the command line; what is the user's to mend ends in one sentence."""
-    end_with_parent()
+    if WITH_PARENT in sys.argv:
+        end_with_parent()
+    from contextlib import nullcontext
+
     from hf_ls.common.errors import end_with
     from hf_ls.compare.cells import cell_lock
+    from hf_ls.run.launch import end_processes
 
-    folder = Path(sys.argv[1])
+    folder = Path(sys.argv[-1])
     try:
-        with cell_lock(folder):
+        with cell_lock(folder) if os.environ.get("RANK", "0") == "0" else nullcontext():  # torchrun starts several
             run_cell(folder)
+        end_processes()
     except Exception as error:
         end_with(error)
 

@@ -144,16 +144,19 @@ def _of_conversations(
 
 def _rows(part: Dataset) -> Rows:
     """By the rarest tag of each row, so that rare ones are in every split; other tasks have one stratum."""
-    if "messages" in part.column_names or "completion" in part.column_names:
-        return Rows(["" for _ in range(len(part))], [same_text(prompt_text(row)) for row in part])
     if "tags" not in part.column_names:
-        column = "source" if "source" in part.column_names else "text"
-        return Rows(["" for _ in range(len(part))], [same_text(text) for text in part[column]])
+        return Rows(["" for _ in range(len(part))], texts_of(part))
     counts = Counter(tag for tags in part["tags"] for tag in tags)
-    return Rows(
-        [str(min(tags, key=lambda tag: counts[tag], default="")) for tags in part["tags"]],
-        [same_text(*words) for words in part["tokens"]],
-    )
+    return Rows([str(min(tags, key=lambda tag: counts[tag], default="")) for tags in part["tags"]], texts_of(part))
+
+
+def texts_of(part: Dataset) -> list[str]:
+    """What a model is asked in each row, as `same_text` makes it: its source, text, words or prompt."""
+    if "messages" in part.column_names or "completion" in part.column_names:
+        return [same_text(prompt_text(row)) for row in part]
+    if "tokens" in part.column_names:
+        return [same_text(*words) for words in part["tokens"]]
+    return [same_text(text) for text in part["source" if "source" in part.column_names else "text"]]
 
 
 def _checked_text(splits: DatasetDict, drop_empty: bool) -> DatasetDict:

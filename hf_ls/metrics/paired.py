@@ -287,11 +287,18 @@ class Resamples:
         column = RESAMPLED.index(metric)
         values = self.values[list(models), column] - self.values[list(references), column]
         draws = self.draws[list(models), :, column] - self.draws[list(references), :, column]
-        ends = np.quantile(draws, [(1.0 - level) / 2, (1.0 + level) / 2], axis=1)
-        if metric == "ece":
-            ends = 2 * values - ends[::-1]
-        low, high, p = _over_examples(metric, values, draws, self.units, level)
-        return _contrast(metric, values, (low, high, p), ends.tolist(), level, names)
+        return contrast(metric, values, draws, self.units, level, **names)
+
+
+def contrast(metric: str, values: Floats, draws: Floats, units: int, level: float, **names: str) -> Contrast:
+    """The mean over seeds of paired differences, values [S], which become draws [S, R] when the units are drawn anew.
+
+    metric, level and names (row, against and set): as `Resamples.difference`, which says how the intervals come about.
+    """
+    ends = np.quantile(draws, [(1.0 - level) / 2, (1.0 + level) / 2], axis=1)
+    if metric == "ece":
+        ends = 2 * values - ends[::-1]
+    return _contrast(metric, values, _over_examples(metric, values, draws, units, level), ends.tolist(), level, names)
 
 
 def seed_difference(metric: str, values: Sequence[float], references: Sequence[float], level: float, **names: str) -> Contrast:

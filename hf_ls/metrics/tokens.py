@@ -43,7 +43,7 @@ _FIRST_FREQUENCY, _FIRST_POSITION = _FIRST_EOS + 2, _FIRST_EOS + 2 + len(_FREQUE
 
 
 class TokenCalibration:
-    """Sums of any number of tokens, as a whole, per group and per bootstrap replicate: below 1 MB.
+    """Sums of any number of tokens, as a whole, per group and per bootstrap replicate: below 1 MB, and a count per label.
 
     eos_token_id: the end-of-sequence token, reported apart; None for no such groups.
     token_counts: occurrences [V] of each token id as a training label, for the frequency groups; None for none.
@@ -51,6 +51,8 @@ class TokenCalibration:
     how many entities are found right, are there, and are predicted; both for token classification, whose `update` is then told
     the predictions.
     repetitions: bootstrap replicates. seed: of their weights.
+
+    label_counts (attribute): how often each label occurred among the tokens, int64 [largest label + 1].
 
     The weights of the n-th sequence depend on n and `seed` alone, so that neither the split into batches nor the padding
     changes an interval. Several processes gather their items, and each adds them all.
@@ -78,6 +80,7 @@ class TokenCalibration:
         self.seed = check_count(seed, "seed", least=0)
         self._frequency = None if self.token_counts is None else np.searchsorted(_DECADES, self.token_counts, side="right")
         self._cells = StreamingCalibration()
+        self.label_counts = np.zeros(0, dtype=np.int64)
         self._groups = np.zeros((2, len(_GROUPS), _WIDTH))  # sums, and what their rounding lost
         self._entity_sums = np.zeros(_ENTITIES)
         self._full: Floats | None = None  # Σ (p − outcome) of all probabilities in each bin but the first
@@ -120,6 +123,9 @@ class TokenCalibration:
         self._cells.update(confidence, correct, nll, brier)  # checks all four before it adds
         if full is not None:
             self._full = full if self._full is None else self._full + full
+        counts = np.bincount(tokens, minlength=self.label_counts.size)
+        counts[: self.label_counts.size] += self.label_counts
+        self.label_counts = counts
 
         numbers = (bin_index(confidence, N_BINS), correct, nll, brier, confidence - correct)
         position = _FIRST_POSITION + np.frexp(rank)[1] - 1  # frexp is an exact floor(log2) + 1

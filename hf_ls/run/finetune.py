@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,13 @@ from hf_ls.run.tasks import TASKS
 from hf_ls.run.training import checkpoint_of, rehearse, save_model, save_penultimate, train, with_training
 from hf_ls.trainer.arguments import techniques_of, without_smoothing
 
+After = Callable[[Any, Loaded, Outcome], None]
 
-def finetune(config: Config, callbacks: Sequence[Any] = ()) -> CalibrationReport | None:
+
+def finetune(config: Config, callbacks: Sequence[Any] = (), after: After | None = None) -> CalibrationReport | None:
     """Run one configuration and leave checkpoints, metrics, `calibration.json`, plots and a model card in its output_dir.
+
+    callbacks: of the Trainer. after: called with the Trainer, the data and the outcome of each run once it is evaluated.
 
     Returns the report on the main process, None on the others and after a dry run.
 
@@ -55,7 +59,7 @@ def finetune(config: Config, callbacks: Sequence[Any] = ()) -> CalibrationReport
                     announce(
                         f"\n{i}/{len(planned)} {name} (ε = {SmoothingFacts(one.training.label_smoothing_factor).epsilon_text})"
                     )
-                runs[name] = _train_and_calibrate(one, loaded, manifest, callbacks)
+                runs[name] = _train_and_calibrate(one, loaded, manifest, callbacks, after)
             if not config.training.should_save:
                 return None
             folders = {run_name(one.training): folder_of(one) for one in planned}
@@ -99,7 +103,9 @@ def _finished(config: Config) -> Outcome | None:
     return found
 
 
-def _train_and_calibrate(config: Config, loaded: Loaded, manifest: Manifest, callbacks: Sequence[Any]) -> Outcome:
+def _train_and_calibrate(
+    config: Config, loaded: Loaded, manifest: Manifest, callbacks: Sequence[Any], after: After | None
+) -> Outcome:
     """Train one model (or take up where it stopped), evaluate it with and without temperature, save it."""
     training, folder, task = config.training, folder_of(config), TASKS[config.run.task]
     if (finished := _finished(config)) is not None:
@@ -113,6 +119,8 @@ def _train_and_calibrate(config: Config, loaded: Loaded, manifest: Manifest, cal
         outcome = evaluate_tokens(trainer, loaded.tokens, texts, config.run.text_metrics, has_classes=task.has_classes)
     else:
         outcome = evaluate_classes(trainer, loaded.tokens)
+    if after is not None:
+        after(trainer, loaded, outcome)
     save_model(trainer, folder)
     if training.push_to_hub and outcome.split is None:
         trainer.create_model_card(model_name=Path(training.hub_model_id or folder.absolute()).name)

@@ -152,13 +152,13 @@ class Manifest:
         name = self._name(folder)
         return [found for found in self.kinds if found == name or found.startswith(f"{name}/")]
 
-    def delete(self, first: str) -> None:
-        """Delete all that is listed, a file without which the rest is no run `first`, then empty the manifest.
+    def delete(self, first: str, keep: Sequence[str] = ()) -> None:
+        """Delete all that is listed but `keep`, a file without which the rest is no run `first`, then empty the manifest.
 
         Raises: ValueError for a folder with anything else in it; nothing is deleted then.
         """
         self.check_alone()
-        self.remove([first, *(name for name in self.kinds if name != first)])
+        self.remove([first, *(name for name in self.kinds if name not in (first, *keep))])
         if (self.folder / MANIFEST).is_file():
             os.truncate(self.folder / MANIFEST, 0)
         self.kinds = {}

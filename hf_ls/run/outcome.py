@@ -44,7 +44,7 @@ class Outcome:
         split: "test", or "validation" where there was no test; None if nothing was evaluated.
         n: predictions (tokens for sequences); n_sequences: None for one label per example.
         num_classes: of the softmax, the vocabulary for language models.
-        class_counts: of the labels, None for language models.
+        class_counts: of the labels, None for language models. label_counts: of those which occur, in no order, for all tokens.
         draws: name of a row -> what its metrics become when the examples are drawn anew, so that runs can be paired.
     """
 
@@ -56,6 +56,7 @@ class Outcome:
     rows: list[CalibrationRow]
     history: list[dict[str, Any]]
     draws: dict[str, list[Draws]] = field(default_factory=dict)
+    label_counts: list[int] | None = None
 
     def save(self, folder: Path) -> None:
         """Write `draws.npz` and `outcome.json`, each whole or not at all."""
@@ -129,7 +130,7 @@ def evaluate_classes(trainer: Any, tokens: DatasetDict) -> Outcome:
     logits, labels, soft = {}, {}, {}
     for split, prefix in _wanted(training, tokens):
         known = last.of_trained(trainer) if split == "validation" and isinstance(last, LastEvaluation) else None
-        output = _predict(trainer, tokens[split], prefix, known=known)
+        output = predict(trainer, tokens[split], prefix, known=known)
         write_metrics(trainer, prefix, output.metrics)
         logits[split], labels[split] = np.asarray(output.predictions, np.float64), np.asarray(output.label_ids)
         soft[split] = np.asarray(tokens[split][SOFT]) if SOFT in tokens[split].column_names else None
@@ -154,46 +155,73 @@ def evaluate_tokens(trainer: Any, tokens: DatasetDict, texts: DatasetDict, metri
         texts: the splits with `source` and `target`, read where the model generated; metrics: names for `text_metrics`.
         has_classes: labels are classes with names, as in token classification, not a vocabulary.
     """
-    training, rows = trainer.args, []
-    name, epsilon = run_name(training), _epsilon(training)
-    temperature, reported, counts = None, None, None
-    draws: dict[str, list[Draws]] = {}
-    model_config = trainer.model.config.get_text_config()
-    num_classes = model_config.num_labels if has_classes else model_config.vocab_size
-    generating = bool(getattr(training, "predict_with_generate", False))
+    training, outcome, temperature = trainer.args, None, None
     for split, prefix in _wanted(training, tokens):
-        output = _predict(trainer, tokens[split], prefix, loss_only=not generating)
-        reported, of_texts = trainer.token_calibration, []
-        extra = _token_scores(trainer)
-        if generating:
-            generated, references = _decode(trainer, output.predictions), texts[split]["target"]
-            extra.update(text_metrics(generated, references, metrics, seed=training.seed))
-            extra.update({name: extra[name] | {"signature": signature(name)} for name in ("bleu", "chrf") if name in extra})
-            of_texts = [draws_of_texts(generated, references, metrics, seed=training.seed)]
-            extra["sequence_ece"] = {"value": trainer.sequence_calibration.compute()["ece"]}
-            output.metrics.update({f"{prefix}_{metric}": found["value"] for metric, found in extra.items()})
-            if training.should_save:
-                _save_generations(Path(training.output_dir), split, texts[split]["source"], references, generated)
-        write_metrics(trainer, prefix, output.metrics)
-        rows = [CalibrationRow.from_tokens(name, epsilon, None, reported, extra)]
-        draws = {name: [draws_of_tokens(reported), *of_texts]}
-        counts = _class_counts(tokens[split], num_classes) if has_classes else None
+        outcome, found = measure_tokens(
+            trainer, split, tokens[split], texts[split], metrics, temperature=temperature, prefix=prefix, has_classes=has_classes
+        )
+        write_metrics(trainer, prefix, found)
         if split == "validation":
             try:
                 temperature = trainer.fit_temperature(tokens[split])
             except NoFiniteTemperature as error:
-                announce(f"{name}: no row with temperature, {error}")
-        elif temperature is not None:
-            trainer.temperature = temperature
-            _predict(trainer, tokens[split], prefix, loss_only=True)
-            trainer.temperature = 1.0
-            extra |= _token_scores(trainer)
-            extra.pop("sequence_ece", None)  # of untempered probabilities; what greedy search writes is the same at every T
-            rows.append(CalibrationRow.from_tokens(name, epsilon, temperature, trainer.token_calibration, extra))
-            draws[rows[-1].name] = [draws_of_tokens(trainer.token_calibration), *of_texts]
-    if reported is None:
-        return Outcome(None, 0, None, num_classes, None, [], trainer.state.log_history)
-    return Outcome(split, len(reported), reported.sequences, num_classes, counts, rows, trainer.state.log_history, draws)
+                announce(f"{run_name(training)}: no row with temperature, {error}")
+    history = trainer.state.log_history
+    if outcome is None:
+        return Outcome(None, 0, None, _num_classes(trainer, has_classes=has_classes), None, [], history)
+    return dataclasses.replace(outcome, history=history)
+
+
+def measure_tokens(
+    trainer: Any,
+    split: str,
+    tokens: Dataset,
+    texts: Dataset,
+    metrics: list[str],
+    *,
+    temperature: float | None,
+    prefix: str,
+    has_classes: bool,
+) -> tuple[Outcome, dict[str, float]]:
+    """The row of one set, and a second one at a temperature if there is one, see `evaluate_tokens`; and the Trainer's metrics."""
+    training = trainer.args
+    name, epsilon = run_name(training), _epsilon(training)
+    generating = bool(getattr(training, "predict_with_generate", False))
+    output = predict(trainer, tokens, prefix, loss_only=not generating)
+    reported, of_texts = trainer.token_calibration, []
+    extra = _token_scores(trainer)
+    if generating:
+        generated, references = _decode(trainer, output.predictions), texts["target"]
+        extra.update(text_metrics(generated, references, metrics))
+        extra.update({name: extra[name] | {"signature": signature(name)} for name in ("bleu", "chrf") if name in extra})
+        of_texts = [draws_of_texts(generated, references, metrics)]
+        extra["sequence_ece"] = {"value": trainer.sequence_calibration.compute()["ece"]}
+        output.metrics.update({f"{prefix}_{metric}": found["value"] for metric, found in extra.items()})
+        if training.should_save:
+            _save_generations(Path(training.output_dir), split, texts["source"], references, generated)
+    rows = [CalibrationRow.from_tokens(name, epsilon, None, reported, extra)]
+    draws = {name: [draws_of_tokens(reported), *of_texts]}
+    if temperature is not None:
+        trainer.temperature = temperature
+        predict(trainer, tokens, prefix, loss_only=True)
+        trainer.temperature = 1.0
+        extra |= _token_scores(trainer)
+        extra.pop("sequence_ece", None)  # of untempered probabilities; what greedy search writes is the same at every T
+        rows.append(CalibrationRow.from_tokens(name, epsilon, temperature, trainer.token_calibration, extra))
+        draws[rows[-1].name] = [draws_of_tokens(trainer.token_calibration), *of_texts]
+    counts = reported.label_counts
+    num_classes = _num_classes(trainer, has_classes=has_classes)
+    outcome = Outcome(
+        split, len(reported), reported.sequences, num_classes,
+        np.pad(counts, (0, num_classes - len(counts))).tolist() if has_classes else None,
+        rows, [], draws, counts[counts > 0].tolist(),
+    )  # fmt: skip
+    return outcome, output.metrics
+
+
+def _num_classes(trainer: Any, *, has_classes: bool) -> int:
+    config = trainer.model.config.get_text_config()
+    return config.num_labels if has_classes else config.vocab_size
 
 
 def _token_scores(trainer: Any) -> dict[str, Any]:
@@ -203,9 +231,7 @@ def _token_scores(trainer: Any) -> dict[str, Any]:
     return found | ({} if counts is None else {name: {"value": float(score(counts))} for name, score in CLASS_SCORES.items()})
 
 
-def _predict(
-    trainer: Any, tokens: Dataset, prefix: str, *, loss_only: bool = False, known: PredictionOutput | None = None
-) -> Any:
+def predict(trainer: Any, tokens: Dataset, prefix: str, *, loss_only: bool = False, known: PredictionOutput | None = None) -> Any:
     """As `trainer.predict`, in the order of the rows; `loss_only` keeps the logits of every token from being gathered.
 
     Rows of a length are evaluated together, since every token of padding costs as much as one of a text.
@@ -258,8 +284,3 @@ def _save_generations(folder: Path, split: str, sources: list[str], references: 
     rows = zip(sources, references, generated, strict=True)
     lines = (json.dumps({"source": s, "reference": r, "generated": g}, ensure_ascii=False) for s, r, g in rows)
     write_atomically(folder / f"{split}_{GENERATIONS}", "\n".join(lines) + "\n")
-
-
-def _class_counts(tokens: Dataset, num_classes: int) -> list[int]:
-    labels = np.concatenate([np.asarray(row) for row in tokens["labels"]])
-    return np.bincount(labels[labels >= 0], minlength=num_classes).tolist()

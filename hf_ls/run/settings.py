@@ -30,8 +30,8 @@ HARMLESS = frozenset(
         # how batches are fetched, and how many rows an evaluation takes at once: their order and sums stay
         *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
         *("per_device_eval_batch_size", "eval_accumulation_steps"),
-        # of a comparison: how many runs there are at a time
-        "jobs",
+        # of a comparison: how many runs there are at a time, and where
+        *("jobs", "print_cells"),
     }
 )
 _SHOWN = 5

@@ -59,6 +59,7 @@ class Evaluation:
         fit: TokenTemperature | None = None,
         names: Sequence[str] = (),
         selected_by: str | None = None,
+        crossed: CrossFittedTemperature | None = None,
     ) -> None:
         self.sums = StreamingCalibration()
         self.tokens: TokenCalibration | None = None
@@ -72,8 +73,8 @@ class Evaluation:
         self._soft: dict[str, float] = {}
         self._names = names
         # 21 temperatures of a whole vocabulary cost more than its softmax: of tokens only where the best model is chosen by it.
-        self._crosses = (selected_by or "").endswith("calibrated_nll")
-        self._crossed = CrossFittedTemperature()
+        self._crosses = crossed is not None or (selected_by or "").endswith("calibrated_nll")
+        self._crossed = CrossFittedTemperature() if crossed is None else crossed
         self.by_class: ClassCounts | None = None
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:

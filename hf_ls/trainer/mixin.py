@@ -23,7 +23,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.modeling_utils import unwrap_model
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy, get_last_checkpoint
 
-from hf_ls.calibration.token_temperature import TokenTemperature
+from hf_ls.calibration.token_temperature import CrossFittedTemperature, TokenTemperature
 from hf_ls.common.models import in_eval_mode, output_embedding
 from hf_ls.common.privacy import pickled_for_others
 from hf_ls.data.soft_labels import SOFT
@@ -105,6 +105,7 @@ class LabelSmoothingMixin(Steps):
     _evaluation: Evaluation | None = None  # of the evaluation under way
     _measured: Evaluation | None = None  # of the last one
     _fit: TokenTemperature | None = None
+    cross_fitted: CrossFittedTemperature | None = None  # given to the next evaluations, which add their examples to it
     _observer: Observer | None = None
     _warned_of_ceiling = False
     _saw_logits = False  # enough of them to tell logits from probabilities
@@ -414,7 +415,7 @@ class LabelSmoothingMixin(Steps):
         standalone = not self.is_in_train and self.model_wrapped is self.model
         self._evaluation = Evaluation(
             end_of_sequence(self.model, self.processing_class), self.token_counts, self.temperature, self._fit,
-            names=class_names_of(self.model), selected_by=self.args.metric_for_best_model,
+            names=class_names_of(self.model), selected_by=self.args.metric_for_best_model, crossed=self.cross_fitted,
         )  # fmt: skip
         # Seq2SeqTrainer gathers the examples repeated to fill the last batch too, so that its metrics count them twice; the
         # Trainer counts the copies of tensor parallelism.
@@ -434,8 +435,7 @@ class LabelSmoothingMixin(Steps):
         self.class_counts = self._measured.by_class
         if self._fit is None and output.metrics is not None:
             self._measured.add_to(output.metrics, metric_key_prefix)
-            warning = self._measured.missing(type(self))
-            if warning and self.is_world_process_zero():
+            if (warning := self._measured.missing(type(self))) and self.is_world_process_zero():
                 logger.warning(warning)
         return output
 

@@ -218,6 +218,18 @@ def test_cross_fitted_nll_equals_fits_on_the_other_parts():
         here = part == fold
         total += here.sum() * mean_nll(z[here] / fit_temperature(z[~here], labels[~here]), labels[here])
     assert crossed.nll() == pytest.approx(total / 203, abs=1e-6)
+    with pytest.raises(ValueError, match="examples which were kept"):
+        crossed.by_example()
+    kept = CrossFittedTemperature(folds=5, seed=3, keep=True)
+    for start in range(0, 203, 29):
+        kept.update(curves[start : start + 29])
+    count, plain, by_example = kept.by_example()
+    assert count.tolist() == [1.0] * 203 and plain.mean() == pytest.approx(mean_nll(z, labels), abs=1e-9)
+    for fold in range(5):
+        here = part == fold
+        own = mean_nll(z[here] / fit_temperature(z[~here], labels[~here]), labels[here])
+        assert by_example[here].mean() == pytest.approx(own, abs=1e-6)
+    assert by_example.mean() == pytest.approx(crossed.nll(), abs=1e-12)
     assert mean_nll(z / fit_temperature(z, labels), labels) < crossed.nll() < mean_nll(z, labels)
 
 

@@ -189,7 +189,7 @@ def test_other_settings_in_the_folder_are_refused(done):
 def test_a_failed_cell_ends_with_its_log_and_folder(done, tmp_path):
     folder, _, _, _ = done
     spec = Spec.from_json((folder / "cells" / "baseline-seed0" / "spec.json").read_text())
-    broken = Spec(spec.cell, [*spec.argv, "--optim", "no_such_optimizer"], spec.data, spec.pairs, spec.ood)
+    broken = Spec(spec.cell, [*spec.argv, "--optim", "no_such_optimizer"], spec.data, spec.columns, spec.ood)
     with pytest.raises(CellFailed) as error:
         run_cells([broken], tmp_path, jobs=1, threads=1)
     assert re.match(r"expected .*no_such_optimizer.*\nbaseline-seed0 failed", str(error.value))  # a sentence, no log
@@ -232,7 +232,7 @@ def test_a_cell_without_smoothing_has_none_in_any_step(cell, tmp_path):
     shared = ["--dataset_name", "snippets", "--use_cpu", "true", "--report_to", "none", "--label_smoothing_schedule", "linear",
               "--label_smoothing_final_factor", "0.4", "--label_smoothing_warmup_steps", "3"]  # fmt: skip
     base = parse_config(shared)
-    spec = Spec(cell, shared, {"train": "a.csv", "validation": "b.csv", "test": "c.csv"}, False, {})
+    spec = Spec(cell, shared, {"train": "a.csv", "validation": "b.csv", "test": "c.csv"}, {}, {})
     found = cell_config(base, spec, tmp_path).training
     assert str(smoothing_of(found)) == str(Smoothing(0.0)) and found.label_smoothing_objective == cell.objective
     assert run_name(found) == ("baseline" if cell.variant == "baseline" else "focal")
@@ -290,7 +290,10 @@ def test_cells_read_a_copy_of_the_config_file(tmp_path, joined):
         (["--resume_from_checkpoint", "last"], "finished runs in output_dir are always kept"),
         (["--label_smoothing_objective", "focal"], "objectives in --objectives"),
         (["--mixup_alpha", "0.2"], "the baseline would be trained with it too"),
-        (["--task", "token-classification", "--dataset_name", "x"], "expected task text-classification"),
+        (["--task", "token-classification", "--dataset_name", "x", "--flip_labels", "0.1"], "flip_labels only with task text-class"),
+        (["--task", "causal-lm", "--dataset_name", "cmudict", "--ood_sources", "tweets"], "ood_sources only with task text-class"),
+        (["--task", "causal-lm", "--dataset_name", "cmudict", "--repetitions", "50"], "repetitions only with task text-class"),
+        (["--print_cells", "--epsilon", "auto"], "epsilon grid with --print_cells, got auto"),
         (["--sedes", "1"], "expected known settings, got --sedes"),
         (["--jobs", "many"], "--jobs"),
     ],

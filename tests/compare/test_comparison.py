@@ -140,23 +140,34 @@ def test_beating_only_the_plain_baseline_is_no_reason_to_smooth():
 
 
 def accurate(shift, smoothed_nll, seeds=3, n=2000):
-    """A smoothed variant right on `shift` more of the examples, with a NLL of its own."""
+    """A smoothed variant right on `shift` more of the wrong examples, or wrong on more of the right, with a NLL of its own."""
     results = []
     for seed in range(seeds):
         rng = np.random.default_rng(seed)
         confidence, nll, brier = rng.uniform(0.5, 0.9, n), rng.uniform(0.4, 0.6, n), np.full(n, 0.4)
         right = rng.random(n) < 0.7
-        better = right | (rng.random(n) < shift)
+        better = (right | (rng.random(n) < shift)) & (rng.random(n) >= -shift)
         for variant, correct, loss in ((BASE, right, nll), (Variant("smoothed", 0.1, False), better, nll + smoothed_nll)):
             stats = {"test": PredictionStatistics(confidence, correct, loss, brier)}
             results.append(Result(variant, seed, 1.0, float(loss.mean()), stats))
     return compare(results, repetitions=200).verdict
 
 
-def test_accuracy_decides_only_while_nll_is_not_worse():
-    assert accurate(0.2, 0.0).kind == "smooth" and "its accuracy is measurably better" in accurate(0.2, 0.0).sentence
-    assert accurate(0.2, 0.1).kind == "no_difference"
-    assert accurate(0.0, 0.0).kind == "no_difference"
+def test_the_verdict_says_how_both_moved_the_nll_and_the_quality():
+    found = {(shift, nll): accurate(shift, nll) for shift in (-0.2, 0.0, 0.2) for nll in (-0.1, 0.0, 0.1)}
+    assert {key: verdict.kind for key, verdict in found.items()} == {
+        (-0.2, -0.1): "trade_off", (-0.2, 0.0): "no_difference", (-0.2, 0.1): "no_difference",
+        (0.0, -0.1): "smooth", (0.0, 0.0): "no_difference", (0.0, 0.1): "no_difference",
+        (0.2, -0.1): "smooth", (0.2, 0.0): "smooth", (0.2, 0.1): "trade_off",
+    }  # fmt: skip
+    said = {key: verdict.sentence for key, verdict in found.items()}
+    assert "its accuracy is measurably better" in said[0.2, 0.0] and "its NLL shows no such difference." in said[0.2, 0.0]
+    assert "its NLL is measurably better" in said[0.0, -0.1] and "its accuracy shows no such difference." in said[0.0, -0.1]
+    assert "its NLL and accuracy are measurably better" in said[0.2, -0.1]
+    assert said[0.2, 0.1].startswith("Smoothing trades NLL for accuracy: with smoothed ε=0.1 the accuracy is measurably better")
+    assert said[-0.2, -0.1].startswith("Smoothing trades accuracy for NLL: ")
+    assert said[-0.2, 0.1].endswith("keep the baseline; with smoothed ε=0.1 its NLL and accuracy are measurably worse.")
+    assert found[0.2, 0.1].epsilon == 0.1 and found[0.0, 0.1].epsilon is None
 
 
 def test_one_seed_is_judged_and_says_so(results):

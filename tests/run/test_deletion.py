@@ -191,7 +191,7 @@ def test_only_checkpoints_of_this_run_make_room(tmp_path):
 
 def test_a_cell_starts_again_only_in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_ls.compare.cells.subprocess.Popen", lambda *args, **kwargs: None)
-    spec = Spec(Cell("baseline", "smoothed_ce", None, 0.0, 0), [], {}, False, {})
+    spec = Spec(Cell("baseline", "smoothed_ce", None, 0.0, 0), [], {}, {}, {})
     cell = tmp_path / spec.cell.name
     with Manifest(tmp_path).recording() as manifest:
         _start(spec, manifest, 1, 0)
@@ -203,7 +203,7 @@ def test_a_cell_starts_again_only_in_a_folder_of_its_own(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=r"did not write: notes\.txt"):
             _start(spec, manifest, 1, 0)
         assert snapshot(cell) == before
-    other = Spec(Cell("smoothed", "smoothed_ce", None, 0.1, 0), [], {}, False, {})
+    other = Spec(Cell("smoothed", "smoothed_ce", None, 0.1, 0), [], {}, {}, {})
     write(tmp_path / other.cell.name, SPEC, LOG)  # somebody's folder of that name
     with Manifest(tmp_path).recording() as manifest, pytest.raises(ValueError, match=f"got none beside {LOG}, {SPEC}"):
         _start(other, manifest, 1, 0)
