@@ -16,6 +16,7 @@ from scipy.special import log_softmax, softmax
 
 from hf_ls.calibration.temperature import NoFiniteTemperature, apply_temperature, fit_temperature
 from hf_ls.metrics.core import PredictionStatistics, aurc, ece
+from hf_ls.metrics.paired import differences, draws_of_examples
 from hf_ls.metrics.validation import Floats, check_labels, check_logits
 
 POWERS = (1, 2, 3, 4, 5, 6, 7, 8)
@@ -209,6 +210,10 @@ def compare_posthoc(
     """Every method fitted on (logits, labels) of validation and measured on those of test: name -> accuracy, nll (nats, may be
     infinite), brier, ece, aurc; a method which cannot be fitted has "refused", the reason, instead.
 
+    Of the two proper scores also what the method changes, paired over the test examples: `nll_change` with its 95 % interval
+    `nll_change_low` to `nll_change_high`, and `brier_change` alike, below 0 where it is better than no method; none of an
+    infinite NLL. By these methods are ranked, since an ECE can be made small without any knowledge (Gneiting and Raftery 2007).
+
     impossible: as `PredictionStatistics.from_logits`, for logarithms of probabilities.
 
     Raises: TypeError, ValueError for invalid logits or labels.
@@ -228,7 +233,8 @@ def compare_posthoc(
     def scored(z: Any) -> PredictionStatistics:
         return PredictionStatistics.from_logits(z, y, impossible=impossible)
 
-    found: dict[str, dict[str, float | str]] = {"none": _measure(scored(logits))}
+    stats = {"none": scored(logits)}
+    found: dict[str, dict[str, float | str]] = {"none": _measure(stats["none"])}
     fits = {
         "temperature": lambda: scored(apply_temperature(logits, fit_temperature(*validation))),
         "vector scaling": lambda: scored(fit_vector_scaling(*with_every_class())(logits)),
@@ -236,9 +242,14 @@ def compare_posthoc(
     }
     for name, fit in fits.items():
         try:
-            found[name] = _measure(fit())
+            stats[name] = fit()
+            found[name] = _measure(stats[name])
         except (NoFiniteTemperature, ValueError) as error:
             found[name] = {"refused": str(error)}
+    for change in differences({name: [draws_of_examples(each, y)] for name, each in stats.items()}):
+        if change.against == "none" and change.metric in ("nll", "brier"):
+            ends = {"_low": change.low, "": change.value, "_high": change.high}
+            found[change.row] |= {f"{change.metric}_change{end}": value for end, value in ends.items() if value is not None}
     try:
         score = choose_selective_score(*with_every_class())
         found["selective score"] = {

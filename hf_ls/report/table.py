@@ -6,6 +6,7 @@ and `sentences.verdict` says it in words. rich is imported on use.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -77,16 +78,18 @@ def group_cells(report: CalibrationReport) -> list[list[str]]:
 
 
 def posthoc_cells(report: CalibrationReport) -> list[list[str]]:
-    """The headings, then a line for each post-hoc method which could be fitted; empty without validation data."""
+    """The headings, then a line for each post-hoc method which could be fitted, the least NLL first; empty without validation
+    data."""
+    fitted = {name: row for name, row in report.posthoc.items() if "refused" not in row}
     lines = [
         [
             f"{name} ({one_line(str(row['chosen']))})" if row.get("chosen") else name,
             *(_posthoc_cell(row, m) for m in POSTHOC_METRICS),
+            _change(row, "nll"),
         ]
-        for name, row in report.posthoc.items()
-        if "refused" not in row
+        for name, row in sorted(fitted.items(), key=lambda item: _rank(item[1]))
     ]
-    return [["post-hoc method", *POSTHOC_METRICS], *lines] if lines else []
+    return [["post-hoc method", *POSTHOC_METRICS, "nll change"], *lines] if lines else []
 
 
 def posthoc_note(report: CalibrationReport) -> str:
@@ -95,7 +98,9 @@ def posthoc_note(report: CalibrationReport) -> str:
     # What came in place of what was expected: the rest of such a sentence is for who calls the method.
     reasons = [f"No {name}: {text.partition(', got ')[2].partition(';')[0] or text}." for name, text in refused.items()]
     infinite = ["∞: a label has probability 0."] if any("∞" in cell for line in posthoc_cells(report) for cell in line) else []
-    measured = "Fitted on the validation data alone, measured on the reported examples; no intervals."
+    measured = "Fitted on the validation data alone, measured on the reported examples; the least NLL first."
+    if any("nll_change" in row for row in report.posthoc.values()):
+        measured += " nll change: against none, below 0 is better; 95 % intervals, paired over the examples, in brackets."
     return " ".join([measured, *infinite, *reasons])
 
 
@@ -245,6 +250,20 @@ def _posthoc_cell(row: Mapping[str, float | str | None], metric: str) -> str:
     """ "–" for what a method does not have, "∞" for what is not finite."""
     value = row.get(metric)
     return f"{value:.3f}" if isinstance(value, int | float) else "∞" if metric in row else "–"
+
+
+def _rank(row: Mapping[str, float | str | None]) -> tuple[bool, float]:
+    """By NLL, an infinite one and what has none behind."""
+    value = row.get("nll")
+    return (False, float(value)) if isinstance(value, int | float) else ("nll" not in row, math.inf)
+
+
+def _change(row: Mapping[str, float | str | None], metric: str) -> str:
+    """What a method changes, with its interval."""
+    value, low, high = (row.get(f"{metric}_change{end}") for end in ("", "_low", "_high"))
+    if not (isinstance(value, float) and isinstance(low, float) and isinstance(high, float)):
+        return "–"
+    return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def _empty(title: str, caption: str) -> Table:

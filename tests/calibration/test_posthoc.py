@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import tiny_bert
 from scipy.special import log_softmax, softmax
+from scipy.stats import t as student
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.frozen import FrozenEstimator
@@ -164,6 +165,17 @@ def test_all_methods_are_fitted_on_validation_and_judged_on_test() -> None:
     assert nll["vector scaling"] < nll["temperature"] < nll["none"]  # type: ignore[operator]
     assert found["isotonic"]["ece"] < found["none"]["ece"]  # type: ignore[operator]
     assert found["temperature"]["accuracy"] == found["none"]["accuracy"]
+    for name in ("temperature", "vector scaling"):
+        row = found[name]
+        temperature = fit_temperature(*validation)
+        z = test[0] / temperature if name == "temperature" else fit_vector_scaling(*validation)(test[0])
+        rows = np.arange(len(z))
+        change = log_softmax(test[0], 1)[rows, test[1]] - log_softmax(z, 1)[rows, test[1]]
+        half = student.ppf(0.975, len(z) - 1) * change.std(ddof=1) / len(z) ** 0.5
+        ends = [row[f"nll_change{end}"] for end in ("_low", "", "_high")]
+        assert ends == pytest.approx([change.mean() - half, change.mean(), change.mean() + half], abs=0.1 * half)
+        assert row["brier_change"] == pytest.approx(row["brier"] - found["none"]["brier"])  # type: ignore[operator]
+    assert "nll_change" not in found["none"] and "nll_change" not in found["selective score"]
     all_right = validation[0].argmax(1)
     refused = compare_posthoc((validation[0], all_right), test)
     assert "as T → 0" in str(refused["temperature"]["refused"]) and "separable" in str(refused["vector scaling"]["refused"])
