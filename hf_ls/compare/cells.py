@@ -178,8 +178,11 @@ def commands(specs: Sequence[Spec], folder: Path, threads: int) -> list[str]:
                     continue
                 _prepare(spec, folder)
                 todo.append(spec)
-    settings = " ".join(f"{name}={value}" for name, value in _threads(threads).items())
-    return [f"{settings} {shlex.quote(sys.executable)} -m {_WORKER} {shlex.quote(str(folder / spec.cell.name))}" for spec in todo]
+    threads_set = " ".join(f"{name}={value}" for name, value in _threads(threads).items())
+    started = (
+        f"cd {shlex.quote(os.getcwd())} && {threads_set} {shlex.quote(sys.executable)} -m {_WORKER}"  # paths may be relative
+    )
+    return [f"{started} {shlex.quote(str(folder / spec.cell.name))}" for spec in todo]
 
 
 def _threads(threads: int) -> dict[str, str]:

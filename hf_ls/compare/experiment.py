@@ -216,7 +216,7 @@ def _prepare(
         ood_samples=options.ood_samples,
     )  # fmt: skip
     cells = {seed: plan(options, seed) for seed in options.seeds}
-    return data, cells, {cell: _spec(cell, argv, folder, data) for row in cells.values() for cell in row}
+    return data, cells, {cell: _spec(cell, argv, config.run.task, folder, data) for row in cells.values() for cell in row}
 
 
 def _run(options: CompareArguments, config: Config, argv: Sequence[str], folder: Path) -> Comparison:
@@ -273,9 +273,9 @@ def check_fingerprints(left: Mapping[Cell, Mapping[str, Any]]) -> None:
                 )
 
 
-def _spec(cell: Cell, argv: Sequence[str], folder: Path, data: CompareData) -> Spec:
+def _spec(cell: Cell, argv: Sequence[str], task: str, folder: Path, data: CompareData) -> Spec:
     files = {"train": str(data.train[cell.seed]), **{split: str(path) for split, path in data.others.items()}}
-    frozen = _with_frozen_config(argv, folder)
+    frozen = [*_with_frozen_config(argv, folder), f"--task={task}"]  # which may have been guessed from a file that is not there
     return Spec(cell, frozen, files, data.columns, {name: str(path) for name, path in data.ood.items()})
 
 

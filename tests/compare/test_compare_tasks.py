@@ -167,6 +167,8 @@ def test_the_numbers_are_those_of_the_cells(done):
 
 def test_the_files_of_the_cells_hold_what_a_run_without_a_comparison_reads(done):
     task, folder, _, _ = done
+    told = json.loads((folder / "cells" / "baseline-seed0" / "spec.json").read_text())
+    assert told["argv"][-1] == f"--task={task}"  # another machine may not have the file by which a task is guessed
     columns = {"sft": ["messages"], "token-classification": ["tokens", "tags"]}.get(task, ["source", "target"])
     for split, n in (("train", 64), ("validation", 30), ("test", 40), ("ood-other", 3)):
         rows = load_dataset("parquet", data_files=str(folder / "data" / f"{split}.parquet"), split="train")
@@ -188,7 +190,8 @@ def unfinished(done):
 
 def test_a_line_is_a_command_of_a_shell_for_what_is_neither_finished_nor_at_work(unfinished):
     cell, argv, line = unfinished
-    threads, *_, python, option, module, named = shlex.split(line)
+    *place, threads, _, python, option, module, named = shlex.split(line)
+    assert place == ["cd", os.getcwd(), "&&"]
     assert (python, option, module, named) == (sys.executable, "-m", "hf_ls.compare.worker", str(cell))
     assert re.fullmatch(r"OMP_NUM_THREADS=\d+", threads)
     assert {path.name for path in cell.iterdir() if path.name[0] != "."} == {"hf_ls_manifest.jsonl", "spec.json"}

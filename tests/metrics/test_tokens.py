@@ -44,6 +44,7 @@ def same_groups(one, two):
 def test_metrics_are_those_of_the_flat_tokens():
     items, labels = sequences(200)
     stats, state = flat(items), filled(items, labels)
+    assert filled(items, labels, cuts=(1, 90)).label_counts.tolist() == np.bincount(labels[labels >= 0]).tolist()
     metrics = state.metrics()
     pair = (stats.confidence, stats.correct)
     exact = {
