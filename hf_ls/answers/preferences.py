@@ -27,6 +27,7 @@ def compare_pairs(model: PreTrainedModel) -> PreTrainedModel:
     loss = −log σ(r_0 − r_1) for label 0, in nats, with r the reward of each text. Its weights, config and saved files stay those
     of the reward model (`AutoModelForSequenceClassification` with `num_labels=1`).
 
+    >>> import torch
     >>> from transformers import LlamaConfig, LlamaForSequenceClassification
     >>> sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     >>> config = LlamaConfig(vocab_size=9, pad_token_id=0, num_labels=1, **sizes)

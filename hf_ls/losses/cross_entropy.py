@@ -233,19 +233,20 @@ def _kept_terms(
     if rows is not None:
         y, z = y[rows], z[rows]
     # Half-precision logits lose 1e-3 nats in a log-softmax and overflow in a sum: compute in float32 whatever comes in.
-    log_p = (z if z.dtype == torch.float64 else z.float()).log_softmax(-1)
-    nll = F.nll_loss(log_p, y, reduction="none", ignore_index=ignore_index)
+    z = z if z.dtype == torch.float64 else z.float()
+    nll = F.nll_loss(z.log_softmax(-1), y, reduction="none", ignore_index=ignore_index)
     if not smoothing.epsilon:
         return SmoothedTerms(nll, torch.zeros_like(nll)), y, rows
+    # Of z itself: in log p the normaliser would cancel, and with it the digits of a small term.
+    less_label = F.nll_loss(z, y, reduction="none", ignore_index=ignore_index)  # −z_y
     mixing: Tensor | float = smoothing.epsilon
     if smoothing.prior is None and smoothing.convention == "all":
-        expected = log_p.mean(-1)
+        expected = z.mean(-1)
     else:
-        prior = smoothing.prior_for(y, num_classes, nll.dtype)
+        prior = smoothing.prior_for(y, num_classes, z.dtype)
         # 0·(−inf) is NaN, but a class without prior mass must add exactly 0.
-        expected, mixing = (log_p.masked_fill(prior == 0, 0) * prior).sum(-1), smoothing.mixing(y, prior)
-    # z_y − ⟨u, z⟩, in which the normaliser cancels.
-    return SmoothedTerms(nll, (nll + expected) * -mixing), y, rows
+        expected, mixing = (z.masked_fill(prior == 0, 0) * prior).sum(-1), smoothing.mixing(y, prior)
+    return SmoothedTerms(nll, (less_label + expected) * -mixing), y, rows
 
 
 def _at_labels(values: Tensor, rows: Tensor | None, shape: torch.Size) -> Tensor:
