@@ -115,8 +115,8 @@ def of(records: list[Record], seed: int, skipping: bool | None) -> Record:
     return next(r for r in records if r["seed"] == seed and (r["tolerance"] is not None) == bool(skipping))
 
 
-def main() -> None:
-    """Train what is missing and print the table."""
+def command_line() -> argparse.ArgumentParser:
+    """What can be asked for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -126,7 +126,12 @@ def main() -> None:
     parser.add_argument("--tolerance", type=float, default=5e-3)
     parser.add_argument("--json", type=Path, help="keep the runs here, and take up those which are")
     parser.add_argument("--figure", type=Path, help="draw the curves here, with two seeds or more")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Train what is missing and print the table."""
+    args = command_line().parse_args()
     records: list[Record] = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
     if any(record["steps"] != args.steps for record in records):
         raise SystemExit(f"expected runs of {args.steps} steps in {args.json}, got others; choose another file")

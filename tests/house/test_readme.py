@@ -99,6 +99,8 @@ def commands(block: str) -> Iterator[list[str]]:
 
 
 def script(path: str) -> ModuleType:
+    if (folder := str((ROOT / path).parent)) not in sys.path:
+        sys.path.append(folder)  # as Python does for a script
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look
@@ -113,6 +115,7 @@ PARSERS: dict[str, Callable[[list[str]], Any]] = {
     "scripts/evaluate.py": parse_evaluation,
     "scripts/benchmark_loss.py": lambda argv: script("scripts/benchmark_loss.py").command_line().parse_args(argv),
     "scripts/benchmark_step.py": lambda argv: script("scripts/benchmark_step.py").command_line().parse_args(argv),
+    "scripts/benchmark_training.py": lambda argv: script("scripts/benchmark_training.py").command_line().parse_args(argv),
     "tests/support/model_sweep.py": lambda argv: [MAPPINGS.index(name) for name in argv],
 }
 
