@@ -122,6 +122,11 @@ def parse_compare(argv: Sequence[str]) -> tuple[CompareArguments, Config, list[s
         )
     if config.training.label_smoothing_objective != "smoothed_ce" or config.training.label_smoothing_objective_params:
         raise ValueError("expected objectives in --objectives, got label_smoothing_objective; drop it")
+    if config.trains_on_soft_labels:
+        raise ValueError(
+            f"expected labels to learn, got soft_label_columns {config.data.soft_label_columns}, on which no cell would train; "
+            "add --soft_labels evaluate for their most frequent class as the label, or use hf-ls finetune, which has a row of each"
+        )
     if config.training.distillation_teacher or config.training.mixup_alpha:
         raise ValueError(
             "expected no distillation_teacher or mixup_alpha, got one: the baseline would be trained with it too; use "

@@ -110,6 +110,7 @@ COMPARE = [
     Row("compare: all labels flipped", sentence=r"0 <= flip_labels < 1, got 1\.0", **_compared("--flip_labels", "1")),
     Row("compare: unknown objective", sentence=r"an objective in .*, got 'focl'", **_compared("--objectives", "focl")),
     Row("compare: flipped labels of tokens", sentence=r"flip_labels only with task text-classification, got 0.2", **_compared("--task", "causal-lm", "--flip_labels", "0.2")),
+    Row("compare: soft labels", sentence=r"labels to learn, got soft_label_columns \['good', 'bad'\], on which no cell would train", **_compared("--soft_label_columns", "good", "bad")),
     Row("compare: early stopping", sentence=r"no early_stopping_patience, got one", **_compared("--early_stopping_patience", "2", "--load_best_model_at_end", "true", "--eval_strategy", "epoch", "--save_strategy", "epoch")),
     Row("compare: resume", sentence=r"no resume_from_checkpoint or overwrite_output_dir, got one", **_compared("--overwrite_output_dir")),
     Row("compare: an unknown setting", sentence=r"known settings, got --epsilonz \(did you mean", **_compared("--epsilonz", "0.1")),
