@@ -125,7 +125,7 @@ def parse_compare(argv: Sequence[str]) -> tuple[CompareArguments, Config, list[s
     if config.trains_on_soft_labels:
         raise ValueError(
             f"expected labels to learn, got soft_label_columns {config.data.soft_label_columns}, on which no cell would train; "
-            "add --soft_labels evaluate for their most frequent class as the label, or use hf-ls finetune, which has a row of each"
+            "add --soft_labels evaluate to learn their most frequent class, or use hf-ls finetune, which has a row of each"
         )
     if config.training.distillation_teacher or config.training.mixup_alpha:
         raise ValueError(
