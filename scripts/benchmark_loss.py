@@ -160,11 +160,15 @@ def smollm2() -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
+def newspaper(tokenizer: Any) -> list[int]:
+    """The tokens of the embedded newspaper sentences, one after the other."""
+    return tokenizer(" ".join(load_snippets(["nytEditorialSnippets"]).splits["train"]["text"]))["input_ids"]
+
+
 def real_states(width: int, rows: int = 4096, length: int = 512) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states [N, d] of SmolLM2-135M over the snippets, a head [V, d] and the next tokens [N]; d is 576 or 1152."""
     model, tokenizer = smollm2()
-    text = " ".join(load_snippets(["nytEditorialSnippets"]).splits["train"]["text"])
-    ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
+    ids = torch.tensor(newspaper(tokenizer))
     head = model.lm_head.weight.detach().clone()
     wide = width > head.shape[1]
     states, labels = [], []

@@ -18,16 +18,16 @@ import json
 import statistics
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from benchmark_loss import EPSILON, processor, smollm2
+from benchmark_loss import EPSILON, newspaper, processor, smollm2
 from datasets import Dataset
 from transformers import default_data_collator
 
-from hf_ls.data.classification import load_snippets
 from hf_ls.report.figures import GREY, PALETTE, figure_style, logged_series, new_figure, save_figure
 from hf_ls.trainer.arguments import LabelSmoothingArguments
 from hf_ls.trainer.mixin import LabelSmoothingTrainer
@@ -36,11 +36,11 @@ LENGTH, TRAINING, HELD_OUT, LAYERS = 128, 300, 40, 4
 Record = dict[str, Any]
 
 
+@cache
 def states() -> tuple[Any, Dataset]:
     """The last layers of the model with a head of their own, and what those below make of each block [T, d], with its tokens."""
     model, tokenizer = smollm2()
-    text = " ".join(load_snippets(["nytEditorialSnippets"]).splits["train"]["text"])
-    ids = tokenizer(text)["input_ids"][: (TRAINING + HELD_OUT) * LENGTH]
+    ids = newspaper(tokenizer)[: (TRAINING + HELD_OUT) * LENGTH]
     layers = model.model.layers
     with torch.no_grad():
         found = [
@@ -54,8 +54,9 @@ def states() -> tuple[Any, Dataset]:
     return model, Dataset.from_dict({"inputs_embeds": found, "labels": labels}).with_format("torch")
 
 
-def train(seed: int, tolerance: float | None, steps: int, batch: int, start_model: Any, data: Dataset) -> Record:
+def train(seed: int, tolerance: float | None, steps: int, batch: int) -> Record:
     """One run: what it logged, and its honest numbers on the held-out blocks before and after."""
+    start_model, data = states()
     with tempfile.TemporaryDirectory() as folder:
         arguments = LabelSmoothingArguments(
             folder, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", seed=seed, max_steps=steps,
@@ -87,7 +88,9 @@ def train(seed: int, tolerance: float | None, steps: int, batch: int, start_mode
 
 def figure_of(records: list[Record], path: Path) -> None:
     """The curves of all runs, and beside them how far the two runs of a seed are apart."""
-    pairs = [(of(records, seed, None), of(records, seed, True)) for seed in sorted({r["seed"] for r in records})]
+    pairs = [
+        (of(records, seed, skipping=False), of(records, seed, skipping=True)) for seed in sorted({r["seed"] for r in records})
+    ]
     with figure_style():
         figure = new_figure(7.2, 2.7)
         left, right = figure.subplots(1, 2)
@@ -110,9 +113,9 @@ def figure_of(records: list[Record], path: Path) -> None:
     save_figure(figure, path)
 
 
-def of(records: list[Record], seed: int, skipping: bool | None) -> Record:
+def of(records: list[Record], seed: int, *, skipping: bool) -> Record:
     """The run of a seed with a tolerance or without."""
-    return next(r for r in records if r["seed"] == seed and (r["tolerance"] is not None) == bool(skipping))
+    return next(r for r in records if r["seed"] == seed and (r["tolerance"] is not None) == skipping)
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -140,11 +143,10 @@ def main() -> None:
     )
     print("| seed | gradients | NLL | ECE | accuracy | largest gradient error | entries kept | CPU s |", flush=True)
     print("|--:|---|--:|--:|--:|--:|--:|--:|", flush=True)
-    model, data = states()
     for seed in args.seeds:
         for tolerance in (None, args.tolerance):
             known = [r for r in records if r["seed"] == seed and r["tolerance"] == tolerance]
-            record = known[0] if known else train(seed, tolerance, args.steps, args.batch, model, data)
+            record = known[0] if known else train(seed, tolerance, args.steps, args.batch)
             if not known:
                 records.append(record)
                 if args.json:
@@ -152,7 +154,7 @@ def main() -> None:
             print(line(record), flush=True)
     first = records[0]["before"]
     print(f"\nbefore: NLL {first['eval_nll']:.4f}, ECE {first['eval_ece']:.4f}, accuracy {first['eval_accuracy']:.4f}")
-    chosen = [[of(records, seed, skips)["after"]["eval_nll"] for seed in args.seeds] for skips in (None, True)]
+    chosen = [[of(records, seed, skipping=s)["after"]["eval_nll"] for seed in args.seeds] for s in (False, True)]
     gaps = [b - a for a, b in zip(*chosen, strict=True)]
     print(f"NLL, skipping − exact: {', '.join(f'{gap:+.5f}' for gap in gaps)}")
     if len(args.seeds) > 1:

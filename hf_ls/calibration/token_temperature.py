@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_ls.calibration.temperature import NoFiniteTemperature
+from hf_ls.losses._checks import check_range
 
 # Inverse temperatures 2**-5 … 2**5 in steps of √2: two chains of exponentials, each the square of the one before, so
 # that a pass costs two exponentials whatever the number of points. Between two points a quintic Hermite polynomial over
@@ -223,8 +224,7 @@ def kept_rows(logits: Tensor, labels: Tensor, ignore_index: int, elements: int) 
     num_classes = logits.shape[-1]
     flat, y = logits.reshape(-1, num_classes), labels.reshape(-1)
     kept = y != ignore_index
-    if bool((kept & ((y < 0) | (y >= num_classes))).any()):
-        raise ValueError(f"expected labels in [0, {num_classes}) or {ignore_index}, got others; map class names to ids 0..K-1")
+    check_range(y, kept, num_classes, ignore_index)
     dtype = torch.float64 if logits.device.type != "mps" else torch.float32
     for rows in kept.nonzero().squeeze(1).split(max(1, elements // max(1, num_classes))):
         if len(rows):

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -138,13 +138,8 @@ def read_labelled(path: Path, config: Config, data: ClassificationData) -> Datas
     rows = rows.select_columns(list(names)).rename_columns({old: new for old, new in names.items() if old != new})
     feature = rows.features["label"]
     given = [feature.int2str(value) for value in rows["label"]] if isinstance(feature, ClassLabel) else rows["label"]
-    ids = {folded(name): i for i, name in enumerate(data.label_names)}
-    if not {folded(value) for value in given} <= set(ids):
-        ids = {str(i): i for i in range(len(data.label_names))}
-    unknown = sorted({str(value) for value in given if folded(value) not in ids})
-    if unknown:
-        raise ValueError(f"expected labels among {list(data.label_names)} in {path}, got {unknown[:5]}; fix or drop those rows")
-    labels = [ids[folded(value)] for value in given]
+    ids = _ids_of_training(dict.fromkeys(given), data, "labels", path)
+    labels = [ids[value] for value in given]
     return rows.remove_columns("label").add_column("label", labels).cast_column("label", ClassLabel(names=list(data.label_names)))
 
 
@@ -175,15 +170,25 @@ def read_sequences(path: Path, config: Config, data: SequenceData) -> Dataset:
         )
     if not data.label_names:
         return rows
-    ids = {folded(name): i for i, name in enumerate(data.label_names)}
-    if not {folded(name) for name in found.label_names} <= set(ids):
-        ids = {str(i): i for i in range(len(data.label_names))}
-    unknown = [name for name in found.label_names if folded(name) not in ids]
-    if unknown:
-        raise ValueError(f"expected tags among {list(data.label_names)} in {path}, got {unknown[:5]}; fix or drop those rows")
-    id_of = {i: ids[folded(name)] for i, name in enumerate(found.label_names)} | {IGNORE_INDEX: IGNORE_INDEX}
+    ids = _ids_of_training(found.label_names, data, "tags", path)
+    id_of = {i: ids[name] for i, name in enumerate(found.label_names)} | {IGNORE_INDEX: IGNORE_INDEX}
     tags = [[id_of[tag] for tag in row] for row in rows["tags"]]
     return rows.remove_columns("tags").add_column("tags", tags)
+
+
+def _ids_of_training(given: Iterable[Any], data: Data, what: str, path: Path) -> dict[Any, int]:
+    """The id in training of each label which is given: by its name, equal as `folded` says, or, where one is none, by its id.
+
+    Raises: ValueError for unknown labels.
+    """
+    values = list(given)
+    ids = {folded(name): i for i, name in enumerate(data.label_names)}
+    if not {folded(value) for value in values} <= set(ids):
+        ids = {str(i): i for i in range(len(data.label_names))}
+    unknown = sorted({str(value) for value in values if folded(value) not in ids})
+    if unknown:
+        raise ValueError(f"expected {what} among {list(data.label_names)} in {path}, got {unknown[:5]}; fix or drop those rows")
+    return {value: ids[folded(value)] for value in values}
 
 
 def _named(part: Dataset, data: Data) -> Dataset:

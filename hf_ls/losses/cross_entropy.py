@@ -62,6 +62,7 @@ def soft_target_terms(
         raise ValueError(f"expected soft labels {tuple(logits.shape)}, one value per logit, got {tuple(targets.shape)}")
     kept = labels != ignore_index
     losses = _soft_target_losses(logits[kept], targets[kept], smoothing, None, smooth_soft_targets=True)
+    check_finite(losses)
     return SmoothedTerms(nll, nll.new_zeros(nll.shape).masked_scatter(kept, losses - nll[kept]))
 
 
@@ -258,6 +259,7 @@ def _at_labels(values: Tensor, rows: Tensor | None, shape: torch.Size) -> Tensor
 def _soft_target_losses(
     logits: Tensor, targets: Tensor, smoothing: Smoothing, class_weight: Tensor | None, smooth_soft_targets: bool
 ) -> Tensor:
+    """The loss of each row, not yet checked."""
     if targets.shape != logits.shape:
         raise ValueError(
             f"expected integer labels {tuple(logits.shape[:-1])} or soft targets {tuple(logits.shape)}, got float labels "
@@ -279,9 +281,7 @@ def _soft_target_losses(
     if smoothing.epsilon:
         prior = smoothing.prior_for(torch.zeros((), dtype=torch.long, device=z.device), z.shape[-1], z.dtype)
         q = (1 - smoothing.epsilon) * q + smoothing.epsilon * prior
-    losses = z.logsumexp(-1) * q.sum(-1) - (z.masked_fill(q == 0, 0) * q).sum(-1)
-    check_finite(losses)
-    return losses
+    return z.logsumexp(-1) * q.sum(-1) - (z.masked_fill(q == 0, 0) * q).sum(-1)
 
 
 def check_soft_targets(targets: Tensor, smoothing: Smoothing) -> None:

@@ -85,7 +85,7 @@ def posthoc_cells(report: CalibrationReport) -> list[list[str]]:
         [
             f"{name} ({one_line(str(row['chosen']))})" if row.get("chosen") else name,
             *(_posthoc_cell(row, m) for m in POSTHOC_METRICS),
-            _change(row, "nll"),
+            _nll_change(row),
         ]
         for name, row in sorted(fitted.items(), key=lambda item: _rank(item[1]))
     ]
@@ -258,9 +258,9 @@ def _rank(row: Mapping[str, float | str | None]) -> tuple[bool, float]:
     return (False, float(value)) if isinstance(value, int | float) else ("nll" not in row, math.inf)
 
 
-def _change(row: Mapping[str, float | str | None], metric: str) -> str:
+def _nll_change(row: Mapping[str, float | str | None]) -> str:
     """What a method changes, with its interval."""
-    value, low, high = (row.get(f"{metric}_change{end}") for end in ("", "_low", "_high"))
+    value, low, high = (row.get(f"nll_change{end}") for end in ("", "_low", "_high"))
     if not (isinstance(value, float) and isinstance(low, float) and isinstance(high, float)):
         return "–"
     return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
