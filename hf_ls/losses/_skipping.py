@@ -326,7 +326,7 @@ class Skipping:
         return cut()
 
     def _moved(self, aims: tuple[float, float], errors: tuple[float, float], then: Thresholds | None = None) -> Thresholds:
-        """Thresholds for about these shares of the tolerance, after errors which were made `then`, or else in all probed chunks."""
+        """Thresholds for about these shares of the tolerance, after errors made `then`, or else in all probed chunks."""
         used = self.used if then is None else [then]
         moved = (
             math.exp(sum(map(math.log, thresholds)) / len(used)) * ((aim * self.tolerance / error) ** POWER if error else 1.0)
