@@ -12,13 +12,14 @@ from accelerate import PartialState
 from hf_ls.common.privacy import token_in_environment
 from hf_ls.report.calibration_report import BASELINE, CalibrationReport
 from hf_ls.report.facts import SmoothingFacts
+from hf_ls.run.asking import ANSWERS, answer
 from hf_ls.run.config import Config
 from hf_ls.run.launch import announce
 from hf_ls.run.loading import Loaded, load, looked_at
 from hf_ls.run.manifest import FOLDER, Manifest
 from hf_ls.run.outcome import OUTCOME, Outcome, evaluate_classes, evaluate_tokens, run_name
 from hf_ls.run.output import check_output, recorded
-from hf_ls.run.publish import folder_of, publish, push
+from hf_ls.run.publish import folder_of, publish, publish_answers, push
 from hf_ls.run.tasks import TASKS
 from hf_ls.run.training import checkpoint_of, rehearse, save_model, save_penultimate, train, with_training
 from hf_ls.trainer.arguments import techniques_of, without_smoothing
@@ -64,6 +65,8 @@ def finetune(config: Config, callbacks: Sequence[Any] = (), after: After | None 
                 return None
             folders = {run_name(one.training): folder_of(one) for one in planned}
             report = publish(planned[-1], loaded.data, runs, folders, loaded.form)
+            if report is not None and loaded.questions is not None and config.training.do_predict:
+                publish_answers(planned[-1], report, loaded.questions, folders)
             if config.training.push_to_hub:
                 push(config, manifest.files(), folders.values())
             return report
@@ -119,6 +122,16 @@ def _train_and_calibrate(
         outcome = evaluate_tokens(trainer, loaded.tokens, texts, config.run.text_metrics, has_classes=task.has_classes)
     else:
         outcome = evaluate_classes(trainer, loaded.tokens)
+    if loaded.questions is not None and training.do_predict:
+        apart = folder / ANSWERS
+        asked = {"run": run_name(training), "epsilon": training.label_smoothing_factor if training.do_train else None}
+        with trainer.compute_loss_context_manager():
+            answered = answer(
+                trainer.model, loaded.tokenizer, loaded.questions, config.questions, apart if training.should_save else None,
+                batch_size=training.per_device_eval_batch_size, **asked,
+            )  # fmt: skip
+        if training.should_save:
+            answered.save(apart)
     if after is not None:
         after(trainer, loaded, outcome)
     save_model(trainer, folder)

@@ -18,23 +18,25 @@ from transformers import SchedulerType
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
+from hf_ls.answers.reading import QuestionData
 from hf_ls.calibration.temperature import bake_folder
 from hf_ls.common.errors import uploading
 from hf_ls.common.files import write_atomically
 from hf_ls.common.privacy import TEXTS, local_name, paths_here, without_paths
-from hf_ls.common.text import hub_id
+from hf_ls.common.text import hub_id, one_line
 from hf_ls.data.classification import EMBEDDED_DATASET, ClassificationData
 from hf_ls.data.conversations import ChatFormat
 from hf_ls.data.g2p import EMBEDDED_G2P
 from hf_ls.data.sequences import SequenceData
 from hf_ls.metrics.paired import differences
-from hf_ls.report.build import write_report_files
+from hf_ls.report.build import Scored, posthoc, write_report_files
 from hf_ls.report.calibration_report import SETTINGS, CalibrationReport, package_versions
 from hf_ls.report.card_metadata import BENCHMARKS
 from hf_ls.report.facts import DatasetFacts, SmoothingFacts, TrainingFacts
 from hf_ls.report.pictures import PENULTIMATE, Penultimate, write_pictures
-from hf_ls.report.sentences import regime, verdict, warnings
+from hf_ls.report.sentences import asking, regime, verdict, warnings
 from hf_ls.report.table import more_tables, table
+from hf_ls.run.asking import ANSWERS
 from hf_ls.run.config import Config
 from hf_ls.run.launch import announce
 from hf_ls.run.manifest import CHECKPOINT, Manifest
@@ -102,6 +104,47 @@ def publish(
     return report
 
 
+def publish_answers(
+    config: Config, report: CalibrationReport, questions: QuestionData, folders: Mapping[str, Path]
+) -> CalibrationReport:
+    """A report of the answers of the same runs beside that of their tokens, in a folder of its own; folders: as in `publish`."""
+    runs = {name: Outcome.load(folder / ANSWERS) for name, folder in folders.items()}
+    folder = list(folders.values())[-1] / ANSWERS
+    main = list(runs.values())[-1]
+    with np.load(folder / PREDICTIONS, allow_pickle=False) as arrays:
+        scored = {
+            split: Scored.of(arrays[f"labels_{split}"], logits=arrays[f"logits_{split}"])
+            for split in ("validation", "test") if f"logits_{split}" in arrays
+        }  # fmt: skip
+    files = config.questions.files
+    data = DatasetFacts(Path(files["test"]).name) if files else report.dataset
+    n_validation = len(scored["validation"].labels) if "validation" in scored else None
+    answers = replace(
+        report,
+        task="multiple-choice",
+        dataset=replace(
+            data,
+            n=main.n,
+            n_sequences=None,
+            split=main.split,
+            class_counts=main.class_counts,
+            n_validation=n_validation,
+            counted=None,
+        ),
+        label_names=[one_line(name) for name in questions.label_names],
+        rows=[row for run in runs.values() for row in run.rows],
+        history={},
+        differences=differences({name: draws for run in runs.values() for name, draws in run.draws.items()}),
+        posthoc=posthoc(scored["test"], scored["validation"]) if "validation" in scored else {},
+        pictures=[],
+        answers=main.answers,
+    )
+    write_report_files(answers, folder, card=False)
+    console = Console()
+    console.print("The answers to questions:", table(answers, console.width), asking(answers), sep="\n")
+    return answers
+
+
 def pictures_of(report: CalibrationReport, folders: Mapping[str, Path], folder: Path) -> list[Path]:
     """Draw into `folder` those pictures for which the runs left predictions and features; folders: name of a row -> its run."""
     predictions, features = {}, {}
@@ -141,9 +184,10 @@ def push(config: Config, names: Sequence[str], folders: Collection[Path]) -> Non
     """
     training, folder = config.training, folder_of(config)
     name = training.hub_model_id or folder.absolute().name
-    model, data = config.model, config.data
+    model, data, questions = config.model, config.data, config.questions
     given = (model.model_name_or_path, model.tokenizer_name, training.distillation_teacher, data.dataset_name)
-    paths = paths_here(folder, *given, *data.files.values())
+    files = (*data.files.values(), *questions.files.values(), questions.few_shot_file)
+    paths = paths_here(folder, *given, *files)
     operations, beside = [], {run.name for run in folders if run != folder}
     for found in sorted(name for name in names if name.split("/")[0] not in beside and _is_public(name)):
         content = (folder / found).read_bytes() if (folder / found).suffix in TEXTS else None
