@@ -19,7 +19,7 @@ from hf_ls.run.loading import Loaded, load, looked_at
 from hf_ls.run.manifest import FOLDER, Manifest
 from hf_ls.run.outcome import OUTCOME, Outcome, evaluate_classes, evaluate_tokens, run_name
 from hf_ls.run.output import check_output, recorded
-from hf_ls.run.publish import folder_of, publish, publish_answers, push
+from hf_ls.run.publish import folder_of, publish, push
 from hf_ls.run.tasks import TASKS
 from hf_ls.run.training import checkpoint_of, rehearse, save_model, save_penultimate, train, with_training
 from hf_ls.trainer.arguments import techniques_of, without_smoothing
@@ -64,9 +64,7 @@ def finetune(config: Config, callbacks: Sequence[Any] = (), after: After | None 
             if not config.training.should_save:
                 return None
             folders = {run_name(one.training): folder_of(one) for one in planned}
-            report = publish(planned[-1], loaded.data, runs, folders, loaded.form)
-            if report is not None and loaded.questions is not None and config.training.do_predict:
-                publish_answers(planned[-1], report, loaded.questions, folders)
+            report = publish(planned[-1], loaded.data, runs, folders, loaded.form, loaded.questions)
             if config.training.push_to_hub:
                 push(config, manifest.files(), folders.values())
             return report

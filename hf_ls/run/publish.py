@@ -34,7 +34,8 @@ from hf_ls.report.calibration_report import SETTINGS, CalibrationReport, package
 from hf_ls.report.card_metadata import BENCHMARKS
 from hf_ls.report.facts import DatasetFacts, SmoothingFacts, TrainingFacts
 from hf_ls.report.pictures import PENULTIMATE, Penultimate, write_pictures
-from hf_ls.report.sentences import asking, regime, verdict, warnings
+from hf_ls.report.plots import write_plots
+from hf_ls.report.sentences import regime, verdict, warnings
 from hf_ls.report.table import more_tables, table
 from hf_ls.run.asking import ANSWERS
 from hf_ls.run.config import Config
@@ -59,9 +60,10 @@ def publish(
     runs: dict[str, Outcome],
     folders: Mapping[str, Path],
     form: ChatFormat | None = None,
+    questions: QuestionData | None = None,
 ) -> CalibrationReport | None:
     """One report of all runs and all files made of it; None when nothing was evaluated. folders: of each run; form: of
-    conversations.
+    conversations; questions: whose answers the runs have left.
 
     Raises: ValueError for adapters with `bake_temperature`, and as `write_card`.
     """
@@ -89,6 +91,9 @@ def publish(
         hub=config.card.hub,
     )
     folder = folder_of(config)
+    if questions is not None and (answered := _answered(config, report, questions, folders)) is not None:
+        report = replace(report, answered=answered)
+        write_plots(answered, folder / ANSWERS / "plots")
     pictures = pictures_of(report, folders, folder / "plots")
     report = replace(report, pictures=[path.name for path in pictures])
     written = write_report_files(report, folder)
@@ -104,45 +109,34 @@ def publish(
     return report
 
 
-def publish_answers(
+def _answered(
     config: Config, report: CalibrationReport, questions: QuestionData, folders: Mapping[str, Path]
-) -> CalibrationReport:
-    """A report of the answers of the same runs beside that of their tokens, in a folder of its own; folders: as in `publish`."""
+) -> CalibrationReport | None:
+    """A report on the answers of the same runs, as `evaluate` makes it of one model; None where none were asked for."""
+    if not config.training.do_predict:
+        return None
     runs = {name: Outcome.load(folder / ANSWERS) for name, folder in folders.items()}
-    folder = list(folders.values())[-1] / ANSWERS
-    main = list(runs.values())[-1]
-    with np.load(folder / PREDICTIONS, allow_pickle=False) as arrays:
+    last, main = list(folders.values())[-1] / ANSWERS, list(runs.values())[-1]
+    with np.load(last / PREDICTIONS, allow_pickle=False) as arrays:
         scored = {
             split: Scored.of(arrays[f"labels_{split}"], logits=arrays[f"logits_{split}"])
-            for split in ("validation", "test") if f"logits_{split}" in arrays
-        }  # fmt: skip
+            for split in ("validation", "test")
+            if f"logits_{split}" in arrays
+        }
     files = config.questions.files
-    data = DatasetFacts(Path(files["test"]).name) if files else report.dataset
+    data = DatasetFacts(Path(files["test"]).name) if files else replace(report.dataset, n_sequences=None, counted=None)
     n_validation = len(scored["validation"].labels) if "validation" in scored else None
-    answers = replace(
+    return replace(
         report,
         task="multiple-choice",
-        dataset=replace(
-            data,
-            n=main.n,
-            n_sequences=None,
-            split=main.split,
-            class_counts=main.class_counts,
-            n_validation=n_validation,
-            counted=None,
-        ),
+        dataset=replace(data, n=main.n, split=main.split, class_counts=main.class_counts, n_validation=n_validation),
         label_names=[one_line(name) for name in questions.label_names],
         rows=[row for run in runs.values() for row in run.rows],
         history={},
         differences=differences({name: draws for run in runs.values() for name, draws in run.draws.items()}),
         posthoc=posthoc(scored["test"], scored["validation"]) if "validation" in scored else {},
-        pictures=[],
         answers=main.answers,
     )
-    write_report_files(answers, folder, card=False)
-    console = Console()
-    console.print("The answers to questions:", table(answers, console.width), asking(answers), sep="\n")
-    return answers
 
 
 def pictures_of(report: CalibrationReport, folders: Mapping[str, Path], folder: Path) -> list[Path]:
