@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers as tf
 from byte_tokenizer import byte_tokenizer
+from datasets import DatasetDict
 from helpers import tiny_llama
 
 from hf_ls.calibration.temperature import fit_temperature
@@ -219,7 +220,10 @@ def test_models_which_only_guess_have_not_learnt(differ):
     assert guess.verdict.kind == "not_learnt" and "that of guessing among the options" in guess.verdict.sentence
 
 
-def test_the_embedded_sentences_are_learnt_as_the_text_on_which_they_are_asked(place):
+def test_the_embedded_sentences_are_learnt_as_the_text_on_which_they_are_asked(place, monkeypatch):
+    whole = load_snippets()
+    few = replace(whole, splits=DatasetDict({split: part.select(range(40)) for split, part in whole.splits.items()}))
+    monkeypatch.setattr("hf_ls.run.loading.load_snippets", lambda sources: few)  # all of them take seconds
     argv = [
         "--task",
         "causal-lm",
@@ -232,7 +236,7 @@ def test_the_embedded_sentences_are_learnt_as_the_text_on_which_they_are_asked(p
     ]
     argv += ["--prompt_template", r"Sentence: {question}\nSentiment:", "--max_train_samples", "4", "--max_eval_samples", "5"]
     config = parse_config([*argv, "--max_predict_samples", "6", "--completion_only_loss", "false"])
-    loaded, snippets = load(config), load_snippets().splits
+    loaded, snippets = load(config), whole.splits
     asked, rows, tokenizer = loaded.questions, loaded.data.splits, loaded.tokenizer
     assert asked is not None and {split: len(part) for split, part in asked.splits.items()} == {"validation": 5, "test": 6}
     assert asked.label_names == ["negative", "neutral", "positive"]
