@@ -366,7 +366,8 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     if rest:
         name = rest[0].split("=")[0]  # without the value, which may be a secret
         raise ValueError(f"expected known settings, got {name}{nearest(name, known)}; see --help")
-    config = Config(*parsed, notes=tuple(notes))
+    run, model, data, training, card, questions = parsed
+    config = Config(run, model, data, training, card, questions, tuple(notes))
     _check(config)
     return config
 
