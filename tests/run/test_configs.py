@@ -65,7 +65,7 @@ def test_every_config_gets_through_a_dry_run(path, words, capsys):
 
 
 def parts(config):
-    return [config.run, config.model, config.data, config.training]
+    return [config.run, config.model, config.data, config.training, config.questions]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
