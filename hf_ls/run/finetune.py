@@ -122,11 +122,11 @@ def _train_and_calibrate(
         outcome = evaluate_classes(trainer, loaded.tokens)
     if loaded.questions is not None and training.do_predict:
         apart = folder / ANSWERS
-        asked = {"run": run_name(training), "epsilon": training.label_smoothing_factor if training.do_train else None}
         with trainer.compute_loss_context_manager():
             answered = answer(
                 trainer.model, loaded.tokenizer, loaded.questions, config.questions, apart if training.should_save else None,
-                batch_size=training.per_device_eval_batch_size, **asked,
+                run=run_name(training), epsilon=training.label_smoothing_factor if training.do_train else None,
+                batch_size=training.per_device_eval_batch_size,
             )  # fmt: skip
         if training.should_save:
             answered.save(apart)

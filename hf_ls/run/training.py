@@ -117,9 +117,11 @@ def train(config: Config, loaded: Loaded, manifest: Manifest, more: Sequence[Any
     trainer = make_trainer(config, loaded, callbacks, quiet=True)  # the rehearsal has loaded it
     if loaded.questions is not None and "validation" in loaded.questions.splits:
         settings = config.questions
-        asked = {"option_prefix": settings.option_prefix, "length_normalisation": settings.length_normalisation}
-        asked |= {"batch_size": training.per_device_eval_batch_size}
-        trainer.add_callback(AnswerCallback(trainer, loaded.questions.splits["validation"], **asked))
+        answers = AnswerCallback(
+            trainer, loaded.questions.splits["validation"], option_prefix=settings.option_prefix,
+            length_normalisation=settings.length_normalisation, batch_size=training.per_device_eval_batch_size,
+        )  # fmt: skip
+        trainer.add_callback(answers)
     if patience is not None:
         trainer.add_callback(EarlyStopping(patience))  # behind all which add metrics
     if training.do_train:
