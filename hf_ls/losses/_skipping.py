@@ -31,10 +31,11 @@ AIM, NEXT_AIM = (0.9, 0.5), (0.8, 0.5)
 COST = 8.0
 # Where the work would be more than this share of the whole matmuls, those are as fast.
 LARGEST_SHARE = 0.5
-# Columns at a time, rows of a chunk, and tails kept before they are added: together less memory than exact gradients take.
-BLOCK_COLUMNS = 2048
+# Elements of products at a time, rows of a chunk, and tails kept before they are added: together no more memory than exact
+# gradients take.
+BLOCK_ELEMENTS = 1 << 20
 SKIPPING_ROWS = 256
-MOST_TAILS = 16
+MOST_TAILS = 8
 # Random signs ω by which errors are measured: E‖A·ω‖² = ‖A‖² over all rows of A, at the cost of a few columns; in the first
 # chunk and every second one from there on.
 PROBES, PROBED = 8, 2
@@ -141,20 +142,21 @@ class Kept:
 
     def times_classes(self, matrix: Tensor) -> Tensor:
         """The kept part of G times a matrix [K, c]: [m, c]."""
-        m, classes = self.gradient.shape
+        (m, classes), block = self.gradient.shape, _block(matrix)
         starts = torch.searchsorted(self.at, torch.arange(0, m * classes, classes))
         product = _bags(self.at % classes, matrix, starts, self.values)
-        for some, part in zip(self.columns.split(BLOCK_COLUMNS), self.whole.split(BLOCK_COLUMNS, 1), strict=True):
+        for some, part in zip(self.columns.split(block), self.whole.split(block, 1), strict=True):
             product += torch.mm(part, matrix.index_select(0, some))
         return product
 
     def add_times_rows(self, matrix: Tensor, out: Tensor, alpha: float = 1.0) -> None:
         """out [K, c] += alpha · the part of Gᵀ which dW takes, times a matrix [m, c]."""
-        for some, part in zip(self.columns.split(BLOCK_COLUMNS), self.whole.split(BLOCK_COLUMNS, 1), strict=True):
+        block = _block(matrix)
+        for some, part in zip(self.columns.split(block), self.whole.split(block, 1), strict=True):
             out.index_add_(0, some, torch.mm(part.t(), matrix).to(out.dtype), alpha=alpha)
         row, values = self.at[self.heavy] // self.gradient.shape[1], self.values[self.heavy]
-        for start in range(0, len(self.classes), BLOCK_COLUMNS):
-            some = slice(start, start + BLOCK_COLUMNS)
+        for start in range(0, len(self.classes), block):
+            some = slice(start, start + block)
             starts = self.starts[some]
             its = slice(int(starts[0]), int(starts[-1]) + int(self.counts[some][-1]))
             product = _bags(row[its], matrix, starts - starts[0], values[its])
@@ -402,6 +404,11 @@ def _places(mask: Tensor) -> Tensor:
     words = flat.view(torch.int64).nonzero().squeeze(1)
     inside = flat.view(-1, 8).index_select(0, words).view(-1).nonzero().squeeze(1)
     return (words[inside >> 3] << 3) + (inside & 7)
+
+
+def _block(matrix: Tensor) -> int:
+    """How many rows as wide as those of a matrix are made at a time."""
+    return max(1, BLOCK_ELEMENTS // matrix.shape[1])
 
 
 def _work(columns: int, entries: int, gradient: Tensor) -> float:
