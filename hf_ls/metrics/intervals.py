@@ -353,10 +353,10 @@ def classwise_interval(
 ) -> tuple[float, float]:
     """Return an interval (low, high) for the true `ece_classwise` of probabilities [n, K] over the same bins.
 
-    That of `ece_interval` with the bins of all classes together, bins of the same probability being alike. The error of a sample is drawn by the multiplier
-    bootstrap, the one of a calibrated model by drawing labels from the probabilities, so that the classes of a row stay
-    bound to each other. Large n or K have fewer repetitions, at least 200. Source of the multipliers: Chernozhukov,
-    Chetverikov and Kato 2013.
+    That of `ece_interval` with the bins of all classes together, those of the same probabilities being alike. The error of
+    a sample is drawn by the multiplier bootstrap, that of a calibrated model by labels drawn from the probabilities, so that
+    the classes of a row stay bound to each other. Large n or K have fewer repetitions, at least 200. Source of the
+    multipliers: Chernozhukov, Chetverikov and Kato 2013.
 
     Raises:
         TypeError, ValueError: as `ece_classwise`; ValueError for level outside 0 to 1.
