@@ -178,8 +178,8 @@ def true_error(statistic, right):
     return scipy.optimize.brentq(excess, 1e-4, 0.5)
 
 
-# Measured over 1000 repetitions: the equal-mass and the smooth error err on the wide side at n = 300.
-BANDS = {"ece": (0.93, 0.97), "rmsce_debiased": (0.93, 0.99), "smooth_ece": (0.93, 0.995)}
+# The equal-mass and the smooth error err on the wide side; of a wave the kernel sees little.
+BANDS = {"ece": (0.93, 0.97), "rmsce_debiased": (0.93, 0.99), "smooth_ece": (0.93, 1.0)}
 
 
 @pytest.mark.slow
