@@ -155,7 +155,7 @@ def _directions(gap: Floats, variance: Floats, share: Floats, group: Integers, r
 
     def centres(weight: Floats) -> tuple[Floats, Floats]:
         """Return the weighted mean of each group, and its weight."""
-        total = np.bincount(of, weights=weight)
+        total: Floats = np.bincount(of, weights=weight).astype(np.float64)
         return np.bincount(of, weights=weight * level) / total, total
 
     weight = 1.0 / noise
