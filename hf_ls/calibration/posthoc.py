@@ -1,4 +1,4 @@
-"""What can be done after training beside one temperature: vector scaling, isotonic regression, selective scores.
+"""What can be done after training beside one temperature: vector and matrix scaling, isotonic regression, selective scores.
 
 Each is fitted on validation hard labels and applied to other logits. A map sees the classes relative to each other only: adding a
 constant to a row of logits changes nothing. None of them is baked into a model.
@@ -6,8 +6,9 @@ constant to a row of logits changes nothing. None of them is baked into a model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from scipy.optimize import isotonic_regression, minimize
 from scipy.special import log_softmax, softmax
 
 from hf_ls.calibration.temperature import NoFiniteTemperature, apply_temperature, fit_temperature
+from hf_ls.common.errors import extra
 from hf_ls.metrics.core import PredictionStatistics, aurc, ece
 from hf_ls.metrics.paired import differences, draws_of_examples
 from hf_ls.metrics.validation import Floats, check_labels, check_logits
@@ -87,10 +89,30 @@ def _centred(z: Floats) -> Floats:
     """Logits less the mean of their row."""
     if not np.isfinite(z).all():
         raise ValueError(
-            "expected finite logits for vector scaling, got a probability which is exactly 0; use a temperature or isotonic "
-            "regression where classes are masked"
+            "expected finite logits for vector and matrix scaling, got a probability which is exactly 0; use a temperature or "
+            "isotonic regression where classes are masked"
         )
     return z - z.mean(axis=1, keepdims=True)
+
+
+def fit_structured_matrix_scaling(logits: Any, labels: Any) -> Callable[[Any], Floats]:
+    """The map of logits [n, K] to probabilities softmax(W·log p + b), fitted to labels [n].
+
+    p = (n·softmax(logits / T) + 1 / K) / (n + 1). After T the regularised NLL
+    + K·(Σ_k (W_kk − 1)² + Σ_k b_k²) / n + K·(K − 1)·Σ_{j≠k} W_jk² / n is minimised, so that few rows leave little but the
+    temperature. It may change the predicted class. By the library `probmetrics`, whose logarithms are float32. Source: Berta et
+    al. 2025 (Structured matrix scaling).
+
+    Raises:
+        ImportError: probmetrics or numba is not installed.
+        ValueError: −inf logits; TypeError, ValueError as `check_logits` and `check_labels`.
+    """
+    z = _centred(check_logits(logits).astype(np.float64))
+    y = check_labels(labels, *z.shape)
+    with extra("posthoc", "structured matrix scaling"):
+        from probmetrics.calibrators import SMSCalibrator
+    calibrator = SMSCalibrator().fit(softmax(z, axis=1), y)
+    return lambda other: np.asarray(calibrator.predict_proba(softmax(_centred(_matrix(other, z.shape[1])), axis=1)))
 
 
 @dataclass(frozen=True)
@@ -208,7 +230,8 @@ def compare_posthoc(
     validation: tuple[Any, Any], test: tuple[Any, Any], *, impossible: bool = False
 ) -> dict[str, dict[str, float | str]]:
     """Every method fitted on (logits, labels) of validation and measured on those of test: name -> accuracy, nll (nats, may be
-    infinite), brier, ece, aurc; a method which cannot be fitted has "refused", the reason, instead.
+    infinite), brier, ece, aurc; a method which cannot be fitted has "refused", the reason, instead. Structured matrix scaling is
+    among them where its library is installed.
 
     Of the two proper scores also what the method changes, paired over the test examples: `nll_change` with its 95 % interval
     `nll_change_low` to `nll_change_high`, and `brier_change` alike, below 0 where it is better than no method; none of an
@@ -235,11 +258,15 @@ def compare_posthoc(
 
     stats = {"none": scored(logits)}
     found: dict[str, dict[str, float | str]] = {"none": _measure(stats["none"])}
-    fits = {
+    fits: dict[str, Callable[[], PredictionStatistics]] = {
         "temperature": lambda: scored(apply_temperature(logits, fit_temperature(*validation))),
         "vector scaling": lambda: scored(fit_vector_scaling(*with_every_class())(logits)),
         "isotonic": lambda: PredictionStatistics.from_probabilities(fit_isotonic(*with_every_class())(logits), y),
     }
+    if find_spec("probmetrics") and find_spec("numba"):  # it imports numba, but does not bring it
+        fits["structured matrix scaling"] = lambda: PredictionStatistics.from_probabilities(
+            fit_structured_matrix_scaling(*with_every_class())(logits), y
+        )
     for name, fit in fits.items():
         try:
             stats[name] = fit()

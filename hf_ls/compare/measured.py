@@ -10,6 +10,7 @@ import numpy as np
 
 from hf_ls.compare.comparison import METRICS, TokenStatistics
 from hf_ls.metrics.core import PredictionStatistics, rmsce_debiased, smooth_ece
+from hf_ls.metrics.intervals import BINNED, bootstrap_interval
 from hf_ls.metrics.paired import COMPARED, RESAMPLED, Contrast, Resamples, contrast, seed_difference
 
 # Of tokens: what others say too (exp of the NLL, another cut of the same bins), or one bin alone.
@@ -25,7 +26,7 @@ class Examples:
     compared: tuple[str, ...] = COMPARED
 
     def __init__(self, models: Sequence[PredictionStatistics], cluster: Any, *, repetitions: int, seed: int) -> None:
-        self._models, self.repetitions = models, repetitions
+        self._models, self.repetitions, self._seed = models, repetitions, seed
         self._resamples = Resamples(models, cluster, repetitions=repetitions, seed=seed)
         self.units, self.clustered = self._resamples.units, cluster is not None
 
@@ -39,8 +40,12 @@ class Examples:
         return {metric: found[metric] for metric in METRICS}
 
     def interval(self, model: int, metric: str, level: float) -> tuple[float, float] | None:
-        """The interval of one metric over the units; None where there is no sound one."""
-        return self._resamples.interval(model, metric, level) if metric in RESAMPLED else None
+        """The interval of one metric over the units; None where there is no sound one, or none of clusters."""
+        if metric in RESAMPLED:
+            return self._resamples.interval(model, metric, level)
+        if metric not in BINNED or self.clustered:
+            return None
+        return bootstrap_interval(metric, self._models[model], repetitions=self.repetitions, level=level, seed=self._seed)
 
     def difference(self, models: Sequence[int], references: Sequence[int], metric: str, level: float, **names: str) -> Contrast:
         """As `Resamples.difference`."""

@@ -26,7 +26,7 @@ from hf_ls.metrics.core import (
     smooth_ece,
     softmax,
 )
-from hf_ls.metrics.intervals import bootstrap_interval, consistency_band, null_ece, wilson_interval
+from hf_ls.metrics.intervals import bootstrap_interval, classwise_interval, consistency_band, null_ece, wilson_interval
 from hf_ls.metrics.streaming import StreamingCalibration
 from hf_ls.metrics.summary import summarise
 from hf_ls.metrics.tokens import TokenCalibration
@@ -39,6 +39,7 @@ __all__ = [
     "aurc",
     "bootstrap_interval",
     "brier",
+    "classwise_interval",
     "consistency_band",
     "e_aurc",
     "ece",

@@ -322,10 +322,15 @@ def smooth_ece(confidence: Any, correct: Any) -> float:
     Raises:
         ImportError: relplot is not installed.
     """
-    values, hits = check_confidence(confidence, correct)
+    return smoothed(*check_confidence(confidence, correct))[0]
+
+
+def smoothed(confidence: Floats, correct: Booleans) -> tuple[float, float]:
+    """Return the smooth ECE and the width of its kernel, which the library takes as large as the error itself."""
     with extra("scripts", "smooth_ece"):
         from relplot import smECE  # also imports matplotlib, so only where it is asked for
-    return float(smECE(values, hits.astype(np.float64)))
+    value, width = smECE(confidence, correct.astype(np.float64), return_width=True)
+    return float(value), float(width)
 
 
 def aurc(confidence: Any, correct: Any) -> float:

@@ -20,7 +20,7 @@ from hf_ls.metrics.core import (
     smooth_ece,
     softmax,
 )
-from hf_ls.metrics.intervals import STATISTICS, bootstrap_interval, null_ece, wilson_interval
+from hf_ls.metrics.intervals import STATISTICS, bootstrap_interval, classwise_interval, null_ece, wilson_interval
 
 
 def summarise(
@@ -29,8 +29,8 @@ def summarise(
     """Return every metric of logits [n, K] and labels [n] as {name: {"value", and where sound "low",
     "high"}}.
 
-    95 % intervals: Wilson for accuracy, `bootstrap_interval` for the others; `ece_classwise`, `mce`,
-    `e_aurc`, `rmsce_debiased` and `smooth_ece` have none. `ece` also carries "null" and "null_q95", the mean and 95 %
+    95 % intervals: Wilson for accuracy, `classwise_interval` for `ece_classwise`, `bootstrap_interval` for the others; `mce` and
+    `e_aurc` have none. `ece` also carries "null" and "null_q95", the mean and 95 %
     quantile for a perfectly calibrated model (`null_ece`). `smooth_ece` is absent where relplot is not
     installed. All values are plain Python floats; nll in nats.
 
@@ -47,14 +47,14 @@ def summarise(
     """
     stats = PredictionStatistics.from_logits(logits, labels, impossible=clip is not None)
     impossible = int(np.isinf(stats.nll).sum())
-    pair = (stats.confidence, stats.correct)
+    pair, probabilities = (stats.confidence, stats.correct), softmax(logits)
     values = {
         "accuracy": float(stats.correct.mean()),
         "nll": float(stats.nll.mean()),
         "brier": float(stats.brier.mean()),
         "ece": ece(*pair, n_bins),
         "ece_equal_mass": ece_equal_mass(*pair, n_bins),
-        "ece_classwise": ece_classwise(softmax(logits), labels, n_bins),
+        "ece_classwise": ece_classwise(probabilities, labels, n_bins),
         "mce": mce(*pair, n_bins),
         "rmsce_debiased": rmsce_debiased(*pair, n_bins),
         "signed_gap": signed_gap(*pair),
@@ -64,14 +64,17 @@ def summarise(
     if importlib.util.find_spec("relplot") is not None:
         values["smooth_ece"] = smooth_ece(*pair)
     table = {name: {"value": value} for name, value in values.items()}
-    for name in STATISTICS:
+    drawn = {"n_bins": n_bins, "repetitions": repetitions, "seed": seed}
+    for name in filter(table.__contains__, (*STATISTICS, "ece_classwise")):
         if name == "nll" and clip is not None and impossible:  # every resample with such a row is infinite
             table[name] |= {"impossible": float(impossible), "clipped": float(np.minimum(stats.nll, -np.log(clip)).mean())}
             continue
         if name == "accuracy":  # keeps its width at 0 and 100 %, where a bootstrap has none
             low, high = (float(end) for end in wilson_interval(stats.correct.sum(), len(stats)))
+        elif name == "ece_classwise":
+            low, high = classwise_interval(probabilities, labels, **drawn)
         else:
-            low, high = bootstrap_interval(name, stats, n_bins=n_bins, repetitions=repetitions, seed=seed)
+            low, high = bootstrap_interval(name, stats, **drawn)
         table[name] |= {"low": low, "high": high}
     table["ece"]["null"], table["ece"]["null_q95"] = null_ece(stats.confidence, n_bins, repetitions, seed)
     return table

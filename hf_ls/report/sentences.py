@@ -10,7 +10,7 @@ from hf_ls.common.text import one_line
 from hf_ls.metrics.ceiling import ceiling_warning, constant_scores, has_learnt
 from hf_ls.metrics.intervals import wilson_interval
 from hf_ls.metrics.paired import Finding
-from hf_ls.report.calibration_report import CalibrationReport, CalibrationRow
+from hf_ls.report.calibration_report import BASELINE, EVALUATED, CalibrationReport, CalibrationRow
 
 _WORDING: dict[Finding, str] = {"better": "{who} is better", "worse": "{who} is worse", "none": "no difference shown"}
 _TITLES = {
@@ -40,10 +40,11 @@ def regime(report: CalibrationReport) -> str:
     if interval is None:
         return f"{who} has no interval for its signed gap, so its regime is not known: {facts}."
     if interval[0] > 0:
-        advice = " Smoothing lowers confidence, so it may help here." if row.epsilon == 0 else ""
+        advice = "" if row.epsilon else " A temperature fitted on validation lowers confidence and changes no prediction."
+        advice = " Smoothing lowers confidence, so it may help here." if _is_plain(report, row) else advice
         return f"{who} is over-confident: {facts}.{advice}"
     if interval[1] < 0:
-        advice = " Smoothing lowers confidence further: it may hurt here." if row.epsilon == 0 else ""
+        advice = " Smoothing lowers confidence further: it may hurt here." if _is_plain(report, row) else ""
         if row is report.baseline and report.training is not None and interval[1] < _TOO_SHORT:
             advice += " So far below, plain training was most likely too short: more epochs or a higher learning rate come first."
         if row.epsilon:
@@ -62,6 +63,13 @@ def regime(report: CalibrationReport) -> str:
             " would exceed in 5 % of samples: some confidences are too high and others too low."
         )
     return sentence
+
+
+def _is_plain(report: CalibrationReport, row: CalibrationRow) -> bool:
+    """Whether a row is known to be of ε = 0, and not of another objective or of a technique which changes the loss."""
+    training = report.training
+    other = training is not None and (training.objective not in (None, "smoothed_ce") or bool(training.techniques))
+    return row.epsilon == 0 and (row.run == BASELINE or (row.run == EVALUATED and not other))
 
 
 def asking(report: CalibrationReport) -> str | None:

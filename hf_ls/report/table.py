@@ -28,6 +28,13 @@ _SOFT_NOTE = (
     " soft nll (nats, at least the entropy of the soft labels) and soft brier (0 to 2): against them; lower is better. A "
     "temperature is fitted to the labels, not to these."
 )
+_ERRORS = ("ece_equal_mass", "ece_classwise", "smooth_ece", "rmsce_debiased", "mce")
+_ERROR_NOTE = (
+    "ece equal mass: bins of as many examples each; ece classwise: of the probability of each class, their mean; smooth ece: a "
+    "kernel instead of bins; rmsce debiased: root mean square over bins, less what chance adds; mce: the worst bin, maybe one of "
+    "few examples. 0 to 1, lower is better."
+)
+_ERROR_INTERVALS = "95 % intervals in brackets, each for the true error, which may lie below the value. "
 _MOST_CLASSES = 30
 GROUP_NOTE = "A small n makes ece larger: compare it between runs, not between groups."
 _CLASS_NOTE = (
@@ -105,6 +112,21 @@ def posthoc_note(report: CalibrationReport) -> str:
     return " ".join([measured, *infinite, *reasons])
 
 
+def error_cells(report: CalibrationReport) -> list[list[str]]:
+    """The headings, then a line for each row, of the calibration errors beside the ECE; empty for tokens."""
+    names = [name for name in _ERRORS if any(name in row.metrics for row in report.rows)]
+    if report.is_token_task or not names:
+        return []
+    lines = [[one_line(row.name), *(row.show(name) for name in names)] for row in report.rows]
+    return [["run", *(name.replace("_", " ") for name in names)], *lines]
+
+
+def error_note(report: CalibrationReport) -> str:
+    """How to read them."""
+    shown = any(row.interval(name) for row in report.rows for name in _ERRORS)
+    return (_ERROR_INTERVALS if shown else "") + _ERROR_NOTE
+
+
 def score_cells(report: CalibrationReport) -> list[list[str]]:
     """The headings, then a line for each row, of the scores by class and against soft labels; empty where there are none."""
     names = [name for name in _SCORES if any(name in row.metrics for row in report.rows)]
@@ -165,6 +187,7 @@ def more_cells(report: CalibrationReport) -> list[tuple[str, list[list[str]], st
             else [(f"Answers to {answered.dataset.n:,} questions", cells(answered), _answered_note(answered))]
         ),
         ("Post-hoc methods", posthoc_cells(report), posthoc_note(report)),
+        ("Other calibration errors", error_cells(report), error_note(report)),
         ("Scores by class", score_cells(report), score_note(report)),
         ("Each class", class_cells(report), class_note(report)),
     )

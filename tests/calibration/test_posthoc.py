@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from functools import partial
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import tiny_bert
+from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 from scipy.stats import t as student
 from sklearn.base import BaseEstimator, ClassifierMixin
@@ -25,6 +27,7 @@ from hf_ls.calibration.posthoc import (
     choose_selective_score,
     compare_posthoc,
     fit_isotonic,
+    fit_structured_matrix_scaling,
     fit_vector_scaling,
     selective_score,
 )
@@ -38,6 +41,40 @@ def toy(n: int = 600, k: int = 4, seed: int = 0, scale: float = 1.0) -> tuple[np
     true = rng.normal(size=(n, k)) * 1.5
     labels = np.array([rng.choice(k, p=row) for row in softmax(true, axis=1)])
     return scale * (true * np.linspace(0.7, 2.0, k) + np.linspace(-1, 1, k)), labels
+
+
+def test_structured_matrix_scaling_is_the_optimum_of_its_objective() -> None:
+    pytest.importorskip("probmetrics")
+    logits, labels = toy(n=300)
+    (n, k), index = logits.shape, np.arange(300)
+    tempered = softmax(apply_temperature(logits, fit_temperature(logits, labels)), axis=1)
+    x = np.log((n * tempered + 1 / k) / (n + 1))
+
+    def objective(parameters: np.ndarray) -> float:
+        w, b = parameters[:-k].reshape(k, k), parameters[-k:]
+        off = (w**2).sum() - (np.diag(w) ** 2).sum()
+        nll = -log_softmax(x @ w.T + b, axis=1)[index, labels].mean()
+        return float(nll + k * (((np.diag(w) - 1) ** 2).sum() + (b**2).sum()) / n + k * (k - 1) * off / n)
+
+    best = minimize(objective, np.concatenate([np.eye(k).ravel(), np.zeros(k)]), method="BFGS")
+    expected = softmax(x @ best.x[:-k].reshape(k, k).T + best.x[-k:], axis=1)
+    ours = fit_structured_matrix_scaling(logits, labels)
+    np.testing.assert_allclose(ours(logits), expected, atol=2e-3)  # its minimiser stops early
+    np.testing.assert_allclose(ours(logits[:5] + 7.0), ours(logits[:5]), atol=1e-5)
+    with pytest.raises(ValueError, match="4 classes"):
+        ours(logits[:, :3])
+
+
+def test_structured_matrix_scaling_is_ranked_where_its_library_is_installed() -> None:
+    data = toy(), toy(seed=1)
+    installed = all(importlib.util.find_spec(name) for name in ("probmetrics", "numba"))
+    found = compare_posthoc(*data)
+    assert ("structured matrix scaling" in found) == installed
+    if installed:
+        assert found["structured matrix scaling"]["nll_change_high"] < 0
+        return
+    with pytest.raises(ImportError, match=r"hf_ls\[posthoc\]"):
+        fit_structured_matrix_scaling(*data[0])
 
 
 def test_vector_scaling_is_the_optimum_of_torch_in_float64() -> None:
@@ -160,7 +197,14 @@ def test_the_score_is_chosen_on_validation_by_aurc_and_the_probability_keeps_tie
 def test_all_methods_are_fitted_on_validation_and_judged_on_test() -> None:
     validation, test = toy(3000, seed=1), toy(3000, seed=2)
     found = compare_posthoc(validation, test)
-    assert list(found) == ["none", "temperature", "vector scaling", "isotonic", "selective score"]
+    optional = {"structured matrix scaling"}
+    assert [name for name in found if name not in optional] == [
+        "none",
+        "temperature",
+        "vector scaling",
+        "isotonic",
+        "selective score",
+    ]
     nll = {name: found[name]["nll"] for name in ("none", "temperature", "vector scaling")}
     assert nll["vector scaling"] < nll["temperature"] < nll["none"]  # type: ignore[operator]
     assert found["isotonic"]["ece"] < found["none"]["ece"]  # type: ignore[operator]

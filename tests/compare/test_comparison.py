@@ -60,7 +60,7 @@ def test_every_metric_of_every_variant_is_there_with_every_seed(results, compari
             assert found.mean == pytest.approx(np.mean(found.per_seed))
             t = scipy.stats.ttest_1samp(found.per_seed, 0.0).confidence_interval(0.95)
             assert (found.low, found.high) == pytest.approx((t.low, t.high)), metric
-            if metric in ("nll", "accuracy", "ece"):
+            if metric in ("nll", "accuracy", "ece", "smooth_ece", "rmsce_debiased"):
                 assert all(low < high for low, high in zip(found.per_seed_low, found.per_seed_high, strict=True))
         null = null_ece(stats.confidence, repetitions=2000, seed=5)
         assert comparison.measurement(variant, "null_ece").per_seed[1] == pytest.approx(null[0], rel=0.1)

@@ -35,6 +35,7 @@ from hf_ls.report.facts import SmoothingFacts, TrainingFacts
 from hf_ls.report.plots import plots_of
 from hf_ls.report.sentences import regime, verdict
 from hf_ls.report.table import cells as table_cells
+from hf_ls.report.table import error_cells
 
 
 def test_sections_stand_in_their_order() -> None:
@@ -45,7 +46,9 @@ def test_table_holds_the_numbers_of_the_report() -> None:
     report = make_report()
     head, *lines = cells(body(report))
     assert head == table_cells(report)[0]
-    assert len(lines) == len(report.rows)
+    lines, others = lines[: len(report.rows)], lines[len(report.rows) :]
+    assert others == error_cells(report) and len(others) == 1 + len(report.rows)
+    assert all("[" in cell for line in others[1:] for cell in line[1:-1]) and not any("[" in line[-1] for line in others)
     for line, row in zip(lines, report.rows, strict=True):
         found = dict(zip(head, line, strict=True))
         assert found["run"] == row.name and float(found["epsilon"]) == row.epsilon
@@ -157,7 +160,7 @@ def test_names_are_shown_and_not_obeyed(hostile: str, tmp_path: Path) -> None:
     shown = headings(text)
     assert [tag for tag, _ in shown] == ["h1", *["h2"] * len(ORDER)] and [t for _, t in shown][1:] == ORDER
     table = cells(text)
-    assert [len(line) for line in table] == [10] * (1 + len(rows))
+    assert [len(line) for line in table] == [10] * (1 + len(rows)) + [6] * (1 + len(rows))
     tokens = rendered(text)
     inline = [child for token in tokens for child in token.children or []]
     assert [t.content.strip() for t in tokens if t.type == "html_block"] == [MARKER]
@@ -174,7 +177,8 @@ def test_names_are_shown_and_not_obeyed(hostile: str, tmp_path: Path) -> None:
     fences = [token for token in tokens if token.type == "fence"]
     assert len(fences) == 1
     assert shown[0][1] == one_line(hostile)
-    assert [line[0] for line in table[1:]] == [one_line(row.name) for row in rows]
+    names = [one_line(row.name) for row in rows]
+    assert [line[0] for line in table] == ["run", *names] * 2
     ast.parse(fences[0].content)
 
 

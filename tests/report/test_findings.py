@@ -79,6 +79,18 @@ def test_regime_of_a_smoothed_run_alone_gives_no_advice_to_smooth() -> None:
     assert "Smoothing lowers confidence" in regime(report)
 
 
+@pytest.mark.parametrize("run", ["dft", "evaluated"])
+@pytest.mark.parametrize("gap", [0.3, -0.3])
+def test_a_run_of_another_objective_gets_no_advice_about_smoothing(run: str, gap: float) -> None:
+    report = make_report()
+    assert report.training is not None
+    row = with_metrics(report.rows[0], signed_gap=interval(gap, gap - 0.05, gap + 0.05))
+    training = replace(report.training, objective="dft")
+    other = replace(report, rows=[replace(row, run=run)], training=training, history={}, published=None)
+    assert "Smoothing" in regime(replace(report, rows=[row, *report.rows[1:]], training=training))
+    assert "Smoothing" not in regime(other) and ("temperature" in regime(other)) == (gap > 0)
+
+
 @pytest.mark.parametrize(
     ("difference", "word"),
     [
