@@ -22,6 +22,9 @@ from hf_ls.metrics.core import (
 )
 from hf_ls.metrics.intervals import STATISTICS, bootstrap_interval, classwise_interval, null_ece, wilson_interval
 
+# Above this an interval of the classwise ECE would take longer than all else.
+_MOST_PROBABILITIES = 1 << 22
+
 
 def summarise(
     logits: Any, labels: Any, *, n_bins: int = 15, repetitions: int = 1000, seed: int = 0, clip: float | None = None
@@ -30,7 +33,7 @@ def summarise(
     "high"}}.
 
     95 % intervals: Wilson for accuracy, `classwise_interval` for `ece_classwise`, `bootstrap_interval` for the others; `mce` and
-    `e_aurc` have none. `ece` also carries "null" and "null_q95", the mean and 95 %
+    `e_aurc` have none, nor has `ece_classwise` above n·K = 4 million. `ece` also carries "null" and "null_q95", the mean and 95 %
     quantile for a perfectly calibrated model (`null_ece`). `smooth_ece` is absent where relplot is not
     installed. All values are plain Python floats; nll in nats.
 
@@ -65,7 +68,8 @@ def summarise(
         values["smooth_ece"] = smooth_ece(*pair)
     table = {name: {"value": value} for name, value in values.items()}
     drawn = {"n_bins": n_bins, "repetitions": repetitions, "seed": seed}
-    for name in filter(table.__contains__, (*STATISTICS, "ece_classwise")):
+    classwise = ("ece_classwise",) if probabilities.size <= _MOST_PROBABILITIES else ()
+    for name in filter(table.__contains__, (*STATISTICS, *classwise)):
         if name == "nll" and clip is not None and impossible:  # every resample with such a row is infinite
             table[name] |= {"impossible": float(impossible), "clipped": float(np.minimum(stats.nll, -np.log(clip)).mean())}
             continue
