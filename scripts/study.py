@@ -1,58 +1,53 @@
 """Does label smoothing help a language model, and does its effect vanish for a small d and a large V? (docs/study.md)
 
-    OMP_NUM_THREADS=1 python scripts/study.py --output_dir outputs/study --json docs/study/grid.json
-    python scripts/study.py --json docs/study/grid.json --tables_only      # the same tables from the file alone
-    python scripts/study.py --reports outputs/compare-smollm2              # a table of any comparison
+    OMP_NUM_THREADS=1 python scripts/study.py --json outputs/grid.json     # train what the file lacks, print the tables
+    OMP_NUM_THREADS=1 python scripts/study.py --json outputs/one.json --only d16-v512 --regimes repeated
+    python scripts/study.py --json docs/study/grid.json --tables_only      # the tables of docs/study.md
+    python scripts/study.py --reports outputs/compare-smollm2              # a table of any `hf-ls compare`
 
-A cell of the grid is one `hf-ls compare` of tiny Llamas from random weights: hidden size d, vocabulary V, four ε, three seeds.
-Its command is printed, and gives the same numbers alone; here its runs are forked from one process, which has imported
-everything, since a start takes as long as the training. A finished run is read and not trained again.
+A cell of the grid is a comparison of tiny Llamas from random weights: hidden size d, vocabulary V, four ε, three seeds; the runs
+of a seed have the same initial weights and batches. It is `hf-ls compare` in one process: the same Trainer, temperature, draws
+and verdict, without the reports of each run, since starting and writing these takes longer than such a training.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import multiprocessing
-import resource
-import shlex
+import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+import numpy as np
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import DataCollatorForSeq2Seq, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
+from hf_ls.calibration.token_temperature import CrossFittedTemperature, TokenTemperature, temperature_curves
 from hf_ls.common.files import write_atomically
-from hf_ls.compare.cells import CELL
-from hf_ls.compare.comparison import Comparison, Variant
-from hf_ls.compare.experiment import parse_compare, run_comparison
-from hf_ls.compare.worker import run_cell
+from hf_ls.compare.comparison import TEST, Comparison, Result, Variant
+from hf_ls.compare.statistics import compare
 from hf_ls.data.classification import load_snippets
 from hf_ls.metrics.ceiling import constant_scores
+from hf_ls.metrics.core import PredictionStatistics
 from hf_ls.metrics.paired import seed_difference
+from hf_ls.trainer.arguments import LabelSmoothingArguments
+from hf_ls.trainer.mixin import LabelSmoothingTrainer
 
 Record = dict[str, Any]
-HIDDEN, VOCABULARIES = (32, 128), (512, 4096, 16384)
-PADDED = (4096, 16384)  # tokens of the first, and rows for as many as the second which no text ever has
-# Name -> training sentences: seen about once, or again and again until the model is over-confident.
-REGIMES = {"fresh": 9600, "repeated": 960}
-STEPS, BATCH = 300, 32
-COMMON = f"""
-    --task causal-lm --model_type llama --max_length 128 --epsilons 0.05 0.1 0.2 --seeds 0 1 2 --max_steps {STEPS}
-    --per_device_train_batch_size {BATCH} --per_device_eval_batch_size {BATCH} --learning_rate 3e-3 --warmup_steps 0.1
-    --weight_decay 0.01 --train_sampling_strategy group_by_length --eval_strategy no --save_strategy no --report_to none
-    --disable_tqdm true --logging_steps 100 --jobs 1
-"""
-MODEL = {
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 128,
-    "tie_word_embeddings": True, "initializer_range": 0.06,
-}  # fmt: skip
+LEARNING_RATES = {16: 1e-2, 64: 5e-3}  # by hidden size d
+# Tokens of the tokenizer, rows of the embedding, which is also the head; where there are more, no text has the others.
+SIZES = ((512, 512), (8192, 8192), (2048, 2048), (2048, 8192))
+# Name -> training sentences, steps: a few, again and again until the model is over-confident; or each of many once.
+REGIMES = {"repeated": (192, 120), "fresh": (1920, 120)}
+EPSILONS, SEEDS, BATCH, LENGTH = (0.0, 0.05, 0.1, 0.2), (0, 1, 2), 16, 128
+HELD_OUT = {"validation": 80, "test": 160}  # sentences
 BASELINE, TEMPERED = "baseline", "baseline + temperature"
-EFFECTS = ("nll", "ece", "accuracy")
 
 
 @dataclass(frozen=True)
@@ -66,88 +61,105 @@ class GridCell:
 
     @property
     def name(self) -> str:
-        """fresh-d32-v4096, or fresh-d32-v4096of16384 with rows which no text has."""
-        return f"{self.regime}-d{self.hidden}-v{self.tokens}" + (f"of{self.vocabulary}" if self.padded else "")
+        """d16-v2048, or d16-v2048of8192 with rows which no text has."""
+        return f"d{self.hidden}-v{self.tokens}" + (f"of{self.vocabulary}" if self.vocabulary > self.tokens else "")
 
-    @property
-    def padded(self) -> bool:
-        """Whether some rows of the head belong to no token of the tokenizer."""
-        return self.vocabulary > self.tokens
-
-    def arguments(self, folder: Path) -> list[str]:
-        """Those of `hf-ls compare`."""
-        model = MODEL | {"vocab_size": self.vocabulary, "hidden_size": self.hidden, "intermediate_size": 3 * self.hidden}
-        data, of_split = folder / "data", {"train": self.regime, "validation": "validation", "test": "test"}
-        words = [*COMMON.split(), f"--tokenizer_name={data / f'bpe-{self.tokens}'}", f"--output_dir={folder / self.name}"]
-        words += [f"--{split}_file={data / name}.jsonl" for split, name in of_split.items()]
-        return [*words, f"--model_config_overrides={json.dumps(model)}"]
+    def model(self) -> LlamaForCausalLM:
+        """With random weights."""
+        config = LlamaConfig(
+            vocab_size=self.vocabulary, hidden_size=self.hidden, intermediate_size=3 * self.hidden, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=LENGTH, tie_word_embeddings=True,
+            initializer_range=0.06, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
+        return LlamaForCausalLM(config)
 
 
 def grid(regimes: list[str]) -> list[GridCell]:
-    """All cells, the smallest first."""
-    sizes = [(v, v) for v in VOCABULARIES] + [PADDED]
-    return [GridCell(regime, d, tokens, v) for regime in regimes for d in HIDDEN for tokens, v in sizes]
+    """All cells."""
+    return [GridCell(regime, d, *size) for regime in regimes for size in SIZES for d in LEARNING_RATES]
 
 
-def write_data(folder: Path) -> None:
-    """The embedded sentences as files, and BPE tokenizers of their training split; both are the same every time."""
-    if (folder / f"bpe-{VOCABULARIES[-1]}").exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = {split: list(part["text"]) for split, part in load_snippets().splits.items()}
-    parts = {name: texts["train"][:n] for name, n in REGIMES.items()}
-    for name, rows in (parts | {"validation": texts["validation"][:400], "test": texts["test"][:800]}).items():
-        write_atomically(folder / f"{name}.jsonl", "".join(json.dumps({"text": row}) + "\n" for row in rows))
-    for size in VOCABULARIES:
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        special, alphabet = ["<pad>", "<s>", "</s>"], pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-        tokenizer.train_from_iterator(texts["train"], trainer)
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-        names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder / f"bpe-{size}")
+@cache
+def texts() -> dict[str, list[str]]:
+    """The embedded sentences of each split, in their fixed shuffled order."""
+    return {split: list(part["text"]) for split, part in load_snippets().splits.items()}
 
 
-def run(cell: GridCell, folder: Path) -> Record:
-    """Train what is missing of a cell and compare."""
-    arguments = cell.arguments(folder)
-    print(f"hf-ls compare {shlex.join(arguments)}", flush=True)
-    with redirect_stdout(io.StringIO()):
-        run_comparison(*parse_compare([*arguments, "--print_cells"]))
-    log = folder / "cpu_seconds.json"
-    spent = json.loads(log.read_text()) if log.exists() else {}
-    for spec in sorted((folder / cell.name / "cells").glob("*/spec.json")):
-        if not (spec.parent / CELL).exists():
-            start, process = _cpu_seconds(), multiprocessing.get_context("fork").Process(target=_quietly, args=(spec.parent,))
-            process.start()
-            process.join()
-            if process.exitcode:
-                raise SystemExit(f"{spec.parent.name} failed, see {spec.parent / 'log.txt'}")
-            spent.setdefault(cell.name, {})[spec.parent.name] = round(_cpu_seconds() - start, 1)
-            write_atomically(log, json.dumps(spent, indent=1))
-    with redirect_stdout(io.StringIO()):
-        comparison = run_comparison(*parse_compare(arguments))
-    if comparison is None:
-        raise RuntimeError("expected a comparison, got a dry run")
-    return asdict(cell) | {"cpu_seconds": round(sum(spent[cell.name].values()))} | summary(comparison)
+@cache
+def bpe(size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with so many tokens, made from the whole training split."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts()["train"], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-def _quietly(folder: Path) -> None:
-    with open(folder / "log.txt", "w", encoding="utf-8") as log, redirect_stdout(log):
-        run_cell(folder)
+def rows(split: str, size: int, count: int) -> Dataset:
+    """The first sentences of a split as tokens."""
+    ids = bpe(size)(texts()[split][:count], truncation=True, max_length=LENGTH)["input_ids"]
+    return Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids], "labels": ids})
 
 
-def _cpu_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+def train(cell: GridCell, epsilon: float, seed: int) -> LlamaForCausalLM:
+    """One run."""
+    set_seed(seed)
+    sentences, steps = REGIMES[cell.regime]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = LabelSmoothingArguments(
+            folder, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", logging_strategy="no", seed=seed,
+            max_steps=steps, per_device_train_batch_size=BATCH, learning_rate=LEARNING_RATES[cell.hidden], warmup_steps=0.1,
+            weight_decay=0.01, train_sampling_strategy="group_by_length", label_smoothing_factor=epsilon,
+            dataloader_pin_memory=False,
+        )  # fmt: skip
+        model, data = cell.model(), rows("train", cell.tokens, sentences)
+        collator = DataCollatorForSeq2Seq(bpe(cell.tokens))
+        LabelSmoothingTrainer(model=model, args=arguments, train_dataset=data, data_collator=collator).train()
+    return model.eval()
+
+
+@torch.no_grad()
+def predictions(model: LlamaForCausalLM, data: Dataset) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Of each sentence the logits [T, V] and the tokens [T] which they predict."""
+    for ids in data.with_format("torch")["input_ids"]:
+        yield model(input_ids=ids[None]).logits[0, :-1], ids[1:]
+
+
+def measure(model: LlamaForCausalLM, cell: GridCell, epsilon: float, seed: int) -> list[Result]:
+    """The run without and with a temperature fitted on validation, as a comparison reads them."""
+    validation, test = (list(predictions(model, rows(split, cell.tokens, n))) for split, n in HELD_OUT.items())
+    curves = np.stack([temperature_curves(logits, ids).sum(0).numpy() for logits, ids in validation])
+    fitted, crossed = TokenTemperature(), CrossFittedTemperature()
+    fitted.sums = torch.from_numpy(curves.sum(0))
+    crossed.update(curves)
+    logits, labels = torch.cat([z for z, _ in test]).numpy(), torch.cat([ids for _, ids in test]).numpy()
+    cluster = np.repeat(np.arange(len(test)), [len(ids) for _, ids in test])
+    nll = {False: fitted.nll(1.0), True: crossed.nll() or float("nan")}
+    made = []
+    for tempered, temperature in ((False, 1.0), (True, fitted.fit())):
+        variant = Variant("smoothed" if epsilon else BASELINE, epsilon, tempered)
+        statistics = {TEST: PredictionStatistics.from_logits(logits / temperature, labels)}
+        made.append(Result(variant, seed, temperature, nll[tempered], statistics, cluster={TEST: cluster}, labels={TEST: labels}))
+    return made
+
+
+def run(cell: GridCell) -> Record:
+    """All runs of a cell, compared."""
+    start, results = time.process_time(), []
+    for seed in SEEDS:
+        for epsilon in EPSILONS:
+            results += measure(train(cell, epsilon, seed), cell, epsilon, seed)
+    return asdict(cell) | {"cpu_seconds": round(time.process_time() - start)} | summary(compare(results))
 
 
 def summary(comparison: Comparison) -> Record:
     """What the tables show of a comparison: values and differences on test as [value, low, high], with four digits."""
     share, entropy = constant_scores(comparison.class_counts or [1])
-    rows, effects = {}, {}
+    measured, effects = {}, {}
     wanted = {"accuracy", "nll", "ece", "signed_gap", comparison.quality}
     shown = [metric for metric in comparison.metrics() if metric in wanted or "answer" in metric]
     for variant in comparison.variants:
@@ -155,7 +167,7 @@ def summary(comparison: Comparison) -> Record:
         for metric in shown:
             found = comparison.measurement(variant, metric)
             row[metric] = _rounded(found.mean, _mean(found.per_seed_low), _mean(found.per_seed_high))
-        rows[variant.label] = row
+        measured[variant.label] = row
         rival = Variant(BASELINE, 0.0, variant.tempered and variant.name != BASELINE)
         if variant != rival:
             told = {c.metric for c in comparison.contrasts if (c.row, c.against) == (variant.label, rival.label)}
@@ -166,7 +178,7 @@ def summary(comparison: Comparison) -> Record:
             effects[variant.label]["signed_gap"] = _rounded(moved.value, moved.low, moved.high)
     return {
         "size": comparison.size(), "seeds": len(comparison.seeds), "most_frequent": round(share, 4), "entropy": round(entropy, 4),
-        "quality": comparison.quality, "verdict": comparison.verdict.sentence, "rows": rows, "effects": effects,
+        "quality": comparison.quality, "verdict": comparison.verdict.sentence, "rows": measured, "effects": effects,
     }  # fmt: skip
 
 
@@ -245,11 +257,11 @@ def ideal_shift(record: Record, epsilon: float) -> float:
 
 def tables(records: list[Record]) -> Iterator[str]:
     """All tables of the grid, as they stand in docs/study.md."""
-    for regime in REGIMES:
+    for regime, (sentences, steps) in REGIMES.items():
         found = [record for record in records if record["regime"] == regime]
         if found:
             minutes = sum(record["cpu_seconds"] for record in found) / 60
-            yield f"\n{regime}, {REGIMES[regime]:,} training sentences, {STEPS} steps of {BATCH}: {minutes:.0f} CPU minutes\n"
+            yield f"\n{regime}, {sentences:,} training sentences, {steps} steps of {BATCH}: {minutes:.0f} CPU minutes\n"
             yield from baseline_table(found)
             yield ""
             yield from effect_table(found)
@@ -260,9 +272,9 @@ def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/study"))
+    parser.add_argument("--json", type=Path, help="keep what the tables show here, and train only what it lacks")
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=[*REGIMES])
-    parser.add_argument("--json", type=Path, help="keep what the tables show here")
+    parser.add_argument("--only", nargs="+", help="names of cells, such as d16-v512 and d16-v2048of8192; all if not given")
     parser.add_argument("--tables_only", action="store_true", help="train nothing: the tables of what --json holds")
     parser.add_argument("--reports", nargs="+", type=Path, default=[], help="folders of other comparisons: a table of each")
     return parser
@@ -276,18 +288,18 @@ def main() -> None:
         print(f"\n{record['size']}, {record['seeds']} seeds\n", *comparison_table(record), "", record["verdict"], sep="\n")
     if args.reports:
         return
-    if args.tables_only:
-        print(*tables(json.loads(args.json.read_text(encoding="utf-8"))), sep="\n")
-        return
-    folder, records = args.output_dir, []
-    write_data(folder / "data")
+    records: list[Record] = json.loads(args.json.read_text(encoding="utf-8")) if args.json and args.json.exists() else []
+    known = {tuple(record[name] for name in asdict(GridCell("", 0, 0, 0))) for record in records}
     for cell in grid(args.regimes):
-        records.append(run(cell, folder))
+        if args.tables_only or tuple(asdict(cell).values()) in known or (args.only and cell.name not in args.only):
+            continue
+        records.append(run(cell))
+        print(f"{cell.regime} {cell.name}: {records[-1]['cpu_seconds']} CPU seconds; {records[-1]['verdict']}", flush=True)
         if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
             lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
             write_atomically(args.json, f"[\n{lines}\n]\n")
-    print(*tables(records), sep="\n")
+    order = [asdict(cell) for cell in grid([*REGIMES])]
+    print(*tables(sorted(records, key=lambda record: order.index({name: record[name] for name in order[0]}))), sep="\n")
 
 
 if __name__ == "__main__":
