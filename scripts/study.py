@@ -28,6 +28,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import DataCollatorForSeq2Seq, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
+from hf_ls.calibration.temperature import apply_temperature
 from hf_ls.calibration.token_temperature import CrossFittedTemperature, TokenTemperature, temperature_curves
 from hf_ls.common.files import write_atomically
 from hf_ls.compare.comparison import TEST, Comparison, Result, Variant
@@ -142,7 +143,7 @@ def measure(model: LlamaForCausalLM, cell: GridCell, epsilon: float, seed: int) 
     made = []
     for tempered, temperature in ((False, 1.0), (True, fitted.fit())):
         variant = Variant("smoothed" if epsilon else BASELINE, epsilon, tempered)
-        statistics = {TEST: PredictionStatistics.from_logits(logits / temperature, labels)}
+        statistics = {TEST: PredictionStatistics.from_logits(apply_temperature(logits, temperature), labels)}
         made.append(Result(variant, seed, temperature, nll[tempered], statistics, cluster={TEST: cluster}, labels={TEST: labels}))
     return made
 
@@ -157,7 +158,7 @@ def run(cell: GridCell) -> Record:
 
 
 def summary(comparison: Comparison) -> Record:
-    """What the tables show of a comparison: values and differences on test as [value, low, high], with four digits."""
+    """What the tables show of a comparison: values and differences on test as [value, low, high], rounded."""
     share, entropy = constant_scores(comparison.class_counts or [1])
     measured, effects = {}, {}
     wanted = {"accuracy", "nll", "ece", "signed_gap", comparison.quality}
@@ -177,17 +178,17 @@ def summary(comparison: Comparison) -> Record:
             moved = seed_difference("signed_gap", ours, theirs, comparison.level)
             effects[variant.label]["signed_gap"] = _rounded(moved.value, moved.low, moved.high)
     return {
-        "size": comparison.size(), "seeds": len(comparison.seeds), "most_frequent": round(share, 4), "entropy": round(entropy, 4),
+        "size": comparison.size(), "seeds": len(comparison.seeds), "most_frequent": round(share, 6), "entropy": round(entropy, 6),
         "quality": comparison.quality, "verdict": comparison.verdict.sentence, "rows": measured, "effects": effects,
     }  # fmt: skip
 
 
 def _mean(values: list[float] | None) -> float | None:
-    return round(sum(values) / len(values), 4) if values else None
+    return sum(values) / len(values) if values else None
 
 
 def _rounded(*values: float | None) -> list[float | None]:
-    return [None if value is None else round(float(value), 4) for value in values]
+    return [None if value is None else round(float(value), 6) for value in values]
 
 
 def _cell(values: list[float | None] | None, *, sign: bool = False) -> str:

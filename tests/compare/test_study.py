@@ -7,12 +7,12 @@ import json
 import sys
 from types import ModuleType
 
+import numpy as np
 import pytest
 from constructed_sequences import CASES, REPETITIONS, sequence_results
 from places import ROOT
 
 from hf_ls.compare.comparison import Variant
-from hf_ls.compare.experiment import parse_compare
 from hf_ls.compare.statistics import compare
 
 RESULTS = ROOT / "docs" / "study" / "grid.json"
@@ -49,12 +49,19 @@ def test_the_table_of_a_comparison_holds_its_values_and_its_paired_differences(s
     assert {rows["baseline"][head] for head in heads if head.startswith("Δ")} == {"–"}
 
 
-def test_every_cell_is_a_comparison_which_the_parser_accepts(study, tmp_path):
-    cells = study.grid([*study.REGIMES])
-    assert len({cell.name for cell in cells}) == len(cells)
-    for cell in cells:
-        options, config, _ = parse_compare(cell.arguments(tmp_path))
-        assert options.grid == [0.0, 0.05, 0.1, 0.2] and config.model.overrides["vocab_size"] == cell.vocabulary >= cell.tokens
+def test_a_cell_of_the_grid_trains_and_is_compared(study, monkeypatch):
+    """A few steps of a small cell, one ε, one seed, and more rows in the head than tokens."""
+    monkeypatch.setattr(study, "REGIMES", {"repeated": (32, 12)})
+    monkeypatch.setattr(study, "HELD_OUT", {"validation": 4, "test": 6})
+    monkeypatch.setattr(study, "EPSILONS", (0.0, 0.1))
+    monkeypatch.setattr(study, "SEEDS", (0,))
+    record = study.run(study.GridCell("repeated", 16, 512, 600))
+    assert record["size"].endswith("tokens in 6 sequences")
+    assert list(record["rows"]) == [f"{run}{after}" for run in ("baseline", "smoothed ε=0.1") for after in ("", " + temperature")]
+    plain, tempered = record["rows"]["baseline"], record["rows"]["baseline + temperature"]
+    assert plain["accuracy"] == tempered["accuracy"] and plain["nll"] != tempered["nll"]
+    assert abs(plain["nll"][0] - np.log(600)) < 1.5
+    assert len(list(study.effect_table([record]))) == 3
 
 
 def test_the_page_holds_every_line_of_the_tables(study):
