@@ -155,8 +155,10 @@ def smollm2() -> tuple[Any, Any]:
     file = next(Path(package.origin).parent.glob("*.gguf"))  # found, not imported: the package wants a compiler
     tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
-    # Its weights were dequantised when it was loaded; by this mark alone a Trainer would refuse to train them.
-    model.is_quantized = False  # type: ignore[assignment]
+    # Its weights were dequantised when it was loaded; by these marks alone a Trainer would refuse to train them, and
+    # save_pretrained to write them.
+    model.is_quantized, model.hf_quantizer = False, None  # type: ignore[assignment]
+    model.config.__dict__.pop("quantization_config", None)
     return model.eval(), tokenizer
 
 

@@ -34,51 +34,47 @@ _TEMPLATES = {"text": "Question: {question}\nAnswer:", "letter": "{question}\n{c
 
 @dataclass(kw_only=True)
 class QuestionArguments:
-    """How rows become questions (task multiple-choice).
+    """How rows become questions.
 
     Raises: ValueError for settings which contradict each other.
     """
 
     question_column: str | None = field(
-        default=None, metadata={"help": "multiple-choice: column with the question or the whole prompt; guessed where left out."}
+        default=None, metadata={"help": "questions: column with the question or the whole prompt; guessed where left out."}
     )
     options_column: list[str] = field(
         default_factory=list,
-        metadata={"help": "multiple-choice: column with the list of options, or one column for each option; guessed."},
+        metadata={"help": "questions: column with the list of options, or one column for each option; guessed."},
     )
-    options: list[str] = field(default_factory=list, metadata={"help": "multiple-choice: options which all rows share."})
-    answer_column: str | None = field(default=None, metadata={"help": "multiple-choice: column with the right option; guessed."})
+    options: list[str] = field(default_factory=list, metadata={"help": "questions: options which all rows share."})
+    answer_column: str | None = field(default=None, metadata={"help": "questions: column with the right option; guessed."})
     answer_is: Literal["auto", "text", "letter", "index", "number"] = field(
         default="auto",
-        metadata={"help": "multiple-choice: what names the right option: its text, letter, place from 0 (index) or 1 (number)."},
+        metadata={"help": "questions: what names the right option: its text, letter, place from 0 (index) or 1 (number)."},
     )
     score: Literal["text", "letter"] = field(
         default="text",
-        metadata={
-            "help": "multiple-choice: take the probability of the text of an option, or of its letter (listed by {choices})."
-        },
+        metadata={"help": "questions: take the probability of the text of an option, or of its letter (listed by {choices})."},
     )
     prompt_template: str | None = field(
         default=None,
         metadata={
-            "help": "multiple-choice: the prompt, with {question}, {choices} (one line each, 'A. text') and any column by its "
+            "help": "questions: the prompt, with {question}, {choices} (one line each, 'A. text') and any column by its "
             r"name; \n is a line break."
         },
     )
-    instruction: str = field(
-        default="", metadata={"help": "multiple-choice: text before everything, with a blank line after it."}
-    )
+    instruction: str = field(default="", metadata={"help": "questions: text before everything, with a blank line after it."})
     few_shot_file: str | None = field(
         default=None,
-        metadata={"help": "multiple-choice: file of rows as in test_file, put before each prompt with their answers."},
+        metadata={"help": "questions: file of rows as in test_file, put before each prompt with their answers."},
     )
     option_prefix: str = field(
-        default=" ", metadata={"help": "multiple-choice: what stands between a prompt which ends without a blank and an option."}
+        default=" ", metadata={"help": "questions: what stands between a prompt which ends without a blank and an option."}
     )
     length_normalisation: Literal["none", "tokens", "characters"] = field(
         default="none",
         metadata={
-            "help": "multiple-choice: log-probability of an option as it is, over its tokens, or over its characters, as "
+            "help": "questions: log-probability of an option as it is, over its tokens, or over its characters, as "
             "acc_norm of lm-evaluation-harness."
         },
     )

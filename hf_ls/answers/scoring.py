@@ -124,6 +124,15 @@ def option_scores(
     return scores
 
 
+def check_options(questions: Sequence[Question], tokenizer: Any, option_prefix: str = " ") -> None:
+    """Refuse, before any model is trained, questions whose options cannot be scored.
+
+    Raises: ValueError for an option whose tokens cannot be told from those of its prompt or of another option.
+    """
+    for i, question in enumerate(questions):
+        _tokens(question, tokenizer, option_prefix, f"question {i}")
+
+
 def _check_causal(model: Any) -> None:
     inner: Any = base_model(model)
     config = getattr(inner, "config", None)

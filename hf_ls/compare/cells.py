@@ -17,14 +17,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from hf_ls.common.errors import read_json
 from hf_ls.common.files import locked, write_atomically
 from hf_ls.compare.worker import WITH_PARENT
-from hf_ls.run.config import Config, DataArguments
+from hf_ls.run.config import Config, DataArguments, TrainingQuestions
 from hf_ls.run.manifest import Manifest
 from hf_ls.trainer.arguments import smoothing_of, without_smoothing
 from hf_ls.trainer.criterion import Criterion, parse_params
@@ -73,7 +73,7 @@ class Spec:
     """All that the process of a cell is told.
 
     argv: the settings shared by all cells. data: "train", "validation", "test" -> file; ood: name -> file. columns: setting ->
-    column of all files.
+    column of all files. questions: "test", "validation" -> file.
     """
 
     cell: Cell
@@ -81,6 +81,7 @@ class Spec:
     data: dict[str, str]
     columns: dict[str, str]
     ood: dict[str, str]
+    questions: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """As JSON text."""
@@ -121,7 +122,14 @@ def cell_config(base: Config, spec: Spec, folder: Path) -> Config:
     Criterion(smoothing_of(training), cell.objective, parse_params(cell.params))
     files: dict[str, Any] = {f"{split}_file": path for split, path in spec.data.items()}
     data = DataArguments(**files, **spec.columns, **{name: getattr(base.data, name) for name in _AS_TOKENS})  # type: ignore[arg-type]
-    return replace(base, run=replace(base.run, with_baseline=False, bake_temperature=False), training=training, data=data)
+    # The files hold what the settings made of the questions: whole prompts, their options, and the place of the right one.
+    asked = replace(
+        base.questions, question_file=spec.questions.get("test"), validation_question_file=spec.questions.get("validation"),
+        question_column="prompt", options_column=["options"], options=[], answer_column="answer", answer_is="index",
+        score="text", prompt_template=None, instruction="", few_shot_file=None,
+    ) if spec.questions else TrainingQuestions()  # fmt: skip
+    run = replace(base.run, with_baseline=False, bake_temperature=False)
+    return replace(base, run=run, training=training, data=data, questions=asked)
 
 
 def finished(folder: Path, spec: Spec) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_ls.metrics.ceiling import has_learnt
+from hf_ls.metrics.ceiling import constant_scores, has_learnt
 from hf_ls.metrics.core import PredictionStatistics
 from hf_ls.metrics.paired import Contrast, Draws
 from hf_ls.report.calibration_report import BASELINE, CalibrationRow
@@ -159,6 +159,9 @@ class Comparison:
     picked: the smoothed variant with the lowest mean validation NLL; None if none was compared.
     class_counts: of the labels of "test"; None where they are not known. quality: the metric which says how good the predictions
         are, and is judged beside the NLL.
+    what: one prediction of "test", in the plural. guessing: `guessing_scores` where these are answers to questions whose options
+        differ; else None, and the class_counts say what a model which knows nothing shows. tokens: the same runs compared by the
+        tokens which they learnt, where "test" are answers; else None.
     """
 
     seeds: list[int]
@@ -175,6 +178,9 @@ class Comparison:
     verdict: Verdict
     class_counts: list[int] | None = None
     quality: str = "accuracy"
+    what: str = "examples"
+    guessing: list[float] | None = None
+    tokens: Comparison | None = None
 
     def measurement(self, variant: Variant, metric: str, set: str = TEST) -> Measurement:
         """The measurement of a metric. Raises: ValueError if there is none."""
@@ -198,7 +204,7 @@ class Comparison:
     def size(self, set: str = TEST) -> str:
         """How much a set holds, in words: "300 examples", "14,683 tokens in 2,000 sequences"."""
         n, units = self.sets[set], self.clusters.get(set)
-        return f"{n:,} examples" if units is None else f"{n:,} tokens in {units:,} sequences"
+        return f"{n:,} {self.what}" if units is None else f"{n:,} tokens in {units:,} sequences"
 
     def metrics(self, set: str = TEST) -> list[str]:
         """The names of the metrics measured on a set, in order."""
@@ -209,14 +215,19 @@ class Comparison:
         value, limit = (self.measurement(variant, metric, set).per_seed for metric in ("ece", "null_ece_q95"))
         return [bool(v <= q) for v, q in zip(value, limit, strict=True)]
 
+    @property
+    def uninformed(self) -> Sequence[float] | None:
+        """(accuracy, NLL) on "test" of knowing only how frequent each class is, or which options there are; None if not known."""
+        return self.guessing or (None if self.class_counts is None else constant_scores(self.class_counts))
+
     def learnt(self, variant: Variant) -> bool:
-        """Whether a variant is measurably better on "test" than knowing only how frequent each class is; True if not known."""
-        if self.class_counts is None:
+        """Whether a variant is measurably better on "test" than a model which knows nothing; True if not known."""
+        if self.uninformed is None:
             return True
         accuracy, nll = (self.measurement(variant, metric) for metric in ("accuracy", "nll"))
         if accuracy.per_seed_low is None or nll.per_seed_high is None:
             return True
-        return has_learnt(float(np.mean(accuracy.per_seed_low)), float(np.mean(nll.per_seed_high)), self.class_counts)
+        return has_learnt(float(np.mean(accuracy.per_seed_low)), float(np.mean(nll.per_seed_high)), self.uninformed)
 
     def to_json(self) -> str:
         """The comparison as JSON text."""
@@ -229,13 +240,17 @@ class Comparison:
         Raises:
             ValueError: text which is not JSON, or unknown or missing keys.
         """
+        return cls._from_fields(json.loads(text))
+
+    @classmethod
+    def _from_fields(cls, fields: dict[str, Any]) -> Self:
         try:
-            fields = json.loads(text)
             fields["variants"] = [Variant(**v) for v in fields["variants"]]
             fields["picked"] = Variant(**fields["picked"]) if fields["picked"] else None
             fields["measurements"] = [Measurement(**m | {"variant": Variant(**m["variant"])}) for m in fields["measurements"]]
             fields["contrasts"] = [Contrast(**c) for c in fields["contrasts"]]
             fields["verdict"] = Verdict(**fields["verdict"] | {"variant": Variant(**fields["verdict"]["variant"])})
+            fields["tokens"] = cls._from_fields(fields["tokens"]) if fields.get("tokens") else None
             return cls(**fields)
         except (TypeError, KeyError) as error:
             raise ValueError(f"expected a comparison written by to_json, got {error}; was it by another version?") from error

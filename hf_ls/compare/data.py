@@ -22,8 +22,9 @@ from hf_ls.data.labels import folded
 from hf_ls.data.reading import read_files
 from hf_ls.data.sequences import SequenceData, SequenceTask, load_sequences, texts_of
 from hf_ls.data.splitting import same_text
+from hf_ls.metrics.ceiling import guessing_scores
 from hf_ls.run.config import Config
-from hf_ls.run.loading import Data, capped, load_data
+from hf_ls.run.loading import Data, capped, load_data, load_questions
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,8 @@ class CompareData:
 
     label_names: of classes or tags, none for language models. columns: setting of a run -> column of all files.
     train: seed -> file (one file for all seeds without label noise). others: "validation", "test" -> file.
-    ood: name of an out-of-domain set -> file. sizes, hashes: file name -> how many rows it has, and their SHA-256.
+    ood: name of an out-of-domain set -> file. questions: "test", "validation" -> file, none without any; guessing: as in
+    `Comparison`. sizes, hashes: file name -> how many rows it has, and their SHA-256.
     """
 
     name: str
@@ -50,6 +52,8 @@ class CompareData:
     ood: dict[str, Path]
     sizes: dict[str, int]
     hashes: dict[str, str]
+    questions: dict[str, Path]
+    guessing: tuple[float, float] | None = None
 
 
 def prepare_data(
@@ -94,6 +98,12 @@ def prepare_data(
         if not apart:
             raise ValueError(f"expected examples in {name} which are not in train, validation or test, got none; drop that set")
         tables[f"ood-{name}"] = rows.select(apart).select_columns([c for c in columns if c in rows.column_names])
+    asked = load_questions(config)
+    questions = {} if asked is None else asked.splits
+    for split, own in questions.items():
+        rows_of = [{"prompt": q.prompt, "options": list(q.options), "answer": q.answer} for q in own]
+        tables[f"questions-{split}"] = Dataset.from_list(rows_of)
+    tested = [question.options for question in questions.get("test", ())]
     files = {}
     for name, table in tables.items():
         files[name] = folder / f"{name}.parquet"
@@ -107,6 +117,8 @@ def prepare_data(
         ood={name: files[f"ood-{name}"] for name in ood},
         sizes={name: len(table) for name, table in tables.items()},
         hashes={name: _hash(table) for name, table in tables.items()},
+        questions={split: files[f"questions-{split}"] for split in questions},
+        guessing=guessing_scores([len(options) for options in tested]) if len(set(tested)) > 1 else None,
     )
 
 

@@ -22,12 +22,13 @@ from hf_ls.compare.cells import Cell, Spec, cell_config, commands, run_cells
 from hf_ls.compare.comparison import TEST, Comparison
 from hf_ls.compare.data import CompareData, prepare_data
 from hf_ls.compare.page import Facts, print_comparison, write_report
-from hf_ls.compare.results import Predictions, Sequences, clearly_worse
+from hf_ls.compare.results import Answers, Predictions, Sequences, clearly_worse
 from hf_ls.compare.statistics import compare
 from hf_ls.losses.smoothing import Smoothing
 from hf_ls.metrics.ceiling import ceiling_warning, last_epsilon
 from hf_ls.report.calibration_report import BASELINE, REPORT, CalibrationReport
 from hf_ls.report.plots import write_plots
+from hf_ls.run.asking import ANSWERS
 from hf_ls.run.config import Config, Parser, about, parse_config
 from hf_ls.run.loading import load
 from hf_ls.run.publish import folder_of, pictures_of
@@ -61,7 +62,7 @@ class CompareArguments:
     jobs: int | None = field(
         default=None, metadata=about("Runs at the same time; one a GPU, or one for two cores, if not given.")
     )
-    repetitions: int = field(default=1000, metadata=about("Bootstrap repetitions, of text-classification."))
+    repetitions: int = field(default=1000, metadata=about("Bootstrap repetitions, of texts and of answers."))
     print_cells: bool = field(
         default=False, metadata=about("Train nothing here: print a command for each run, for any machine which sees output_dir.")
     )
@@ -111,6 +112,8 @@ def parse_compare(argv: Sequence[str]) -> tuple[CompareArguments, Config, list[s
     config = parse_config(rest)
     if config.run.task != "text-classification":
         for name, default in (("flip_labels", 0.0), ("ood_sources", []), ("repetitions", 1000)):
+            if name == "repetitions" and config.asks:  # answers are drawn as texts are
+                continue
             if (value := getattr(options, name)) != default:
                 raise ValueError(
                     f"expected {name} only with task text-classification, got {value} with {config.run.task}; drop it"
@@ -233,21 +236,39 @@ def _run(options: CompareArguments, config: Config, argv: Sequence[str], folder:
     dropped: dict[float, str] = {}
     kind = Sequences if TASKS[config.run.task].per_token else Predictions
     predictions: dict[Cell, Predictions | Sequences] = {}
+    judged: dict[Cell, Predictions | Sequences] = {}  # of the same cells, by their answers where there are questions
     left: dict[Cell, dict[str, Any]] = {}
     # All seeds at once, or one after the other where the earlier ones decide what is worth another run.
     for batch in [[seed] for seed in options.seeds] if options.epsilon == "auto" else [options.seeds]:
         wanted = [cell for seed in batch for cell in cells[seed] if cell.epsilon not in dropped]
         left |= run_cells([specs[cell] for cell in wanted], folder / "cells", jobs=jobs, threads=threads, announce=_announce)
         check_fingerprints(left)
-        predictions |= {cell: kind.load(cell, folder / "cells" / cell.name) for cell in wanted}
+        places = {cell: folder / "cells" / cell.name for cell in wanted}
+        predictions |= {cell: kind.load(cell, place) for cell, place in places.items()}
+        if data.questions:
+            judged |= {cell: Answers.load(cell, place / ANSWERS, tokens=predictions[cell]) for cell, place in places.items()}
+        else:
+            judged = predictions
         if options.epsilon == "auto" and batch[-1] != options.seeds[-1]:
-            dropped |= _drop(predictions, dropped, batch[-1])
-    compared = [found for cell, found in predictions.items() if cell.epsilon not in dropped]
-    made = {found.cell: found.results() for found in compared}
+            dropped |= _drop(judged, dropped, batch[-1])
+    kept = [cell for cell in predictions if cell.epsilon not in dropped]
+    compared = [predictions[cell] for cell in kept]
+    made = {cell: judged[cell].results() for cell in kept}
     results = [result for of_cell in made.values() for result in of_cell]
-    comparison = compare(results, quality=compared[0].quality, repetitions=options.repetitions)
+    more: dict[str, Any] = {"quality": judged[kept[0]].quality, "repetitions": options.repetitions}
+    if data.questions:
+        of_tokens = {cell: predictions[cell].results() for cell in kept}
+        tokens = compare([result for of_cell in of_tokens.values() for result in of_cell], quality=compared[0].quality)
+        more |= {"what": "questions", "guessing": data.guessing, "tokens": tokens}
+    comparison = compare(results, **more)
     unfitted = [cell.name for cell, rs in made.items() if any(r.variant.tempered and r.temperature == 1.0 for r in rs)]
-    facts = _facts(options, config, data, compared, [*dropped.values(), *_blocks(comparison, data)], unfitted, left)
+    noted = [*dropped.values(), *_blocks(comparison.tokens or comparison, data)]
+    if data.questions and "validation" not in data.questions:
+        noted.append(
+            "There are no questions of validation: no temperature of the answers was fitted, and the NLL of the tokens picked "
+            "the variant; give validation_question_file."
+        )
+    facts = _facts(options, config, data, compared, noted, unfitted, left)
     pictures = _pictures(cells[options.seeds[0]], comparison, folder)
     write_report(comparison, results, facts, folder, pictures)
     print_comparison(comparison, facts)
@@ -281,7 +302,8 @@ def check_fingerprints(left: Mapping[Cell, Mapping[str, Any]]) -> None:
 def _spec(cell: Cell, argv: Sequence[str], task: str, folder: Path, data: CompareData) -> Spec:
     files = {"train": str(data.train[cell.seed]), **{split: str(path) for split, path in data.others.items()}}
     frozen = [*_with_frozen_config(argv, folder), f"--task={task}"]  # which may have been guessed from a file that is not there
-    return Spec(cell, frozen, files, data.columns, {name: str(path) for name, path in data.ood.items()})
+    ood, questions = ({name: str(path) for name, path in of.items()} for of in (data.ood, data.questions))
+    return Spec(cell, frozen, files, data.columns, ood, questions)
 
 
 def _with_frozen_config(argv: Sequence[str], folder: Path) -> list[str]:
@@ -302,7 +324,8 @@ def _with_frozen_config(argv: Sequence[str], folder: Path) -> list[str]:
 
 def _settings(options: CompareArguments, config: Config, data: CompareData) -> dict[str, Any]:
     """What decides the result, as JSON holds it."""
-    return settings_of(options, config.run, config.model, config.data, config.training, data=data.hashes)
+    parts = (options, config.run, config.model, config.data, config.training, config.questions)
+    return settings_of(*parts, data=data.hashes)
 
 
 def _saved_settings(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:

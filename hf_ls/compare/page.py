@@ -92,7 +92,6 @@ def headline(comparison: Comparison) -> tuple[str, str]:
 def html(comparison: Comparison, results: Sequence[Result], facts: Facts, pictures: Sequence[Path] = ()) -> str:
     """The page, readable from 390 px on; every text in it is escaped. pictures: PNG files, which become part of the page."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    others = [name for name in comparison.sets if name != TEST]
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         headline=headline(comparison)[0],
         sentence=headline(comparison)[1],
@@ -104,17 +103,25 @@ def html(comparison: Comparison, results: Sequence[Result], facts: Facts, pictur
         facts=facts,
         minutes=facts.seconds / 60,
         level=f"{comparison.level:.0%}".replace("%", " %"),
-        tables=[{"set": name, "size": comparison.size(name), "rows": rows(comparison, name)} for name in [TEST, *others]],
+        tables=[{"set": title, "size": of.size(name), "rows": rows(of, name)} for title, of, name in _sets(comparison)],
         higher=[metric for metric in comparison.metrics() if direction(metric) == "higher" and not metric.startswith("null_")],
-        units="sequences" if comparison.clusters else "examples",
+        units="sequences" if comparison.clusters else comparison.what,
         forests=forests(comparison, TEST),
-        other_forests=[forest for name in others for forest in forests(comparison, name, only=("nll",))],
+        other_forests=[
+            forest | {"set": title} for title, of, name in _sets(comparison)[1:] for forest in forests(of, name, only=("nll",))
+        ],
         diagrams=diagrams(comparison, results),
         pictures=[
             {"text": _PICTURES[path.name], "png": base64.b64encode(path.read_bytes()).decode("ascii")} for path in pictures
         ],
         versions=package_versions("transformers", "torch", "numpy"),
     )
+
+
+def _sets(comparison: Comparison) -> list[tuple[str, Comparison, str]]:
+    """Each table: its title, the comparison which holds it and the set; the judged one first, those of tokens last."""
+    sets = [(name, comparison, name) for name in sorted(comparison.sets, key=lambda name: name != TEST)]
+    return sets if comparison.tokens is None else [*sets, *((f"tokens of {t}", of, n) for t, of, n in _sets(comparison.tokens))]
 
 
 def rows(comparison: Comparison, name: str) -> list[dict[str, Any]]:
@@ -219,10 +226,10 @@ def print_comparison(comparison: Comparison, facts: Facts) -> None:
     from rich.text import Text
 
     console = Console()
-    seeds, compared = len(comparison.seeds), {contrast.metric for contrast in comparison.contrasts}
-    for name in comparison.sets:
-        lines = rows(comparison, name)
-        title = f"{name}, {comparison.size(name)}, mean of {seeds} seed{'s' * (seeds > 1)}"
+    seeds = len(comparison.seeds)
+    for title, of, name in _sets(comparison):
+        compared, lines = {contrast.metric for contrast in of.contrasts}, rows(of, name)
+        title = f"{title}, {of.size(name)}, mean of {seeds} seed{'s' * (seeds > 1)}"
         made = Table(title=Text(title), box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0), show_edge=False)
         headings = [cell["heading"] for cell in lines[0]["cells"]]
         wide = {"debiased RMSCE", "AURC", "Brier"} | {*headings} - {heading for _, heading in COLUMNS} - compared

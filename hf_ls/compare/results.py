@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from datasets import DatasetDict, load_dataset
@@ -73,10 +73,11 @@ class Predictions:
     cell: Cell
     logits: dict[str, Floats]
     labels: dict[str, Integers]
+    needed: ClassVar[frozenset[str]] = frozenset({"validation", TEST})
 
     @classmethod
-    def load(cls, cell: Cell, folder: Path) -> Self:
-        """Read what the cell left.
+    def load(cls, cell: Cell, folder: Path, **more: Any) -> Self:
+        """Read what the cell left; more: further fields.
 
         Raises: ValueError without predictions on validation and test, and for logits which are not finite.
         """
@@ -86,13 +87,14 @@ class Predictions:
                 with np.load(folder / name, allow_pickle=False) as saved:
                     arrays |= dict(saved)
         logits = {key.removeprefix("logits_"): value for key, value in arrays.items() if key.startswith("logits_")}
-        missing = {"validation", TEST} - set(logits)
+        missing = cls.needed - set(logits)
         if missing:
             raise ValueError(f"expected logits of {sorted(missing)} in {folder}, got none; compare text-classification")
-        broken = [name for name, values in logits.items() if not np.isfinite(values).all()]
+        # Options which a question does not have are −inf; a label at −inf has no finite NLL, which `compare` refuses.
+        broken = [name for name, values in logits.items() if not (values < np.inf).all()]
         if broken:
             raise ValueError(f"expected finite logits in {folder}, got others in {broken}; it diverged: lower the learning rate")
-        return cls(cell, logits, {name: arrays[f"labels_{name}"] for name in logits})
+        return cls(cell, logits, {name: arrays[f"labels_{name}"] for name in logits}, **more)
 
     def nll(self, *, tempered: bool) -> Floats:
         """NLL of each validation example [n] in nats; tempered: by the temperature of the other half (cross-fitting)."""
@@ -108,22 +110,24 @@ class Predictions:
         return out
 
     def results(self) -> list[Result]:
-        """The cell without and with a temperature fitted on all of validation."""
-        fitted = fit_or_one(self.logits["validation"], self.labels["validation"])
+        """The cell without and with a temperature fitted on all of validation, if there is any."""
+        forms = [(False, 1.0)]
+        if "validation" in self.logits:
+            forms.append((True, fit_or_one(self.logits["validation"], self.labels["validation"])))
         sets = [TEST, *(name for name in self.logits if name not in ("validation", TEST))]
         return [
             Result(
                 variant=Variant(self.cell.variant, self.cell.epsilon, tempered),
                 seed=self.cell.seed,
                 temperature=temperature,
-                validation_nll=float(self.nll(tempered=tempered).mean()),
+                validation_nll=float(self.nll(tempered=tempered).sum() / self.count.sum()),
                 statistics={
                     name: PredictionStatistics.from_logits(apply_temperature(self.logits[name], temperature), self.labels[name])
                     for name in sets
                 },
                 labels={name: self.labels[name] for name in sets},
             )
-            for tempered, temperature in ((False, 1.0), (True, fitted))
+            for tempered, temperature in forms
         ]
 
     @property
@@ -203,6 +207,24 @@ class Sequences:
     def quality(self) -> str:
         """The metric which says how good the predictions are: the first of its task, else the accuracy of tokens."""
         return next(iter(self.outcomes[TEST].rows[0].quality), "accuracy")
+
+
+@dataclass(frozen=True)
+class Answers(Predictions):
+    """Logits of the options of questions [n, K] on "test" and perhaps "validation"; without these the tokens stand in, of which
+    the same cell has learnt to predict."""
+
+    tokens: Sequences
+    needed: ClassVar[frozenset[str]] = frozenset({TEST})
+
+    def nll(self, *, tempered: bool) -> Floats:
+        """As of predictions, or as of the tokens."""
+        return super().nll(tempered=tempered) if "validation" in self.logits else self.tokens.nll(tempered=tempered)
+
+    @property
+    def count(self) -> Floats:
+        """As of predictions, or as of the tokens."""
+        return np.ones(len(self.labels["validation"])) if "validation" in self.logits else self.tokens.count
 
 
 def fit_or_one(logits: Floats, labels: Integers) -> float:

@@ -22,7 +22,15 @@ from hf_ls.report.calibration_report import BASELINE
 
 
 def compare(
-    results: Sequence[Result], *, quality: str = "accuracy", level: float = 0.95, repetitions: int = 1000, seed: int = 0
+    results: Sequence[Result],
+    *,
+    quality: str = "accuracy",
+    level: float = 0.95,
+    repetitions: int = 1000,
+    seed: int = 0,
+    what: str = "examples",
+    guessing: Sequence[float] | None = None,
+    tokens: Comparison | None = None,
 ) -> Comparison:
     """Compare variants on shared examples within each seed, and judge.
 
@@ -38,6 +46,7 @@ def compare(
 
     quality: the metric which is judged beside the NLL, of the predictions or in `Result.extra`. level: of all intervals.
     repetitions: bootstrap replicates. seed: of their weights. Sums over tokens bring replicates and 95 % intervals of their own.
+    what, guessing, tokens: as in `Comparison`.
 
     >>> from hf_ls.metrics import PredictionStatistics
     >>> labels = np.arange(300) % 3
@@ -114,6 +123,9 @@ def compare(
         verdict=Verdict("no_difference", Variant(BASELINE, 0.0, False), None, "", [], []),
         class_counts=_label_counts(first),
         quality=quality,
+        what=what,
+        guessing=None if guessing is None else [float(score) for score in guessing],
+        tokens=tokens,
     )
     return dataclasses.replace(comparison, verdict=judge(comparison))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import numpy as np
 
 from hf_ls.compare.comparison import TEST, Comparison, Kind, Variant, Verdict
-from hf_ls.metrics.ceiling import constant_scores
 from hf_ls.metrics.paired import Finding
 from hf_ls.report.calibration_report import BASELINE
 
@@ -39,6 +38,8 @@ def judge(comparison: Comparison) -> Verdict:
     ]
     evidence = [_picking(comparison, picked), *(_difference(comparison, *pair) for pair in pairs)]
     evidence += [_calibration(comparison, judged), *_others(comparison, rivals)]
+    if comparison.tokens is not None:
+        evidence.append(f"Judged are the answers. By the tokens which were learnt: {comparison.tokens.verdict.sentence}")
     variant, epsilon = (picked, picked.epsilon) if picked and kind in ("smooth", "trade_off") else (_BASELINE, None)
     return Verdict(
         kind,
@@ -90,11 +91,14 @@ def _are(titles: list[str]) -> str:
 
 
 def _unlearnt(comparison: Comparison) -> str:
-    accuracy, nll = constant_scores(comparison.class_counts or [1])
+    accuracy, nll = comparison.uninformed or (1.0, 0.0)
+    label = "token" if TEST in comparison.clusters else "answer" if comparison.what == "questions" else "class"
+    of, alone = f"the share of the most frequent {label} of {TEST}", "that of the shares alone"
+    if comparison.guessing:
+        of, alone = "that of guessing among the options", "that of guessing"
     return (
-        f"No verdict, the models have not learnt: no accuracy is measurably above {accuracy:.3f}, the share of the most frequent "
-        f"{'token' if comparison.clusters else 'class'} of {TEST}, and no NLL below {nll:.3f}, that of the shares alone. Check "
-        "labels and learning rate, or train longer."
+        f"No verdict, the models have not learnt: no accuracy is measurably above {accuracy:.3f}, {of}, and no NLL below "
+        f"{nll:.3f}, {alone}. Check labels and learning rate, or train longer."
     )
 
 
@@ -189,6 +193,6 @@ def _caveats(comparison: Comparison) -> list[str]:
         )
     units = comparison.clusters.get(TEST, comparison.sets[TEST])
     if units < 100:
-        what = "sequences" if TEST in comparison.clusters else "examples"
+        what = "sequences" if TEST in comparison.clusters else comparison.what
         caveats.append(f"Only {units} {what} were tested: small differences cannot be measured.")
     return caveats

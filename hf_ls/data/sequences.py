@@ -284,14 +284,21 @@ def tokenise_seq2seq(
 
 
 def tokenise_causal(
-    splits: DatasetDict, tokenizer: Any, max_length: int, *, source_prefix: str = "", source_suffix: str = ""
+    splits: DatasetDict,
+    tokenizer: Any,
+    max_length: int,
+    *,
+    source_prefix: str = "",
+    source_suffix: str = "",
+    completion_only: bool = True,
 ) -> DatasetDict:
     """Token rows of at most `max_length` for next-token prediction, the end-of-sequence token after each document.
 
     Documents (`text`): a longer one is cut into blocks which overlap by one token, so that each token but the first of the
     document is predicted exactly once; blocks never mix documents. Prompts and completions (`source`, `target`): one row each,
-    in order, with −100 as label of the prompt; both parts are tokenised apart, as in generation, so a completion which begins
-    a new word needs its blank in `source_suffix` or in the target. Cut completions are counted in a warning.
+    in order, with −100 as label of the prompt, unless it is to be learnt too (`completion_only=False`); both parts are tokenised
+    apart, as in generation, so a completion which begins a new word needs its blank in `source_suffix` or in the target. Cut
+    completions are counted in a warning.
 
     Raises: ValueError for max_length < 2, a tokenizer without an end-of-sequence token, and prompts which leave no room for any
     completion.
@@ -322,9 +329,10 @@ def tokenise_causal(
         for prompt, target in zip(prompts, targets, strict=True):
             prompt = prompt[:-1] if prompt[-1:] == [end] else prompt  # the tokenizer's own end would be in the middle
             inputs.append([*prompt, *target, end][:max_length])
-            labels.append([*[IGNORE_INDEX] * len(prompt), *target, end][:max_length])
+            before = [IGNORE_INDEX] * len(prompt) if completion_only else prompt
+            labels.append([*before, *target, end][:max_length])
             cut.append(int(len(prompt) + len(target) + 1 > max_length))
-            lost.append(int(len(prompt) >= max_length))
+            lost.append(int(completion_only and len(prompt) >= max_length))
         masks = [[1] * len(ids) for ids in inputs]
         return {"input_ids": inputs, "attention_mask": masks, "labels": labels, "cut": cut, "lost": lost}
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hf_ls.losses import _checks
 from hf_ls.losses._rows import RowLoss, exact_dtype, prior_dot
-from hf_ls.losses._skipping import SKIPPING_ROWS, GradientCertificate, Skipping
+from hf_ls.losses._skipping import SKIPPING_ROWS, GradientCertificate, Skipping, Thresholds
 
 # Rows per chunk by bytes per element: fewer starve the matmuls (each chunk reads W), more cost memory.
 CHUNK_ROWS = {2: 512, 4: 384, 8: 192}
@@ -152,11 +152,13 @@ def chunk_loop(
     weight_dtype: torch.dtype,
     chunk_rows: int | None,
     tolerance: float | None = None,
+    thresholds: Thresholds | None = None,
 ) -> RowsAndGradients:
     """Terms and gradients of rows hidden [n, d] under weight [K, d] and bias [K], all of one dtype, with
     labels [n].
 
-    tolerance: of the gradients' relative error, for `_skipping`; None for exact ones. The terms are exact either way.
+    tolerance: of the gradients' relative error, for `_skipping`; None for exact ones. The terms are exact either way. thresholds:
+    where to begin, of an earlier certificate.
     Memory beyond the results: chunk_rows × K logits and, in half precision, one tile of float32; on CUDA a float32 dW.
     """
     (n, width), classes, exact, scale = hidden.shape, weight.shape[0], exact_dtype(hidden.dtype), loss.logit_scale
@@ -174,15 +176,14 @@ def chunk_loop(
     nll, label_logit, smoothing_term = (hidden.new_zeros(n, dtype=exact) for _ in range(3))
     grad_hidden = hidden.new_empty((n, width), dtype=exact) if needs_hidden else None
     # Empty, because the first chunk overwrites it: clearing [K, d] costs as much as 1 % of the matmuls.
-    new = weight.new_zeros if skips else weight.new_empty
-    grad_weight = new((classes, width), dtype=sum_dtype) if needs_weight else None
+    grad_weight = weight.new_empty((classes, width), dtype=sum_dtype) if needs_weight else None
     grad_bias = hidden.new_zeros(classes, dtype=exact) if needs_bias else None
     # A factor which only the device knows multiplies the sums at the end.
     alpha = scale * factor if isinstance(factor, float) else scale
     skipping = None
     if tolerance is not None:
         prior = None if rider is None else (rider.prior, rider.weighted_mixing)
-        skipping = Skipping(tolerance, weight, grad_hidden, grad_weight, alpha, prior)
+        skipping = Skipping(tolerance, thresholds, weight, hidden, grad_hidden, grad_weight, alpha, prior)
 
     def logits_again(chunk: Tensor, some: Tensor) -> Tensor:
         return logits_(hidden.new_empty((len(some), classes)), chunk[some], weight, bias, scale).to(exact)
@@ -233,7 +234,7 @@ def chunk_loop(
             grad_hidden.addr_(rider.weighted_mixing, prior_mean, alpha=-1)
         if grad_bias is not None:
             grad_bias -= rider.weighted_mixing.sum() * rider.prior
-    certificate = None if skipping is None else skipping.finish(hidden)
+    certificate = None if skipping is None else skipping.finish()
     for small in (grad_hidden, grad_bias):
         if small is not None:
             small.mul_(factor * scale)

@@ -4,7 +4,8 @@ A trained model puts nearly all probability of a row into few classes. The gradi
 r per row, without the prior, which the chunk loop takes apart. Its entries above a threshold and the columns of the labels are
 multiplied as they are, so are other columns with many such entries. All else, G = a·p, is replaced by m_i·t_j: what each row
 dropped times the mean dropped distribution of the chunk, both exact in sum. That is of rank one, so the tails of many chunks
-share two small matmuls, as the prior rides along.
+share two small matmuls, as the prior rides along. dW = Gᵀ·H mostly needs fewer entries than dH = G·W for the same error: it has
+a threshold, and a tail, of its own.
 
 To drop p − q instead, as filters for a plain cross entropy do, would delete the smoothing term itself.
 """
@@ -20,39 +21,59 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# The first threshold is GUESS·tolerance^POWER of a row's mass, right for states of SmolLM2-135M. What the first chunk would miss
-# by it is then measured, and the threshold moved until that is between ENOUGH and 1 tolerance; later chunks follow the error
-# so far.
-GUESS, POWER = 0.22, 1.6
-ENOUGH, AIM, TRIES = 0.6, 0.9, 6
+# The first thresholds are GUESS·tolerance^POWER of a row's mass, right for dH of SmolLM2-135M, and MORE times that for dW. What
+# the first chunk would miss by them is then measured, and they are moved until the larger error is between ENOUGH and 1
+# tolerance; later chunks follow the errors so far. Where the next call starts, in the same training, it aims a little lower.
+GUESS, POWER, MORE = 0.22, 1.6, 4.0
+ENOUGH, TRIES = 0.6, 6
+AIM, NEXT_AIM = (0.9, 0.5), (0.8, 0.5)
 # What an entry costs beside one of a whole matmul, and so the share of the rows from which on a class is taken as a column.
 COST = 8.0
 # Where the work would be more than this share of the whole matmuls, those are as fast.
 LARGEST_SHARE = 0.5
-# Columns at a time, rows of a chunk, and tails kept before they are added: together less memory than exact gradients take.
-BLOCK_COLUMNS = 2048
+# Elements of products at a time, rows of a chunk, and tails kept before they are added: together no more memory than exact
+# gradients take.
+BLOCK_ELEMENTS = 1 << 20
 SKIPPING_ROWS = 256
-MOST_TAILS = 16
-# Random signs ω by which errors are measured: E‖A·ω‖² = ‖A‖² over all rows of A, at the cost of a few columns.
-PROBES = 8
+MOST_TAILS = 8
+# Random signs ω by which errors are measured: E‖A·ω‖² = ‖A‖² over all rows of A, at the cost of a few columns; in the first
+# chunk and every second one from there on.
+PROBES, PROBED = 8, 2
 # Rows of a chunk at a time where each leaves a mask, or where few rows times a chunk are summed in the cache.
 TILE_ROWS = 16
 # Rows of a chunk which tell what columns are taken whole.
 SAMPLE_ROWS = 32
 
 
+class Thresholds(NamedTuple):
+    """Above what share of the mean mass of a row an entry is multiplied; no lower for dW than for dH."""
+
+    hidden: float
+    weight: float
+
+    @classmethod
+    def guess(cls, tolerance: float) -> Thresholds:
+        """Where a call begins that knows nothing."""
+        return cls(GUESS * tolerance**POWER, MORE * GUESS * tolerance**POWER)
+
+    def times(self, factor: float) -> Thresholds:
+        """Both by the same factor."""
+        return Thresholds(self.hidden * factor, self.weight * factor)
+
+
 class GradientCertificate(NamedTuple):
     """What skipping entries has dropped in one call, and the error which that makes.
 
-    The errors are ‖error‖ / ‖gradient‖ over the whole of dH and of dW, measured along random directions (Hutchinson 1989); 0 is
-    exact. The rounding of the arithmetic is not in them.
+    The errors are ‖error‖ / ‖gradient‖ of dH and of dW, measured along random directions (Hutchinson 1989), in a long call over
+    every second chunk of the rows; 0 is exact. The rounding of the arithmetic is not in them.
     """
 
     kept_entries: float  # mean share of the entries in the two gradient matmuls, 0 to 1; 1 where all were taken
-    largest_dropped_mass: float  # of a row, 0 to 1
+    largest_dropped_mass: float  # of a row, 0 to 1, in dW
     mean_dropped_mass: float
     hidden_error: float
     weight_error: float
+    thresholds: Thresholds | None = None  # where to begin in the next call of the same training; None after exact gradients
 
     @property
     def error(self) -> float:
@@ -62,25 +83,26 @@ class GradientCertificate(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """What of a chunk G [m, K] is multiplied: whole columns, and single entries, which are 0 in G meanwhile."""
+    """What of a chunk G [m, K] is multiplied: whole columns, and single entries, of which dW takes the heavy ones."""
 
-    gradient: Tensor  # G
+    gradient: Tensor  # G, from which `drop` takes the entries
     columns: Tensor  # in order
     whole: Tensor  # the columns themselves
     at: Tensor  # places of the entries in the flat chunk, in order
     values: Tensor
-    by_class: Tensor  # the order of the entries by their classes
-    classes: Tensor  # these classes, in order
-    starts: Tensor  # where the entries of each of them start in `by_class`
+    heavy: Tensor  # which entries dW takes, in the order of their classes
+    light: Tensor  # and which it does not
+    classes: Tensor  # of the heavy ones, in order
+    starts: Tensor  # where the entries of each of them start in `heavy`
     counts: Tensor  # and how many they are
 
     @classmethod
-    def of(cls, gradient: Tensor, labels: Tensor, threshold: float, *, signed: bool) -> Kept | None:
-        """The entries above a threshold and the columns of the labels; None, with G as it was, where that is too much work.
+    def of(cls, gradient: Tensor, labels: Tensor, thresholds: Thresholds, *, signed: bool) -> Kept | None:
+        """The entries above the thresholds and the columns of the labels; None where that is too much work.
 
         signed: whether rows have negative weights; without them only the entries of labels may be below 0.
         """
-        (m, classes), bound = gradient.shape, gradient.new_tensor(threshold)
+        (m, classes), bound = gradient.shape, gradient.new_tensor(thresholds.hidden)
 
         def above(rows: Tensor) -> Tensor:
             return _places((rows.abs() if signed else rows) > bound)
@@ -97,14 +119,22 @@ class Kept:
         columns = often.nonzero().squeeze(1)
         if _work(len(columns), len(at), gradient) > LARGEST_SHARE:
             return None
-        by_class = (at % classes).argsort()
-        single, counts = torch.unique_consecutive(at[by_class] % classes, return_counts=True)
-        flat = gradient.view(-1)
-        values = flat[at]
-        flat[at] = 0
-        return cls(
-            gradient, columns, gradient.index_select(1, columns), at, values, by_class, single, counts.cumsum(0) - counts, counts
-        )
+        values = gradient.view(-1)[at]
+        is_heavy = values.abs() > thresholds.weight
+        heavy, light = (mask.nonzero().squeeze(1) for mask in (is_heavy, ~is_heavy))
+        its, order = (at[heavy] % classes).sort()
+        single, counts = torch.unique_consecutive(its, return_counts=True)
+        whole = gradient.index_select(1, columns)
+        return cls(gradient, columns, whole, at, values, heavy[order], light, single, counts.cumsum(0) - counts, counts)
+
+    @property
+    def share(self) -> float:
+        """The mean share of the entries which the two matmuls take."""
+        return (len(self.columns) * len(self.gradient) + len(self.at) - len(self.light) / 2) / self.gradient.numel()
+
+    def drop(self, which: Tensor) -> None:
+        """Make some entries of G 0."""
+        self.gradient.view(-1)[self.at[which]] = 0
 
     def put_back(self) -> None:
         """Make G whole again."""
@@ -112,20 +142,21 @@ class Kept:
 
     def times_classes(self, matrix: Tensor) -> Tensor:
         """The kept part of G times a matrix [K, c]: [m, c]."""
-        m, classes = self.gradient.shape
+        (m, classes), block = self.gradient.shape, _block(matrix)
         starts = torch.searchsorted(self.at, torch.arange(0, m * classes, classes))
         product = _bags(self.at % classes, matrix, starts, self.values)
-        for some, part in zip(self.columns.split(BLOCK_COLUMNS), self.whole.split(BLOCK_COLUMNS, 1), strict=True):
+        for some, part in zip(self.columns.split(block), self.whole.split(block, 1), strict=True):
             product += torch.mm(part, matrix.index_select(0, some))
         return product
 
     def add_times_rows(self, matrix: Tensor, out: Tensor, alpha: float = 1.0) -> None:
-        """out [K, c] += alpha · the kept part of Gᵀ times a matrix [m, c]."""
-        for some, part in zip(self.columns.split(BLOCK_COLUMNS), self.whole.split(BLOCK_COLUMNS, 1), strict=True):
+        """out [K, c] += alpha · the part of Gᵀ which dW takes, times a matrix [m, c]."""
+        block = _block(matrix)
+        for some, part in zip(self.columns.split(block), self.whole.split(block, 1), strict=True):
             out.index_add_(0, some, torch.mm(part.t(), matrix).to(out.dtype), alpha=alpha)
-        row, values = self.at[self.by_class] // self.gradient.shape[1], self.values[self.by_class]
-        for start in range(0, len(self.classes), BLOCK_COLUMNS):
-            some = slice(start, start + BLOCK_COLUMNS)
+        row, values = self.at[self.heavy] // self.gradient.shape[1], self.values[self.heavy]
+        for start in range(0, len(self.classes), block):
+            some = slice(start, start + block)
             starts = self.starts[some]
             its = slice(int(starts[0]), int(starts[-1]) + int(self.counts[some][-1]))
             product = _bags(row[its], matrix, starts - starts[0], values[its])
@@ -133,10 +164,15 @@ class Kept:
 
 
 class Tail(NamedTuple):
-    """The rank-1 m ⊗ t which stands for what a chunk leaves out of its matmuls."""
+    """The rank-1 m ⊗ t which stands for what a chunk leaves out of one of its matmuls."""
 
     mean: Tensor  # t [K], 0 at the kept columns
     mass: Tensor  # m [m]
+
+    @classmethod
+    def of(cls, sums: Tensor, mass: Tensor) -> Tail:
+        """That of sums [K] over the rows, positive where those of all classes of a row are its mass [m]."""
+        return cls(sums / sums.sum().clamp_min(torch.finfo(sums.dtype).tiny), mass)
 
 
 class Missed(NamedTuple):
@@ -157,19 +193,32 @@ class Missed(NamedTuple):
         )
 
 
+class Cut(NamedTuple):
+    """A chunk cut in two: what is kept, what stands for the rest in dH and in dW, and what these miss, in a probed chunk."""
+
+    kept: Kept
+    of_hidden: Tail
+    of_weight: Tail
+    missed: Missed | None
+
+
 class Skipping:
     """Adds the gradients of chunk after chunk to dH [n, d] and dW [K, d], either of which may be None.
 
     Args:
         tolerance: the relative error of the gradients to stay below, e.g. 5e-3.
-        alpha: factor of dW; dH gets its own factor from the caller.
-        prior: u [K] and what each row takes of it, w_i·e_i [n], or None; the caller takes it from dH, `finish` from dW.
+        thresholds: those of the certificate of an earlier call; None for a guess.
+        hidden: all rows [n, d].
+        grad_weight: dW, which is made anew. alpha: its factor; dH gets its own from the caller.
+        prior: u [K] and what each row takes of it, w_i·e_i [n], or None; the caller takes it from dH.
     """
 
     def __init__(
         self,
         tolerance: float,
+        thresholds: Thresholds | None,
         weight: Tensor,
+        hidden: Tensor,
         grad_hidden: Tensor | None,
         grad_weight: Tensor | None,
         alpha: float,
@@ -179,18 +228,24 @@ class Skipping:
         self.grad_hidden, self.grad_weight = grad_hidden, grad_weight
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
         self.tolerance = tolerance
-        self.threshold = GUESS * tolerance**POWER  # of an entry, as a share of the mean mass of a row
+        self.thresholds = self._needed(thresholds or Thresholds.guess(tolerance))
         self.on = True
-        self.rows = 0
+        self.chunks = self.rows = 0
         self.kept = self.largest = self.dropped = self.total = 0.0
         self.missed: Missed | None = None  # None before the first chunk
-        # t [K], m [m], the rows, and what t is multiplied by in dW [d]
-        self._tails: list[tuple[Tensor, Tensor, slice, Tensor]] = []
+        self.used: list[Thresholds] = []  # in the probed chunks
+        # Of dH and of dW, the rows, and what t is multiplied by in dW [d]
+        self._tails: list[tuple[Tail, Tail, slice, Tensor]] = []
         signs = torch.randint(2, (PROBES, width), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
         self._probes = signs.to(weight)
         # A product with few columns is several times as fast with those as rows.
         self._weight_probes = self._probes @ weight.t()
         self._probes_of_classes = self._weight_probes.t().contiguous()
+        if grad_weight is not None and prior is not None:
+            partner = torch.mv(hidden.t().to(prior[1].dtype), prior[1]) * -alpha
+            torch.outer(*(part.to(grad_weight.dtype) for part in (prior[0], partner)), out=grad_weight)
+        elif grad_weight is not None:
+            grad_weight.zero_()
 
     def add(self, start: int, gradient: Tensor, hidden: Tensor, labels: Tensor, row_scale: Tensor) -> bool:
         """Add a chunk of rows from `start` on: G [m, K], hidden [m, d], labels [m], and a [m], the mass of a row.
@@ -204,122 +259,140 @@ class Skipping:
             self.on = False
             self.kept += len(gradient)
             return False
-        kept, tail = found
-        self.kept += (len(gradient) * len(kept.columns) + len(kept.at)) / self.classes
+        kept, of_hidden, of_weight = found
+        self.kept += len(gradient) * kept.share
         if self.grad_hidden is not None:
             self.grad_hidden[rows] = kept.times_classes(self.weight)
         if self.grad_weight is not None:
             kept.add_times_rows(hidden, self.grad_weight, self.alpha)
-        share = tail.mass / torch.where(row_scale == 0, 1, row_scale)
-        self.largest = max(self.largest, float(share.max()))
-        self.dropped, self.total = self.dropped + float(tail.mass.sum()), self.total + float(row_scale.sum())
-        self._tails.append((*tail, rows, torch.mv(hidden.t().to(self.dtype), tail.mass)))
+        mass = of_hidden.mass if self.grad_weight is None else of_weight.mass
+        self.largest = max(self.largest, float((mass / torch.where(row_scale == 0, 1, row_scale)).max()))
+        self.dropped, self.total = self.dropped + float(mass.sum()), self.total + float(row_scale.sum())
+        self._tails.append((of_hidden, of_weight, rows, torch.mv(hidden.t().to(self.dtype), mass)))
         if len(self._tails) == MOST_TAILS:
             self._add_tails()
         return True
 
-    def finish(self, hidden: Tensor) -> GradientCertificate:
-        """Add what is left, and the prior's part of dW for hidden [n, d]; then compare what was missed with what was made."""
+    def finish(self) -> GradientCertificate:
+        """Add what is left; then compare what was missed with what was made."""
         self._add_tails()
-        if self.grad_weight is not None and self.prior is not None:
-            prior, mixing = self.prior
-            partner = torch.mv(hidden.t().to(mixing.dtype), mixing)
-            self.grad_weight.addr_(prior.to(self.grad_weight.dtype), partner.to(self.grad_weight.dtype), alpha=-self.alpha)
-        hidden_error = weight_error = 0.0
-        if self.missed is not None and self.grad_hidden is not None:
-            hidden_error = _ratio((self.missed.rows_missed / PROBES) ** 0.5, _norm(self.grad_hidden))
-        if self.missed is not None and self.grad_weight is not None:
-            missed = abs(self.alpha) * float(self.missed.classes_missed.norm()) / PROBES**0.5
-            weight_error = _ratio(missed, _norm(self.grad_weight))
         mean = self.dropped / self.total if self.total else 0.0
-        return GradientCertificate(self.kept / max(1, self.rows), self.largest, mean, hidden_error, weight_error)
+        errors = (0.0, 0.0) if self.missed is None else self._errors(self.missed)
+        following = self._moved(NEXT_AIM, errors) if self.on and self.used else None
+        return GradientCertificate(self.kept / max(1, self.rows), self.largest, mean, *errors, following)
 
     def _divide(
         self, rows: slice, gradient: Tensor, hidden: Tensor, labels: Tensor, row_scale: Tensor
-    ) -> tuple[Kept, Tail] | None:
-        """What of a chunk to keep, and the tail of the rest; None to keep all of it."""
+    ) -> tuple[Kept, Tail, Tail] | None:
+        """What of a chunk to keep, and the tails of the rest in dH and dW; None to keep all of it."""
         mass, signs = float(row_scale.abs().mean()), row_scale.sign()
         if not math.isfinite(mass) or not bool(torch.isfinite(gradient[:, 0]).all()):
             return None  # the caller refuses such losses
-        hidden_probes, signed = self._probes @ hidden.t(), bool((signs < 0).any())
+        probes = self._probes @ hidden.t() if self.chunks % PROBED == 0 else None
+        signed, self.chunks = bool((signs < 0).any()), self.chunks + 1
 
-        def cut() -> tuple[Kept, Tail, Missed] | None:
-            kept = Kept.of(gradient, labels, self.threshold * mass, signed=signed)
-            return None if kept is None else (kept, *self._rest(rows, kept, hidden_probes, signs))
+        def cut() -> Cut | None:
+            kept = Kept.of(gradient, labels, self.thresholds.times(mass), signed=signed)
+            return None if kept is None else self._rest(rows, kept, probes, signs)
 
-        first = self.missed is None
-        found = self._search(cut) if first else cut()
+        found = self._search(cut) if self.missed is None else cut()
         if found is None:
             return None
-        kept, tail, missed = found
-        self.missed = missed if self.missed is None else self.missed.plus_(missed)
-        error = self._error(self.missed)
-        if error and not first:
-            self.threshold *= min(2.0, max(0.5, AIM * self.tolerance / error)) ** POWER
-        return kept, tail
+        if found.missed is not None:
+            self.used.append(self.thresholds)
+            self.missed = found.missed if self.missed is None else self.missed.plus_(found.missed)
+            self.thresholds = self._moved(AIM, self._errors(self.missed))
+        return found.kept, found.of_hidden, found.of_weight
 
-    def _search(self, cut: Callable[[], tuple[Kept, Tail, Missed] | None]) -> tuple[Kept, Tail, Missed] | None:
-        """The first chunk cut at a threshold which makes about the error that is allowed; None where that keeps too much."""
-        too_low = best = 0.0
+    def _search(self, cut: Callable[[], Cut | None]) -> Cut | None:
+        """The first chunk cut at thresholds which make about the error that is allowed; None where that keeps too much."""
+        too_low, best = 0.0, None
         for _ in range(TRIES):
             found = cut()
-            if found is None:
-                too_low = self.threshold
-                self.threshold *= 4
+            if found is None or found.missed is None:
+                too_low = self.thresholds.hidden
+                self.thresholds = self.thresholds.times(4)
                 continue
-            error = self._error(found[2])
-            if not error or ENOUGH * self.tolerance <= error <= self.tolerance:
+            errors = self._errors(found.missed)
+            if not any(errors) or ENOUGH * self.tolerance <= max(errors) <= self.tolerance:
                 return found
-            found[0].put_back()
-            best = max(best, self.threshold) if error <= self.tolerance else best
-            self.threshold *= (AIM * self.tolerance / error) ** POWER
-            if self.threshold <= too_low:
+            found.kept.put_back()
+            if max(errors) <= self.tolerance and (best is None or self.thresholds.hidden > best.hidden):
+                best = self.thresholds
+            self.thresholds = self._moved(AIM, errors, self.thresholds)
+            if self.thresholds.hidden <= too_low:
                 break
-        self.threshold = best
-        return cut() if best else None
+        if best is None:
+            return None
+        self.thresholds = best
+        return cut()
 
-    def _error(self, missed: Missed) -> float:
-        """The larger relative error of the two gradients, of those which are needed."""
+    def _moved(self, aims: tuple[float, float], errors: tuple[float, float], then: Thresholds | None = None) -> Thresholds:
+        """Thresholds for about these shares of the tolerance, after errors made `then`, or else in all probed chunks."""
+        used = self.used if then is None else [then]
+        moved = (
+            math.exp(sum(map(math.log, thresholds)) / len(used)) * ((aim * self.tolerance / error) ** POWER if error else 1.0)
+            for thresholds, error, aim in zip(zip(*used, strict=True), errors, aims, strict=True)
+        )
+        return self._needed(Thresholds(*moved))
+
+    def _needed(self, thresholds: Thresholds) -> Thresholds:
+        """What dH drops dW drops; where one of them is not needed, the other decides."""
+        if self.grad_weight is None:
+            return Thresholds(thresholds.hidden, math.inf)
+        return Thresholds(thresholds.weight if self.grad_hidden is None else min(thresholds), thresholds.weight)
+
+    def _errors(self, missed: Missed) -> tuple[float, float]:
+        """The relative errors of dH and dW, 0 for one which is not needed."""
         of_rows = of_classes = 0.0
         if self.grad_hidden is not None:
             of_rows = _ratio(missed.rows_missed**0.5, missed.rows**0.5)
         if self.grad_weight is not None:
             of_classes = _ratio(float(missed.classes_missed.norm()), float(missed.classes.norm()))
-        return max(of_rows, of_classes)
+        return of_rows, of_classes
 
-    def _rest(self, rows: slice, kept: Kept, hidden_probes: Tensor, signs: Tensor) -> tuple[Tail, Missed]:
-        """What stands for all that is not kept of a chunk, and what it misses."""
-        gradient, wide = kept.gradient, hidden_probes.to(self.dtype)
-        seen = torch.cat((self._weight_probes, self._weight_probes.new_ones(1, self.classes))).index_fill_(1, kept.columns, 0)
-        found = torch.mm(gradient, seen.t()).to(self.dtype)
-        rows_missed, mass = found[:, :PROBES], found[:, PROBES].clone()
-        found = _few_rows_times(torch.cat((hidden_probes, signs.to(hidden_probes).unsqueeze(0))), gradient, self.dtype)
-        found.index_fill_(1, kept.columns, 0)
-        classes_missed, mean = found[:PROBES], found[PROBES]
-        mean = mean / mean.sum().clamp_min(torch.finfo(self.dtype).tiny)
-        of_rows, of_classes = seen[:PROBES].to(self.dtype) @ mean, wide @ mass
-        of_all_rows = kept.times_classes(self._probes_of_classes).to(self.dtype).addr_(mass, of_rows)
-        of_all_classes = torch.outer(mean, of_classes)
-        kept.add_times_rows(hidden_probes.t().contiguous(), of_all_classes)
+    def _rest(self, rows: slice, kept: Kept, probes: Tensor | None, signs: Tensor) -> Cut:
+        """What stands for all that is not kept of a chunk; along the probes of its hidden states, also what dH and dW miss."""
+        some = 0 if probes is None else PROBES
+        each_row = signs.to(kept.gradient).unsqueeze(0)
+        kept.drop(kept.heavy)
+        of_classes = _few_rows_times(each_row if probes is None else torch.cat((probes, each_row)), kept.gradient, self.dtype)
+        of_classes.index_fill_(1, kept.columns, 0)
+        kept.drop(kept.light)
+        seen = torch.cat((self._weight_probes[:some], self._weight_probes.new_ones(1, self.classes)))
+        of_rows = torch.mm(kept.gradient, seen.index_fill_(1, kept.columns, 0).t()).to(self.dtype)
+        # Both are sums over what neither takes, but that the light entries are in the sums over rows.
+        places, values = kept.at[kept.light], kept.values[kept.light].to(self.dtype)
+        row, mass, sums = places // self.classes, of_rows[:, some].contiguous(), of_classes[some]
+        of_hidden = Tail.of(sums.index_add(0, places % self.classes, values * signs[row], alpha=-1), mass)
+        of_weight = Tail.of(sums, mass.index_add(0, row, values))
+        if probes is None:
+            return Cut(kept, of_hidden, of_weight, None)
+        wide = probes.to(self.dtype)
+        mean_seen, mass_seen = seen[:some].to(self.dtype) @ of_hidden.mean, wide @ of_weight.mass
+        all_rows = kept.times_classes(self._probes_of_classes).to(self.dtype).addr_(of_hidden.mass, mean_seen)
+        all_classes = torch.outer(of_weight.mean, mass_seen)
+        kept.add_times_rows(probes.t().contiguous(), all_classes)
         if self.prior is not None:
             prior, mixing = self.prior[0], self.prior[1][rows]
-            of_all_rows.addr_(mixing, self._weight_probes.to(self.dtype) @ prior, alpha=-1)
-            of_all_classes.addr_(prior, wide @ mixing, alpha=-1)
-        rows_missed = rows_missed.addr(mass, of_rows, alpha=-1)
-        classes_missed.addr_(of_classes, mean, alpha=-1)
-        return Tail(mean, mass), Missed(_squares(rows_missed), _squares(of_all_rows), classes_missed, of_all_classes)
+            all_rows.addr_(mixing, self._weight_probes.to(self.dtype) @ prior, alpha=-1)
+            all_classes.addr_(prior, wide @ mixing, alpha=-1)
+        rows_missed = of_rows[:, :some].addr(of_hidden.mass, mean_seen, alpha=-1)
+        classes_missed = of_classes[:some].addr_(mass_seen, of_weight.mean, alpha=-1)
+        return Cut(kept, of_hidden, of_weight, Missed(_squares(rows_missed), _squares(all_rows), classes_missed, all_classes))
 
     def _add_tails(self) -> None:
         if not self._tails:
             return
-        means = torch.stack([mean for mean, *_ in self._tails])
         if self.grad_hidden is not None:
+            means = torch.stack([of_hidden.mean for of_hidden, *_ in self._tails])
             products = torch.mm(means.to(self.weight.dtype), self.weight).to(self.dtype)
-            for product, (_, mass, rows, _) in zip(products, self._tails, strict=True):
-                self.grad_hidden[rows].addr_(mass, product)
+            for product, (of_hidden, _, rows, _) in zip(products, self._tails, strict=True):
+                self.grad_hidden[rows].addr_(of_hidden.mass, product)
         if self.grad_weight is not None:
-            parts = torch.stack([part for *_, part in self._tails]).to(self.grad_weight.dtype)
-            self.grad_weight.addmm_(means.t().to(self.grad_weight.dtype), parts, alpha=self.alpha)
+            means = torch.stack([of_weight.mean for _, of_weight, *_ in self._tails])
+            parts = torch.stack([part for *_, part in self._tails])
+            self.grad_weight.addmm_(means.t().to(self.grad_weight.dtype), parts.to(self.grad_weight.dtype), alpha=self.alpha)
         self._tails.clear()
 
 
@@ -331,6 +404,11 @@ def _places(mask: Tensor) -> Tensor:
     words = flat.view(torch.int64).nonzero().squeeze(1)
     inside = flat.view(-1, 8).index_select(0, words).view(-1).nonzero().squeeze(1)
     return (words[inside >> 3] << 3) + (inside & 7)
+
+
+def _block(matrix: Tensor) -> int:
+    """How many rows as wide as those of a matrix are made at a time."""
+    return max(1, BLOCK_ELEMENTS // matrix.shape[1])
 
 
 def _work(columns: int, entries: int, gradient: Tensor) -> float:
@@ -353,10 +431,6 @@ def _bags(index: Tensor, rows: Tensor, starts: Tensor, values: Tensor) -> Tensor
 
 def _squares(values: Tensor) -> float:
     return float(values.square().sum())
-
-
-def _norm(gradient: Tensor) -> float:
-    return float(gradient.to(torch.promote_types(gradient.dtype, torch.float32)).norm())
 
 
 def _ratio(error: float, whole: float) -> float:

@@ -16,7 +16,7 @@ from hf_ls.losses import _checks
 from hf_ls.losses._checks import Reduction, check_finite, check_options, check_range, check_weights, class_ids
 from hf_ls.losses._chunks import KeptRows, Needs, RowsAndGradients, chunk_loop, scaled_sum
 from hf_ls.losses._rows import RowLoss, RowObjective, exact_dtype
-from hf_ls.losses._skipping import GradientCertificate
+from hf_ls.losses._skipping import GradientCertificate, Thresholds
 from hf_ls.losses.cross_entropy import check_soft_targets
 from hf_ls.losses.smoothing import Smoothing
 
@@ -133,10 +133,12 @@ def linear_smoothed_terms(
     group: dist.ProcessGroup | None = None,
     chunk_rows: int | None = None,
     gradient_tolerance: GradientTolerance = None,
+    thresholds: Thresholds | None = None,
 ) -> LinearTerms:
     """`linear_smoothed_cross_entropy` with the nll and the smoothing term of each item, in one pass.
 
-    `loss` says what a row costs. Arguments and errors as there; only the field `loss` is reduced and weighted.
+    `loss` says what a row costs. Arguments and errors as there; only the field `loss` is reduced and weighted. thresholds: those
+    of the certificate of an earlier step, so that a tolerance need not search for them.
     """
     with _checks.training(torch.is_grad_enabled()):
         shard = None
@@ -166,6 +168,7 @@ def linear_smoothed_terms(
             factor=mean_factor(rows, row_weight, num_items_in_batch, exact_dtype(dtype)) if reduction == "mean" else 1.0,
             chunk_rows=chunk_rows,
             tolerance=tolerance_in(gradient_tolerance, dtype),
+            thresholds=thresholds,
             dtype=dtype,
             shard=shard,
         )
@@ -187,6 +190,7 @@ class LinearCall:
     factor: float | Tensor  # a reduced loss is factor · Σ weight_i · loss_i; a tensor where its value is on a GPU
     chunk_rows: int | None
     tolerance: float | None  # of the gradients; None: exact
+    thresholds: Thresholds | None  # where to begin for it; None: a guess
     dtype: torch.dtype  # of the matmuls
     shard: Shard | None  # which classes this process holds; None: all
 
@@ -205,7 +209,7 @@ class LinearCall:
             if self.shard is None:
                 found = chunk_loop(
                     self.loss, chosen, head, offset, self.labels, self.row_weight,
-                    rows=self.rows, tolerance=self.tolerance, **options,
+                    rows=self.rows, tolerance=self.tolerance, thresholds=self.thresholds, **options,
                 )  # fmt: skip
             else:
                 from hf_ls.losses._vocab_parallel import shard_chunk_loop

@@ -79,12 +79,24 @@ def constant_scores(class_counts: Sequence[float]) -> tuple[float, float]:
     return float(shares.max()), float(-(shares * np.log(shares)).sum())
 
 
-def has_learnt(accuracy_low: float, nll_high: float, class_counts: Sequence[float]) -> bool:
-    """Whether predictions are measurably better than `constant_scores`: in accuracy, or in NLL where one class is most labels.
+def guessing_scores(options: Sequence[int]) -> tuple[float, float]:
+    """(expected accuracy, NLL in nats) of a model which finds all options of a question equally likely.
 
-    accuracy_low, nll_high: the worse ends of their 95 % intervals. Labels of a single class tell nothing, and give True.
+    options: how many each question has.
 
-    Raises: ValueError as `constant_scores`.
+    >>> tuple(round(score, 3) for score in guessing_scores([2, 4]))
+    (0.375, 1.04)
     """
-    accuracy, nll = constant_scores(class_counts)
+    number = as_array(options).astype(np.float64)
+    return float((1 / number).mean()), float(np.log(number).mean())
+
+
+def has_learnt(accuracy_low: float, nll_high: float, uninformed: Sequence[float]) -> bool:
+    """Whether predictions are measurably better than those of a model which knows nothing: in accuracy, or in NLL where one class
+    is most labels.
+
+    accuracy_low, nll_high: the worse ends of their 95 % intervals. uninformed: `constant_scores` or `guessing_scores`. Labels of
+    a single class tell nothing, and give True.
+    """
+    accuracy, nll = uninformed
     return accuracy == 1 or accuracy_low > accuracy or nll_high < nll

@@ -37,7 +37,7 @@ TOKEN_METRICS = ("accuracy", "nll", "perplexity", "brier", "ece", "signed_gap")
 # What `metrics` and the Trainer measure; every other metric of a token row is the quality of the task.
 _CALIBRATION_METRICS = {*CLASS_METRICS, *TOKEN_METRICS, "mce", "rmsce_debiased", "smooth_ece", "sequence_ece"}
 _CALIBRATION_METRICS |= {"ece_equal_mass", "ece_classwise", "full_ece", "f1_macro", "f1_weighted", "balanced_accuracy"}
-_OPTIONAL = ("published", "differences", "posthoc", "pictures", "hub", "predictions", "answers")  # of a report
+_OPTIONAL = ("published", "differences", "posthoc", "pictures", "hub", "predictions", "answers", "answered")  # of a report
 _GROUP_KEYS = ("kind", "name", "n", "accuracy", "nll", "perplexity", "brier", "ece", "signed_gap")
 _RELIABILITY_KEYS = ("edges", "count", "confidence", "accuracy", "band_low", "band_high")
 
@@ -224,6 +224,7 @@ class CalibrationReport:
         hub: what its user says of the model for the header of the card.
         predictions: "logits" or "probabilities" where the report was made from these and the model was not seen.
         answers: of a language model whose classes are the options of questions; None for all others.
+        answered: a report of this kind on the answers of the same runs, beside their tokens; None without questions.
 
     Raises: ValueError for repeated rows, or counts which contradict each other.
     """
@@ -245,6 +246,7 @@ class CalibrationReport:
     hub: HubFacts = field(default_factory=HubFacts)
     predictions: Literal["logits", "probabilities"] | None = None
     answers: AnswerFacts | None = None
+    answered: CalibrationReport | None = None
 
     def __post_init__(self) -> None:
         """Make every value what JSON gives back, and check that the parts agree."""
@@ -269,13 +271,17 @@ class CalibrationReport:
 
     def to_json(self) -> str:
         """The report as JSON text; a number which is not finite (an empty bin, a diverged loss) is null."""
-        fields = dataclasses.asdict(self)
+        return json.dumps(self._fields(), indent=1, allow_nan=False) + "\n"
+
+    def _fields(self) -> dict[str, Any]:
+        fields = dataclasses.asdict(dataclasses.replace(self, answered=None))
         for row in fields["rows"]:
             if not row["classes"]:  # of tokens, and of reports which were written before there were any
                 del row["classes"]
         if fields["answers"] is None:
             del fields["answers"]
-        return json.dumps(fields, indent=1, allow_nan=False) + "\n"
+        del fields["answered"]
+        return fields if self.answered is None else fields | {"answered": self.answered._fields()}
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -283,7 +289,10 @@ class CalibrationReport:
 
         Raises: ValueError for text which is not JSON, or for unknown or missing keys.
         """
-        fields = json.loads(text)
+        return cls._from_fields(json.loads(text))
+
+    @classmethod
+    def _from_fields(cls, fields: dict[str, Any]) -> Self:
         check_keys(fields, [f.name for f in dataclasses.fields(cls) if f.name not in _OPTIONAL], "calibration report", _OPTIONAL)
         rows = fields["rows"] if isinstance(fields["rows"], list) else [fields["rows"]]
         made = {
@@ -293,6 +302,7 @@ class CalibrationReport:
             "rows": [record(CalibrationRow, row, "row") for row in rows],
             "hub": record(HubFacts, fields.get("hub", {}), "hub"),
             "answers": record(AnswerFacts, fields["answers"], "answers") if fields.get("answers") else None,
+            "answered": cls._from_fields(fields["answered"]) if fields.get("answered") else None,
             "differences": [record(Difference, found, "difference") for found in fields.get("differences", [])],
         }
         return cls(**fields | made)

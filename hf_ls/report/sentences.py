@@ -171,7 +171,7 @@ def learnt(report: CalibrationReport, row: CalibrationRow) -> bool:
     counts = report.dataset.class_counts
     judged = [(r.interval("accuracy"), r.interval("nll")) for r in (row, report.tempered(row)) if r is not None]
     known = [(accuracy[0], nll[1]) for accuracy, nll in judged if accuracy and nll]
-    return counts is None or not known or any(has_learnt(low, high, counts) for low, high in known)
+    return counts is None or not known or any(has_learnt(low, high, constant_scores(counts)) for low, high in known)
 
 
 def _unlearnt(report: CalibrationReport, row: CalibrationRow) -> str:

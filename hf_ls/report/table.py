@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_ls.common.text import one_line
 from hf_ls.report.calibration_report import CLASS_METRICS, CalibrationReport, CalibrationRow
+from hf_ls.report.sentences import asking
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -156,12 +157,22 @@ def class_note(report: CalibrationReport) -> str:
 
 def more_cells(report: CalibrationReport) -> list[tuple[str, list[list[str]], str]]:
     """Title, lines and note of each table beneath the first which the report has something for."""
+    answered = report.answered
     known = (
+        *(
+            []
+            if answered is None
+            else [(f"Answers to {answered.dataset.n:,} questions", cells(answered), _answered_note(answered))]
+        ),
         ("Post-hoc methods", posthoc_cells(report), posthoc_note(report)),
         ("Scores by class", score_cells(report), score_note(report)),
         ("Each class", class_cells(report), class_note(report)),
     )
     return [(title, lines, caption) for title, lines, caption in known if lines]
+
+
+def _answered_note(answered: CalibrationReport) -> str:
+    return f"{asking(answered) or ''} {note(answered)}".strip()
 
 
 def group_label(kind: str, name: str) -> str:

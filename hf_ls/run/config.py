@@ -15,6 +15,7 @@ from transformers import HfArgumentParser
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hf_ls import __version__
+from hf_ls.answers.reading import QuestionArguments
 from hf_ls.common.errors import settling
 from hf_ls.common.help import ShowAll, show_help
 from hf_ls.common.settings_file import nearest, yaml_arguments
@@ -34,7 +35,7 @@ _TASKS_OF = {
     "soft_label_columns": ("text-classification",),
     "soft_label_names": ("text-classification",),
     "soft_labels": ("text-classification",),
-    "snippet_sources": ("text-classification",),
+    "snippet_sources": ("text-classification", "causal-lm", "sft"),
     "bake_temperature": ("text-classification",),
     "tokens_column": ("token-classification",),
     "tags_column": ("token-classification",),
@@ -50,8 +51,9 @@ _TASKS_OF = {
     "generation_config": ("seq2seq",),
     "sortish_sampler": ("seq2seq",),
 }
-_SFT = ("messages_column", "chat_template_path", "assistant_only_loss", "completion_only_loss", "packing")
-_TASKS_OF |= dict.fromkeys(_SFT, ("sft",))
+LANGUAGE_MODELS = ("causal-lm", "sft")
+_TASKS_OF |= dict.fromkeys(("messages_column", "chat_template_path", "assistant_only_loss", "packing"), ("sft",))
+_TASKS_OF["completion_only_loss"] = LANGUAGE_MODELS
 _TASKS_OF["class_weight"] = ("text-classification", "token-classification")
 _TASKS_OF |= dict.fromkeys(("mixup_alpha", "mixup_per"), ("text-classification",))
 # What an evaluation during training gives, by which the best checkpoint can be chosen; signed_gap is best at 0, at neither end.
@@ -60,6 +62,7 @@ _SOFT_METRICS = ("soft_nll", "soft_brier")
 _METRICS_OF: dict[str, tuple[str, ...]] = dict.fromkeys(
     ("seq2seq", "causal-lm", "sft"), ("full_ece", "perplexity", "eos_nll", "eos_ece")
 )
+_ANSWER_METRICS = tuple(f"answer_{name}" for name in ("nll", "accuracy", "brier", "ece", "aurc"))
 _METRICS_OF["token-classification"] = ("full_ece", "perplexity", *CLASS_SCORES, "entity_f1")
 _METRICS_OF["text-classification"] = tuple(CLASS_SCORES)
 _GENERATED_METRICS = ("exact_match", "sequence_ece")
@@ -84,7 +87,7 @@ OWN_DATA = {
 # Where conversations are otherwise than that: the rows are longer, the models larger. The learning rate is TRL's.
 OWN_CONVERSATIONS = {"per_device_train_batch_size": "8", "per_device_eval_batch_size": "8", "learning_rate": "2e-5"}
 _LONGEST_CONVERSATION = "1024"  # tokens, as in TRL
-_DATASET_TASKS = {EMBEDDED_DATASET: ("text-classification",), EMBEDDED_G2P: ("seq2seq", "causal-lm", "sft")}
+_DATASET_TASKS = {EMBEDDED_DATASET: ("text-classification", *LANGUAGE_MODELS), EMBEDDED_G2P: ("seq2seq", "causal-lm", "sft")}
 
 
 def about(text: str) -> dict[str, Any]:
@@ -162,7 +165,7 @@ class DataArguments:
         default=None, metadata=about("sft: learn what the assistant says alone; so where the chat template marks it.")
     )
     completion_only_loss: bool | None = field(
-        default=None, metadata=about("sft: learn the completions alone, not the prompts; so where rows have both.")
+        default=None, metadata=about("Language models: learn the completions alone, not the prompts; so where rows have both.")
     )
     packing: bool = field(
         default=False, metadata=about("sft: several examples in one row of max_length, in training; fast with FlashAttention.")
@@ -217,6 +220,25 @@ class DataArguments:
                 raise ValueError(f"expected {name} >= 1, got {value}; leave it out for no limit")
 
 
+@dataclass(kw_only=True)
+class TrainingQuestions(QuestionArguments):
+    """Questions beside the training data of a language model, and how they become prompts."""
+
+    question_file: str | None = field(
+        default=None, metadata=about("Language models: questions whose answers are reported on, beside the tokens of test.")
+    )
+    validation_question_file: str | None = field(
+        default=None,
+        metadata=about("As question_file; followed in training, and the temperature of the answers is fitted on them."),
+    )
+
+    def __post_init__(self) -> None:
+        files = {"validation": self.validation_question_file, "test": self.question_file}
+        self.files = {split: path for split, path in files.items() if path}
+        if self.files and not self.question_file:
+            raise ValueError("expected question_file beside validation_question_file, got none; name the questions to report")
+
+
 @dataclass
 class RunArguments:
     """What the run does besides training."""
@@ -262,12 +284,23 @@ class Config:
     data: DataArguments
     training: LabelSmoothingSeq2SeqArguments
     card: CardArguments
+    questions: TrainingQuestions
     notes: tuple[str, ...] = ()
 
     @property
     def trains_on_soft_labels(self) -> bool:
         """Whether the published run learns distributions; the runs beside it learn labels."""
         return bool(self.data.soft_label_columns) and self.run.soft_labels == "train"
+
+    @property
+    def asks_sentences(self) -> bool:
+        """Whether a language model learns the embedded sentences, which are questions: those of validation and test are asked."""
+        return self.run.task in LANGUAGE_MODELS and self.data.dataset_name == EMBEDDED_DATASET
+
+    @property
+    def asks(self) -> set[str]:
+        """The splits which have questions: none, test, or both validation and test."""
+        return set(self.questions.files) or ({"validation", "test"} if self.asks_sentences else set())
 
 
 class Parser(HfArgumentParser):
@@ -307,7 +340,7 @@ class Parser(HfArgumentParser):
 
 def config_parser() -> Parser:
     """Of all settings of a run."""
-    kinds = [RunArguments, ModelArguments, DataArguments, LabelSmoothingSeq2SeqArguments, CardArguments]
+    kinds = [RunArguments, ModelArguments, DataArguments, LabelSmoothingSeq2SeqArguments, CardArguments, TrainingQuestions]
     parser = Parser(kinds, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file of settings; the command line overrides it.")
     return parser
@@ -333,8 +366,8 @@ def parse_config(argv: Sequence[str] | None = None) -> Config:
     if rest:
         name = rest[0].split("=")[0]  # without the value, which may be a secret
         raise ValueError(f"expected known settings, got {name}{nearest(name, known)}; see --help")
-    run, model, data, training, card = parsed
-    config = Config(run, model, data, training, card, tuple(notes))
+    run, model, data, training, card, questions = parsed
+    config = Config(run, model, data, training, card, questions, tuple(notes))
     _check(config)
     return config
 
@@ -456,6 +489,7 @@ def _check(config: Config) -> None:
     training, run = config.training, config.run
     _check_values(config)
     _check_task(config)
+    _check_questions(config)
     if str(training.resume_from_checkpoint).lower() in ("true", "false", "1", "yes"):
         raise ValueError(
             f"expected resume_from_checkpoint as 'last' or a checkpoint folder, got {training.resume_from_checkpoint!r}; use last"
@@ -468,6 +502,7 @@ def _check(config: Config) -> None:
     metric = training.metric_for_best_model or ""
     known = [*_METRICS, *_METRICS_OF.get(run.task, ()), *(_GENERATED_METRICS if training.predict_with_generate else ())]
     known += _SOFT_METRICS if config.data.soft_label_columns else ()
+    known += _ANSWER_METRICS if "validation" in config.asks else ()
     if "test" in metric.replace("eval_", "").split("_") or "predict" in metric:
         raise ValueError(f"expected metric_for_best_model on validation, got {metric!r}; the test split is only ever reported on")
     if metric and metric.removeprefix("eval_") not in known:
@@ -505,14 +540,35 @@ def _check_soft_labels(config: Config) -> None:
         )
 
 
+def _check_questions(config: Config) -> None:
+    """Refuse settings of questions where there are none, and questions which were learnt or chosen by."""
+    settings, files = config.questions, config.questions.files
+    if not config.asks:
+        given = [s.name for s in fields(settings) if getattr(settings, s.name) != _default_of(s)]
+        if given:
+            raise ValueError(f"expected question_file with {given[0]}, got none; name a file of questions, or drop it")
+        return
+    paths = [Path(path).resolve() for path in (*files.values(), config.data.train_file) if path]
+    if len(set(paths)) < len(paths):
+        raise ValueError(
+            f"expected different files for train and questions, got {files} beside {config.data.train_file}; a temperature is "
+            "never judged where it was fitted, nor an answer where it was learnt"
+        )
+    settings.check()
+
+
+def _default_of(setting: Any) -> Any:
+    return setting.default_factory() if setting.default_factory is not MISSING else setting.default
+
+
 def _check_task(config: Config) -> None:
     """Refuse settings which the task does not read, and data or models which it cannot use."""
     task, model = config.run.task, config.model
-    for part in (config.run, config.data, config.training):
+    for part in (config.run, config.data, config.training, config.questions):
         for setting in fields(part):
-            tasks, value = _TASKS_OF.get(setting.name), getattr(part, setting.name)
-            default = setting.default_factory() if setting.default_factory is not MISSING else setting.default
-            if tasks and task not in tasks and value != default:
+            tasks = LANGUAGE_MODELS if part is config.questions else _TASKS_OF.get(setting.name)
+            value = getattr(part, setting.name)
+            if tasks and task not in tasks and value != _default_of(setting):
                 raise ValueError(f"expected {setting.name} only with task {' or '.join(tasks)}, got task {task}; drop it")
     tasks = _DATASET_TASKS.get(config.data.dataset_name or "")
     if tasks and task not in tasks:

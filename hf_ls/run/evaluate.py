@@ -10,16 +10,13 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, DatasetDict
 from huggingface_hub import HfApi, hf_hub_download
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from hf_ls.answers.questions import continuation
-from hf_ls.answers.reading import FEW_SHOT, QuestionArguments, QuestionData, read_questions
-from hf_ls.answers.scoring import option_scores
+from hf_ls.answers.reading import QuestionArguments
 from hf_ls.common.errors import loading, uploading
 from hf_ls.common.files import write_atomically
 from hf_ls.common.models import IGNORE_INDEX, load_weights
@@ -32,17 +29,18 @@ from hf_ls.data.reading import check_texts, read_files, read_hub
 from hf_ls.data.sequences import tokenise_words
 from hf_ls.data.splitting import check_overlap, sample
 from hf_ls.metrics.paired import differences
-from hf_ls.report.build import Scored, calibration_report, measure, posthoc, write_report_files
+from hf_ls.report.build import Scored, calibration_report, posthoc, write_report_files
 from hf_ls.report.calibration_report import EVALUATED, REPORT, SETTINGS, CalibrationReport, package_versions
 from hf_ls.report.card import check_card
 from hf_ls.report.card_metadata import eval_results, with_results
-from hf_ls.report.facts import AnswerFacts, DatasetFacts, SmoothingFacts
+from hf_ls.report.facts import DatasetFacts, SmoothingFacts
 from hf_ls.report.naming import CardArguments
 from hf_ls.report.sentences import asking, regime, tempering, warnings
 from hf_ls.report.table import more_tables, table
+from hf_ls.run.asking import answer, first_prompt, read_asked
 from hf_ls.run.config import Parser, about, from_config
 from hf_ls.run.launch import announce
-from hf_ls.run.outcome import OUTCOME, PREDICTIONS, Outcome, evaluate_classes, evaluate_tokens, save_predictions
+from hf_ls.run.outcome import OUTCOME, PREDICTIONS, Outcome, evaluate_classes, evaluate_tokens
 from hf_ls.run.tasks import TASKS
 from hf_ls.trainer.arguments import LabelSmoothingArguments
 
@@ -216,10 +214,10 @@ def evaluate(settings: EvaluateArguments) -> CalibrationReport | None:
     model, tokenizer = _load(settings)
     raw, name, dataset_id = _read(settings)
     if settings.task == "multiple-choice":
-        names, outcome, answers = _ask(settings, model, tokenizer, raw)
+        names, outcome = _ask(settings, model, tokenizer, raw)
     else:
         names, outcome = _classify(settings, model, tokenizer, raw)
-        answers = None
+    answers = outcome.answers
     if not PartialState().is_main_process:
         return None
     known = _known(settings)
@@ -286,12 +284,10 @@ def _trainer_arguments(settings: EvaluateArguments, *, do_eval: bool) -> LabelSm
     )  # fmt: skip
 
 
-def _ask(
-    settings: EvaluateArguments, model: Any, tokenizer: Any, raw: dict[str, Dataset]
-) -> tuple[list[str], Outcome, AnswerFacts]:
-    """The names of the options, what a language model shows when it is asked, and how it was asked.
+def _ask(settings: EvaluateArguments, model: Any, tokenizer: Any, raw: dict[str, Dataset]) -> tuple[list[str], Outcome]:
+    """The names of the options, and what a language model shows when it is asked.
 
-    Raises: ValueError for several processes, and as `read_questions` and `option_scores`.
+    Raises: ValueError for several processes, and as `read_asked` and `answer`.
     """
     device = _trainer_arguments(settings, do_eval=False).device
     if PartialState().num_processes > 1:
@@ -299,48 +295,15 @@ def _ask(
             f"expected one process with task multiple-choice, got {PartialState().num_processes}; start it without torchrun or "
             "accelerate launch"
         )
-    examples = read_files({FEW_SHOT: settings.few_shot_file})[FEW_SHOT] if settings.few_shot_file else None
-    data = read_questions(_sampled(settings, raw), settings, examples)
+    data = read_asked(_sampled(settings, raw), settings)
     for note in data.notes:
         announce(note)
-    prompts = {s: [f"{q.prompt} {q.options}" for q in questions] for s, questions in data.splits.items()}
-    check_overlap({split: Dataset.from_dict({"text": texts}) for split, texts in prompts.items()})
-    announce(f"The first prompt, with its right answer:\n{_first(settings, data)}")
+    announce(f"The first prompt, with its right answer:\n{first_prompt(data, settings)}")
     model.to(device)
-    scored, mass = {}, 0.0
-    for split in sorted(data.splits, key=("validation", "test").index):
-        questions = data.splits[split]
-        asked = {"option_prefix": settings.option_prefix, "max_length": settings.max_length, "batch_size": settings.batch_size}
-        scores = option_scores(model, tokenizer, questions, **asked)  # type: ignore[arg-type]
-        logits = np.full((len(questions), len(data.label_names)), -np.inf)
-        logits[:, : scores.log_p.shape[1]] = scores.logits(settings.length_normalisation)
-        scored[split], mass = Scored.of([q.answer for q in questions], logits=logits), scores.mass
-    save_predictions(
-        Path(settings.output_dir),
-        {s: found.logits for s, found in scored.items()},
-        {s: found.labels for s, found in scored.items()},
-    )
-    measured = measure(EVALUATED, None, scored["test"], scored.get("validation"))
-    if measured.untempered:
-        announce(f"No row with temperature, {measured.untempered}")
-    facts = AnswerFacts(
-        data.template,
-        settings.score,
-        settings.option_prefix,
-        settings.length_normalisation,
-        settings.instruction,
-        data.few_shot,
-        mass,
-    )
-    n, names = len(scored["test"].labels), [one_line(name) for name in data.label_names]
-    return names, Outcome("test", n, None, len(names), measured.class_counts, measured.rows, [], measured.draws), facts
-
-
-def _first(settings: EvaluateArguments, data: QuestionData) -> str:
-    """The first question of the reported split as the model reads it, each line behind a bar."""
-    question = data.splits["test"][0]
-    text = "".join(continuation(question.prompt, question.options[question.answer or 0], settings.option_prefix))
-    return "\n".join(f"  | {line}" for line in text.split("\n"))
+    asked = {"max_length": settings.max_length, "batch_size": settings.batch_size}
+    folder = Path(settings.output_dir)
+    outcome = answer(model, tokenizer, data, settings, folder, run=EVALUATED, epsilon=None, **asked)
+    return [one_line(name) for name in data.label_names], outcome
 
 
 def update_card(report: CalibrationReport, target: str, *, token: str | None = None) -> None:

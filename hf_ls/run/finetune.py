@@ -12,6 +12,7 @@ from accelerate import PartialState
 from hf_ls.common.privacy import token_in_environment
 from hf_ls.report.calibration_report import BASELINE, CalibrationReport
 from hf_ls.report.facts import SmoothingFacts
+from hf_ls.run.asking import ANSWERS, answer
 from hf_ls.run.config import Config
 from hf_ls.run.launch import announce
 from hf_ls.run.loading import Loaded, load, looked_at
@@ -63,7 +64,7 @@ def finetune(config: Config, callbacks: Sequence[Any] = (), after: After | None 
             if not config.training.should_save:
                 return None
             folders = {run_name(one.training): folder_of(one) for one in planned}
-            report = publish(planned[-1], loaded.data, runs, folders, loaded.form)
+            report = publish(planned[-1], loaded.data, runs, folders, loaded.form, loaded.questions)
             if config.training.push_to_hub:
                 push(config, manifest.files(), folders.values())
             return report
@@ -119,6 +120,16 @@ def _train_and_calibrate(
         outcome = evaluate_tokens(trainer, loaded.tokens, texts, config.run.text_metrics, has_classes=task.has_classes)
     else:
         outcome = evaluate_classes(trainer, loaded.tokens)
+    if loaded.questions is not None and training.do_predict:
+        apart = folder / ANSWERS
+        with trainer.compute_loss_context_manager():
+            answered = answer(
+                trainer.model, loaded.tokenizer, loaded.questions, config.questions, apart if training.should_save else None,
+                run=run_name(training), epsilon=training.label_smoothing_factor if training.do_train else None,
+                batch_size=training.per_device_eval_batch_size,
+            )  # fmt: skip
+        if training.should_save:
+            answered.save(apart)
     if after is not None:
         after(trainer, loaded, outcome)
     save_model(trainer, folder)

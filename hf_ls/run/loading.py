@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from transformers import AutoConfig, AutoTokenizer
 
+from hf_ls.answers.reading import QuestionData
 from hf_ls.common.errors import loading
 from hf_ls.common.models import load_weights
 from hf_ls.common.settings_file import nearest
@@ -26,6 +27,7 @@ from hf_ls.data.conversations import ChatFormat, pairs_as_conversations, set_cha
 from hf_ls.data.g2p import CHAT_TEMPLATE, EMBEDDED_G2P, g2p_tokenizer, load_g2p
 from hf_ls.data.labels import absent_classes
 from hf_ls.data.preview import preview
+from hf_ls.data.reading import read_files
 from hf_ls.data.sequences import (
     SequenceData,
     check_sequence_overlap,
@@ -36,6 +38,7 @@ from hf_ls.data.sequences import (
 )
 from hf_ls.data.soft_labels import with_soft_labels
 from hf_ls.data.splitting import check_overlap, sample
+from hf_ls.run.asking import as_completions, first_prompt, read_asked
 from hf_ls.run.config import Config
 from hf_ls.run.launch import announce
 from hf_ls.run.tasks import TASKS
@@ -52,7 +55,8 @@ Data = ClassificationData | SequenceData
 class Loaded:
     """What a run is made of before any model: data, tokenizer, and token ids and labels of each split.
 
-    available: how many rows each split had before its cap. form: of conversations, None for other data.
+    available: how many rows each split had before its cap. form: of conversations, None for other data. questions: beside the
+    data of a language model, None without any.
     """
 
     data: Data
@@ -60,6 +64,7 @@ class Loaded:
     tokens: DatasetDict
     available: Mapping[str, int]
     form: ChatFormat | None = None
+    questions: QuestionData | None = None
 
     @property
     def sizes(self) -> str:
@@ -83,7 +88,12 @@ def load(config: Config) -> Loaded:
     form = chat_format(config, data, tokenizer)
     with config.training.main_process_first(desc="tokens"):
         tokens = load_tokens(config, data, tokenizer, form)
-    return Loaded(data, tokenizer, tokens, {split: len(part) for split, part in whole.splits.items()}, form)
+    questions = load_questions(config)
+    if questions is not None:
+        for note in questions.notes:
+            announce(note)
+        announce(f"The first question, with its right answer:\n{first_prompt(questions, config.questions)}")
+    return Loaded(data, tokenizer, tokens, {split: len(part) for split, part in whole.splits.items()}, form, questions)
 
 
 def load_data(config: Config) -> Data:
@@ -106,6 +116,7 @@ def load_data(config: Config) -> Data:
         if settings.soft_label_columns:
             splits, names, notes = with_soft_labels(data.splits, settings.soft_label_columns, data.label_names)
             data = replace(data, splits=splits, label_names=names, notes=tuple(notes))
+        data = as_completions(data, config.questions) if config.asks_sentences else data
     elif settings.dataset_name == EMBEDDED_G2P:
         data = load_g2p()
     elif task == "text-classification":
@@ -120,6 +131,23 @@ def load_data(config: Config) -> Data:
     if task == "sft" and settings.dataset_name == EMBEDDED_G2P:
         data = replace(data, splits=pairs_as_conversations(data.splits))
     return data
+
+
+def load_questions(config: Config) -> QuestionData | None:
+    """The questions of validation and test which the settings name, or which the embedded sentences are; None without any.
+
+    `max_eval_samples` and `max_predict_samples` hold for them as for the rows of these splits.
+
+    Raises: ValueError as `read_asked`.
+    """
+    splits: Mapping[str, Dataset] = {}
+    if config.questions.files:
+        splits = read_files(config.questions.files)
+    elif config.asks_sentences:
+        splits = load_snippets(config.data.snippet_sources).splits
+    seed = None if config.asks_sentences and not config.questions.files else _data_seed(config)
+    kept = {split: sample(splits[split], getattr(config.data, _CAPS[split]), seed) for split in config.asks & set(splits)}
+    return read_asked({split: kept[split] for split in _CAPS if split in kept}, config.questions) if kept else None
 
 
 def capped(config: Config, data: Data) -> Data:
@@ -202,7 +230,8 @@ def load_tokens(config: Config, data: Data, tokenizer: Any, form: ChatFormat | N
         announce(form.learnt)
         return tokenise_conversations(data.splits, form, settings.max_length)
     if task in ("causal-lm", "sft"):
-        return tokenise_causal(data.splits, tokenizer, settings.max_length, **affixes)
+        completion_only = settings.completion_only_loss is not False
+        return tokenise_causal(data.splits, tokenizer, settings.max_length, completion_only=completion_only, **affixes)
     return tokenise_seq2seq(data.splits, tokenizer, settings.max_length, max_target_length=settings.max_target_length, **affixes)
 
 
@@ -215,11 +244,13 @@ def chat_format(config: Config, data: Data, tokenizer: Any) -> ChatFormat | None
     asked = settings.assistant_only_loss, settings.completion_only_loss
     if isinstance(data, SequenceData) and data.conversational:
         return ChatFormat.of(tokenizer, data.splits["train"], *asked)
-    given = next((name for name in ("assistant_only_loss", "completion_only_loss") if getattr(settings, name) is not None), None)
+    columns = data.splits["train"].column_names
+    names = ["assistant_only_loss", *([] if "source" in columns else ["completion_only_loss"])]
+    given = next((name for name in names if getattr(settings, name) is not None), None)
     if given is not None:
         raise ValueError(
-            f"expected conversations with {given}, got columns {data.splits['train'].column_names} of texts; drop it: of a "
-            "prompt and a completion which are texts, the completion alone is learnt"
+            f"expected conversations with {given}, got columns {columns} of texts; drop it: of a prompt and a completion which "
+            "are texts, the completion alone is learnt, or both with completion_only_loss: false"
         )
     return None
 

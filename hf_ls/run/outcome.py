@@ -27,6 +27,7 @@ from hf_ls.metrics.paired import Draws, draws_as_arrays, draws_from_arrays, draw
 from hf_ls.metrics.text import draws_of_texts, signature, text_metrics
 from hf_ls.report.build import Scored, measure
 from hf_ls.report.calibration_report import CalibrationRow
+from hf_ls.report.facts import AnswerFacts
 from hf_ls.run.launch import announce
 from hf_ls.trainer.arguments import LabelSmoothingArguments, smoothing_of
 
@@ -45,6 +46,7 @@ class Outcome:
         n: predictions (tokens for sequences); n_sequences: None for one label per example.
         num_classes: of the softmax, the vocabulary for language models.
         class_counts: of the labels, None for language models. label_counts: of those which occur, in no order, for all tokens.
+        answers: how the questions were asked whose answers these are.
         draws: name of a row -> what its metrics become when the examples are drawn anew, so that runs can be paired.
     """
 
@@ -57,6 +59,7 @@ class Outcome:
     history: list[dict[str, Any]]
     draws: dict[str, list[Draws]] = field(default_factory=dict)
     label_counts: list[int] | None = None
+    answers: AnswerFacts | None = None
 
     def save(self, folder: Path) -> None:
         """Write `draws.npz` and `outcome.json`, each whole or not at all."""
@@ -75,7 +78,8 @@ class Outcome:
             if (folder / DRAWS).is_file():  # runs of an older hf_ls left none
                 with np.load(folder / DRAWS, allow_pickle=False) as arrays:
                     draws = draws_from_arrays(arrays)
-            return cls(**fields | {"rows": [CalibrationRow(**row) for row in fields["rows"]], "draws": draws})
+            asked = None if fields.get("answers") is None else AnswerFacts(**fields["answers"])
+            return cls(**fields | {"answers": asked, "rows": [CalibrationRow(**row) for row in fields["rows"]], "draws": draws})
         except (TypeError, KeyError, ValueError, BadZipFile) as error:
             raise ValueError(f"expected the outcome of a run in {folder / OUTCOME}, got: {error}; {remedy}") from error
 

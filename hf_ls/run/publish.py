@@ -18,23 +18,26 @@ from transformers import SchedulerType
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
+from hf_ls.answers.reading import QuestionData
 from hf_ls.calibration.temperature import bake_folder
 from hf_ls.common.errors import uploading
 from hf_ls.common.files import write_atomically
 from hf_ls.common.privacy import TEXTS, local_name, paths_here, without_paths
-from hf_ls.common.text import hub_id
+from hf_ls.common.text import hub_id, one_line
 from hf_ls.data.classification import EMBEDDED_DATASET, ClassificationData
 from hf_ls.data.conversations import ChatFormat
 from hf_ls.data.g2p import EMBEDDED_G2P
 from hf_ls.data.sequences import SequenceData
 from hf_ls.metrics.paired import differences
-from hf_ls.report.build import write_report_files
+from hf_ls.report.build import Scored, posthoc, write_report_files
 from hf_ls.report.calibration_report import SETTINGS, CalibrationReport, package_versions
 from hf_ls.report.card_metadata import BENCHMARKS
 from hf_ls.report.facts import DatasetFacts, SmoothingFacts, TrainingFacts
 from hf_ls.report.pictures import PENULTIMATE, Penultimate, write_pictures
+from hf_ls.report.plots import write_plots
 from hf_ls.report.sentences import regime, verdict, warnings
 from hf_ls.report.table import more_tables, table
+from hf_ls.run.asking import ANSWERS
 from hf_ls.run.config import Config
 from hf_ls.run.launch import announce
 from hf_ls.run.manifest import CHECKPOINT, Manifest
@@ -57,9 +60,10 @@ def publish(
     runs: dict[str, Outcome],
     folders: Mapping[str, Path],
     form: ChatFormat | None = None,
+    questions: QuestionData | None = None,
 ) -> CalibrationReport | None:
     """One report of all runs and all files made of it; None when nothing was evaluated. folders: of each run; form: of
-    conversations.
+    conversations; questions: whose answers the runs have left.
 
     Raises: ValueError for adapters with `bake_temperature`, and as `write_card`.
     """
@@ -87,6 +91,9 @@ def publish(
         hub=config.card.hub,
     )
     folder = folder_of(config)
+    if questions is not None and (answered := _answered(config, report, questions, folders)) is not None:
+        report = replace(report, answered=answered)
+        write_plots(answered, folder / ANSWERS / "plots")
     pictures = pictures_of(report, folders, folder / "plots")
     report = replace(report, pictures=[path.name for path in pictures])
     written = write_report_files(report, folder)
@@ -100,6 +107,36 @@ def publish(
         console.print(f"Warning: {text}", markup=False, highlight=False)
     console.print(f"Report, plots and card: {folder}", markup=False, highlight=False, soft_wrap=True)
     return report
+
+
+def _answered(
+    config: Config, report: CalibrationReport, questions: QuestionData, folders: Mapping[str, Path]
+) -> CalibrationReport | None:
+    """A report on the answers of the same runs, as `evaluate` makes it of one model; None where none were asked for."""
+    if not config.training.do_predict:
+        return None
+    runs = {name: Outcome.load(folder / ANSWERS) for name, folder in folders.items()}
+    last, main = list(folders.values())[-1] / ANSWERS, list(runs.values())[-1]
+    with np.load(last / PREDICTIONS, allow_pickle=False) as arrays:
+        scored = {
+            split: Scored.of(arrays[f"labels_{split}"], logits=arrays[f"logits_{split}"])
+            for split in ("validation", "test")
+            if f"logits_{split}" in arrays
+        }
+    files = config.questions.files
+    data = DatasetFacts(Path(files["test"]).name) if files else replace(report.dataset, n_sequences=None, counted=None)
+    n_validation = len(scored["validation"].labels) if "validation" in scored else None
+    return replace(
+        report,
+        task="multiple-choice",
+        dataset=replace(data, n=main.n, split=main.split, class_counts=main.class_counts, n_validation=n_validation),
+        label_names=[one_line(name) for name in questions.label_names],
+        rows=[row for run in runs.values() for row in run.rows],
+        history={},
+        differences=differences({name: draws for run in runs.values() for name, draws in run.draws.items()}),
+        posthoc=posthoc(scored["test"], scored["validation"]) if "validation" in scored else {},
+        answers=main.answers,
+    )
 
 
 def pictures_of(report: CalibrationReport, folders: Mapping[str, Path], folder: Path) -> list[Path]:
@@ -141,9 +178,10 @@ def push(config: Config, names: Sequence[str], folders: Collection[Path]) -> Non
     """
     training, folder = config.training, folder_of(config)
     name = training.hub_model_id or folder.absolute().name
-    model, data = config.model, config.data
+    model, data, questions = config.model, config.data, config.questions
     given = (model.model_name_or_path, model.tokenizer_name, training.distillation_teacher, data.dataset_name)
-    paths = paths_here(folder, *given, *data.files.values())
+    files = (*data.files.values(), *questions.files.values(), questions.few_shot_file)
+    paths = paths_here(folder, *given, *files)
     operations, beside = [], {run.name for run in folders if run != folder}
     for found in sorted(name for name in names if name.split("/")[0] not in beside and _is_public(name)):
         content = (folder / found).read_bytes() if (folder / found).suffix in TEXTS else None

@@ -20,6 +20,8 @@ from torch.utils.data import DataLoader
 from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
+from hf_ls.answers.callback import AnswerCallback
+from hf_ls.answers.scoring import check_options
 from hf_ls.common.errors import settling
 from hf_ls.common.files import TEMPORARY_FOLDER, move, tell, temporary_name, write_atomically
 from hf_ls.data.sequences import token_counts
@@ -94,6 +96,8 @@ def rehearse(config: Config, loaded: Loaded) -> Any:
         with settling("see what it says, and change the model, the tokenizer or the setting"):
             trainer = make_trainer(elsewhere, loaded)
             check_tokens(loaded.tokens, loaded.tokenizer, trainer.model)
+            for questions in loaded.questions.splits.values() if loaded.questions is not None else ():
+                check_options(questions, loaded.tokenizer, config.questions.option_prefix)
             rows = trainer._remove_unused_columns(trainer.train_dataset, description="training")
             trainer.data_collator([rows[i] for i in range(min(2, len(rows)))])
             if config.training.do_train and not trainer.is_deepspeed_enabled and not trainer.is_fsdp_enabled:
@@ -110,8 +114,16 @@ def train(config: Config, loaded: Loaded, manifest: Manifest, more: Sequence[Any
     training, folder, patience = config.training, folder_of(config), config.run.early_stopping_patience
     stop = StopOnSignal()
     callbacks = [stop, CheckpointMark(smoothing_of(training), training.save_total_limit, manifest), *more]
-    callbacks += [] if patience is None else [EarlyStopping(patience)]
     trainer = make_trainer(config, loaded, callbacks, quiet=True)  # the rehearsal has loaded it
+    if loaded.questions is not None and "validation" in loaded.questions.splits:
+        settings = config.questions
+        answers = AnswerCallback(
+            trainer, loaded.questions.splits["validation"], option_prefix=settings.option_prefix,
+            length_normalisation=settings.length_normalisation, batch_size=training.per_device_eval_batch_size,
+        )  # fmt: skip
+        trainer.add_callback(answers)
+    if patience is not None:
+        trainer.add_callback(EarlyStopping(patience))  # behind all which add metrics
     if training.do_train:
         list_logs(training, manifest)
         result = trainer.train(resume_from_checkpoint=checkpoint_of(config, trainer.model))

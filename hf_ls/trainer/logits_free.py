@@ -21,7 +21,7 @@ from transformers.modeling_utils import unwrap_model
 
 from hf_ls.common.models import base_model, in_eval_mode, output_embedding
 from hf_ls.losses._rows import Observer, RowLoss
-from hf_ls.losses._skipping import GradientCertificate
+from hf_ls.losses._skipping import GradientCertificate, Thresholds
 from hf_ls.losses.cross_entropy import logits_of, smoothed_terms
 from hf_ls.losses.linear import GradientTolerance, LinearTerms, linear_smoothed_terms, tolerance_in
 from hf_ls.losses.smoothing import Smoothing
@@ -38,7 +38,6 @@ class HeadLoss(NamedTuple):
     nll: Tensor
     smoothing_term: Tensor
     outputs: Any  # of the model; its logits are empty
-    certificate: GradientCertificate | None  # of gradients made with a tolerance
 
 
 class PostProcessing(NamedTuple):
@@ -92,7 +91,7 @@ class LogitsFreeHead:
         observer: Observer | None = None,
         added: tuple[int, ...] = (),
         share: float = 1.0,
-        gradient_tolerance: GradientTolerance = None,
+        gradients: GradientWatch | None = None,
     ) -> HeadLoss:
         """One forward of `model` with the smoothed loss of the head, in nats.
 
@@ -105,7 +104,7 @@ class LogitsFreeHead:
             observer: sees the logits and labels of the kept items, a chunk at a time.
             added: which calls of cross entropy to silence in the model's own loss (`shift.OwnLoss.calls`), whose labels are
                 then among the inputs; () for inputs without labels.
-            gradient_tolerance: as in `linear.linear_smoothed_cross_entropy`.
+            gradients: knows their tolerance, and sees what was made of it; None for exact ones.
 
         Raises: ValueError when the head is not called exactly once with one hidden state per label; as
         `linear.linear_smoothed_terms`.
@@ -129,8 +128,11 @@ class LogitsFreeHead:
                     bias=_one_bias(self.head.bias, final_bias, scale),
                     token_weight=token_weight,
                     num_items_in_batch=num_items_in_batch,
-                    gradient_tolerance=gradient_tolerance,
+                    gradient_tolerance=None if gradients is None else gradients.tolerance,
+                    thresholds=None if gradients is None else gradients.thresholds,
                 )
+            if gradients is not None:
+                gradients.see(terms.certificate, self.head.weight.dtype)
             found.append(terms)
             # Empty, but in the graph of the loss: FSDP and ZeRO hang their backward hooks on what a module returns.
             return terms.loss.reshape(1)[:0].reshape(0, *hidden.shape[1:-1], self.head.weight.shape[0]).to(hidden.dtype)
@@ -148,7 +150,7 @@ class LogitsFreeHead:
 
         with self._replaced(head_forward, with_loss), without_cross_entropy(added) if added else nullcontext():
             outputs = model(**inputs)
-        return HeadLoss(outputs["loss"], found[0].nll, found[0].smoothing_term, outputs, found[0].certificate)
+        return HeadLoss(outputs["loss"], found[0].nll, found[0].smoothing_term, outputs)
 
     @torch.no_grad()
     def probe(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, added: tuple[int, ...] = ()) -> None:
@@ -247,6 +249,7 @@ class GradientWatch:
 
     def __init__(self, tolerance: GradientTolerance) -> None:
         self.tolerance = tolerance
+        self.thresholds: Thresholds | None = None  # where the next step begins
         self._since: list[GradientCertificate] = []
 
     def see(self, certificate: GradientCertificate | None, dtype: torch.dtype) -> None:
@@ -254,6 +257,7 @@ class GradientWatch:
         if certificate is None:
             return
         self._since.append(certificate)
+        self.thresholds = certificate.thresholds
         asked = tolerance_in(self.tolerance, dtype)
         if asked is not None and certificate.error > 2 * asked:  # as much as chance makes of a small batch
             logger.warning(

@@ -255,9 +255,8 @@ class LabelSmoothingMixin(Steps):
             model, batch.with_labels(self.model) if self._added else batch.for_model(self.model), batch.labels, smoothing,
             objective=self.criterion.for_rows(smoothing), token_weight=None if self.class_weight is None else weight,
             num_items_in_batch=1 / per_count, observer=self._observer, added=self._added or (), share=self._added_share(),
-            gradient_tolerance=self._gradients.tolerance,
+            gradients=self._gradients,
         )  # fmt: skip
-        self._gradients.see(found.certificate, head.head.weight.dtype)
         terms = torch.stack([(part * weight).sum() * per_count for part in (found.nll, found.smoothing_term)])
         self._terms.add(terms, batch.items(num_items_in_batch), self.state.global_step)
         return found.loss, found.outputs

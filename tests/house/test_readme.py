@@ -37,7 +37,7 @@ from sklearn.linear_model import LogisticRegression
 from torch.distributed.run import get_args_parser
 
 from hf_ls.compare.experiment import CompareArguments, parse_compare
-from hf_ls.run.config import DataArguments, ModelArguments, Parser, RunArguments, parse_config
+from hf_ls.run.config import DataArguments, ModelArguments, Parser, RunArguments, TrainingQuestions, parse_config
 from hf_ls.run.evaluate import EvaluateArguments, parse_evaluation
 from hf_ls.trainer.arguments import LabelSmoothingSeq2SeqArguments
 
@@ -247,7 +247,7 @@ def spans() -> list[str]:
 
 def test_flags_in_the_text_exist():
     """`--name` or `--name value` in a sentence is a flag of a script, of accelerate or of torchrun."""
-    settings = [RunArguments, ModelArguments, DataArguments, LabelSmoothingSeq2SeqArguments]
+    settings = [RunArguments, ModelArguments, DataArguments, TrainingQuestions, LabelSmoothingSeq2SeqArguments]
     parsers = [Parser(settings), Parser(CompareArguments), Parser(EvaluateArguments), launch_command_parser(), get_args_parser()]
     parsers += [script(path).command_line() for path in PARSERS if "benchmark" in path or "study" in path]
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings} | {"--config"}

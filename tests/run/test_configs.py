@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from byte_tokenizer import byte_tokenizer
+from helpers import tiny_llama
 from places import ROOT
 
 from hf_ls.run.config import parse_config
@@ -21,10 +23,12 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 # What stands on the command line beside `--config`, so that a dry run tokenises little; the keys are the files there must be.
 FEW = ["--max_train_samples", "60", "--max_eval_samples", "20", "--max_predict_samples", "20"]
 OWN = {
+    "answers.yaml": ["--model_name_or_path", "language-model", "--peft", "none"],
     "own-data.yaml": ["--train_file", "words.jsonl"],
     "token-classification.yaml": ["--dataset_name", "null", "--train_file", "words.jsonl", "--test_file", "test.jsonl"],
 }
 SPLITS = {  # what the log says it found; 4 of 40 rows are cut from train where there is no validation file
+    "answers.yaml": "60 train, 20 validation, 20 test",
     "causal-lm.yaml": "60 train, 20 validation, 20 test",
     "raters.yaml": "60 train, 20 validation, 20 test",
     "sft.yaml": "60 train, 20 validation, 20 test",
@@ -37,8 +41,10 @@ SPLITS = {  # what the log says it found; 4 of 40 rows are cut from train where 
 
 @pytest.fixture
 def words(tmp_path, monkeypatch):
-    """Two files with the columns of CoNLL-2003, in the current folder."""
+    """Two files with the columns of CoNLL-2003 and a language model, in the current folder."""
     monkeypatch.chdir(tmp_path)
+    tiny_llama(vocab_size=280).save_pretrained("language-model")
+    byte_tokenizer().save_pretrained("language-model")
     for name, start, n in (("words.jsonl", 0, 40), ("test.jsonl", 40, 10)):
         rows = [{"tokens": [f"Ann{i}", "saw", "Oslo"], "ner_tags": ["B-PER", "O", "B-LOC"]} for i in range(start, start + n)]
         Path(name).write_text("\n".join(json.dumps(row) for row in rows))
@@ -59,7 +65,7 @@ def test_every_config_gets_through_a_dry_run(path, words, capsys):
 
 
 def parts(config):
-    return [config.run, config.model, config.data, config.training]
+    return [config.run, config.model, config.data, config.training, config.questions]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
