@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python scripts/study.py --json outputs/grid.json     # train what the file lacks, print the tables
     OMP_NUM_THREADS=1 python scripts/study.py --json outputs/one.json --only d16-v512 --regimes repeated
     python scripts/study.py --json docs/study/grid.json --tables_only      # the tables of docs/study.md
-    python scripts/study.py --reports outputs/compare-smollm2              # a table of any `hf-ls compare`
+    python scripts/study.py --reports outputs/compare-answers              # tables of any `hf-ls compare`
 
 A cell of the grid is a comparison of tiny Llamas from random weights: hidden size d, vocabulary V, four ε, three seeds; the runs
 of a seed have the same initial weights and batches. It is `hf-ls compare` in one process: the same Trainer, temperature, draws
@@ -34,7 +34,6 @@ from hf_ls.common.files import write_atomically
 from hf_ls.compare.comparison import TEST, Comparison, Result, Variant
 from hf_ls.compare.statistics import compare
 from hf_ls.data.classification import load_snippets
-from hf_ls.metrics.ceiling import constant_scores
 from hf_ls.metrics.core import PredictionStatistics
 from hf_ls.metrics.paired import seed_difference
 from hf_ls.trainer.arguments import LabelSmoothingArguments
@@ -159,10 +158,10 @@ def run(cell: GridCell) -> Record:
 
 def summary(comparison: Comparison) -> Record:
     """What the tables show of a comparison: values and differences on test as [value, low, high], rounded."""
-    share, entropy = constant_scores(comparison.class_counts or [1])
+    share, entropy = comparison.uninformed or (float("nan"), float("nan"))
     measured, effects = {}, {}
     wanted = {"accuracy", "nll", "ece", "signed_gap", comparison.quality}
-    shown = [metric for metric in comparison.metrics() if metric in wanted or "answer" in metric]
+    shown = [metric for metric in comparison.metrics() if metric in wanted]
     for variant in comparison.variants:
         row: Record = {"T": _mean(comparison.temperatures[variant.label])}
         for metric in shown:
@@ -221,15 +220,15 @@ def _sizes(record: Record) -> str:
 
 def baseline_table(records: list[Record]) -> Iterator[str]:
     """Whether each baseline has learnt, how over-confident it is, and what the temperature alone does."""
-    yield "| d | V | accuracy, share of the most frequent | NLL, entropy of the shares | signed gap | ECE | T | ECE at T |"
-    yield "|--:|--:|--:|--:|--:|--:|--:|--:|"
+    yield "| d | V | accuracy, share of the most frequent | NLL, entropy of the shares | signed gap | ECE | T | ECE at T | NLL at T |"
+    yield "|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
     for record in records:
         row, tempered = record["rows"][BASELINE], record["rows"][TEMPERED]
         learnt = f"{row['accuracy'][0]:.3f}, {record['most_frequent']:.3f} | {row['nll'][0]:.3f}, {record['entropy']:.3f}"
         calibration = (
             f"{_cell(row['signed_gap'], sign=True)} | {_cell(row['ece'])} | {tempered['T']:.2f} | {_cell(tempered['ece'])}"
         )
-        yield f"| {_sizes(record)} | {learnt} | {calibration} |"
+        yield f"| {_sizes(record)} | {learnt} | {calibration} | {tempered['nll'][0]:.3f} |"
 
 
 def effect_table(records: list[Record]) -> Iterator[str]:
@@ -277,7 +276,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=[*REGIMES])
     parser.add_argument("--only", nargs="+", help="names of cells, such as d16-v512 and d16-v2048of8192; all if not given")
     parser.add_argument("--tables_only", action="store_true", help="train nothing: the tables of what --json holds")
-    parser.add_argument("--reports", nargs="+", type=Path, default=[], help="folders of other comparisons: a table of each")
+    parser.add_argument("--reports", nargs="+", type=Path, default=[], help="folders of other comparisons: their tables")
     return parser
 
 
@@ -285,8 +284,15 @@ def main() -> None:
     """Run the grid, or read what is there, and print the tables."""
     args = command_line().parse_args()
     for folder in args.reports:
-        record = summary(Comparison.from_json((folder / "report.json").read_text(encoding="utf-8")))
-        print(f"\n{record['size']}, {record['seeds']} seeds\n", *comparison_table(record), "", record["verdict"], sep="\n")
+        comparison = Comparison.from_json((folder / "report.json").read_text(encoding="utf-8"))
+        for record in [summary(one) for one in (comparison, comparison.tokens) if one is not None]:
+            print(
+                f"\n{record['size']}, {record['seeds']} seeds\n",
+                *comparison_table(record),
+                "",
+                f"> {record['verdict']}",
+                sep="\n",
+            )
     if args.reports:
         return
     records: list[Record] = json.loads(args.json.read_text(encoding="utf-8")) if args.json and args.json.exists() else []

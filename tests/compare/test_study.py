@@ -52,7 +52,7 @@ def test_the_table_of_a_comparison_holds_its_values_and_its_paired_differences(s
 def test_a_cell_of_the_grid_trains_and_is_compared(study, monkeypatch):
     """A few steps of a small cell, one ε, one seed, and more rows in the head than tokens."""
     monkeypatch.setattr(study, "REGIMES", {"repeated": (32, 12)})
-    monkeypatch.setattr(study, "HELD_OUT", {"validation": 4, "test": 6})
+    monkeypatch.setattr(study, "HELD_OUT", {"validation": 8, "test": 6})
     monkeypatch.setattr(study, "EPSILONS", (0.0, 0.1))
     monkeypatch.setattr(study, "SEEDS", (0,))
     record = study.run(study.GridCell("repeated", 16, 512, 600))
