@@ -220,7 +220,8 @@ def _sizes(record: Record) -> str:
 
 def baseline_table(records: list[Record]) -> Iterator[str]:
     """Whether each baseline has learnt, how over-confident it is, and what the temperature alone does."""
-    yield "| d | V | accuracy, share of the most frequent | NLL, entropy of the shares | signed gap | ECE | T | ECE at T | NLL at T |"
+    heads = "accuracy, share of the most frequent | NLL, entropy of the shares | signed gap | ECE | T | ECE at T | NLL at T"
+    yield f"| d | V | {heads} |"
     yield "|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
     for record in records:
         row, tempered = record["rows"][BASELINE], record["rows"][TEMPERED]
