@@ -42,7 +42,7 @@ from hf_ls.trainer.mixin import LabelSmoothingTrainer
 Record = dict[str, Any]
 LEARNING_RATES = {16: 1e-2, 64: 5e-3}  # by hidden size d
 # Tokens of the tokenizer, rows of the embedding, which is also the head; where there are more, no text has the others.
-SIZES = ((512, 512), (8192, 8192), (2048, 2048), (2048, 8192))
+SIZES = ((512, 512), (2048, 2048), (2048, 8192), (8192, 8192))
 # Name -> training sentences, steps: a few, again and again until the model is over-confident; or each of many once.
 REGIMES = {"repeated": (192, 120), "fresh": (1920, 120)}
 EPSILONS, SEEDS, BATCH, LENGTH = (0.0, 0.05, 0.1, 0.2), (0, 1, 2), 16, 128

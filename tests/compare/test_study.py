@@ -65,7 +65,7 @@ def test_a_cell_of_the_grid_trains_and_is_compared(study, monkeypatch):
 
 
 def test_the_page_holds_every_line_of_the_tables(study):
-    printed = [line for line in study.tables(json.loads(RESULTS.read_text(encoding="utf-8"))) if line]
+    printed = "\n".join(study.tables(json.loads(RESULTS.read_text(encoding="utf-8")))).split("\n")
     page = (ROOT / "docs" / "study.md").read_text(encoding="utf-8").splitlines()
-    assert printed
+    assert len(printed) > 10
     assert not [line for line in printed if line not in page]
