@@ -116,6 +116,7 @@ PARSERS: dict[str, Callable[[list[str]], Any]] = {
     "scripts/benchmark_loss.py": lambda argv: script("scripts/benchmark_loss.py").command_line().parse_args(argv),
     "scripts/benchmark_step.py": lambda argv: script("scripts/benchmark_step.py").command_line().parse_args(argv),
     "scripts/benchmark_training.py": lambda argv: script("scripts/benchmark_training.py").command_line().parse_args(argv),
+    "scripts/study.py": lambda argv: script("scripts/study.py").command_line().parse_args(argv),
     "tests/support/model_sweep.py": lambda argv: [MAPPINGS.index(name) for name in argv],
 }
 
@@ -248,7 +249,7 @@ def test_flags_in_the_text_exist():
     """`--name` or `--name value` in a sentence is a flag of a script, of accelerate or of torchrun."""
     settings = [RunArguments, ModelArguments, DataArguments, TrainingQuestions, LabelSmoothingSeq2SeqArguments]
     parsers = [Parser(settings), Parser(CompareArguments), Parser(EvaluateArguments), launch_command_parser(), get_args_parser()]
-    parsers += [script(path).command_line() for path in PARSERS if "benchmark" in path]
+    parsers += [script(path).command_line() for path in PARSERS if "benchmark" in path or "study" in path]
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings} | {"--config"}
     named = {span.split()[0] for span in spans() if re.fullmatch(r"--[a-z_-]+( \S+)*", span)}
     assert named
