@@ -49,6 +49,7 @@ class Setting:
     target: int
     padding: float  # share of the target positions without a label
     methods: tuple[str, ...]
+    smollm2: bool = False  # the shape of SmolLM2-135M, not of a small Llama
 
 
 SETTINGS = {
@@ -57,6 +58,7 @@ SETTINGS = {
     "seq2seq-128k": Setting("seq2seq", 128256, 16, 32, 64, 0.4, ("stock", "hf_ls")),
     "sft-32k": Setting("sft", 32000, 4, 0, 512, 0.0, ("stock", "trl", "trl-plain", "hf_ls")),
     "sft-128k": Setting("sft", 128256, 2, 0, 512, 0.0, ("stock", "trl", "trl-plain", "hf_ls")),
+    "sft-smollm2": Setting("sft", 49152, 2, 0, 512, 0.0, ("trl-plain", "hf_ls"), smollm2=True),
 }
 
 
@@ -79,7 +81,7 @@ def resident_now() -> float:
 
 
 def model_of(setting: Setting) -> Any:
-    """T5-small with another vocabulary, or a Llama of width 512 with 4 layers; random weights, no dropout."""
+    """T5-small with another vocabulary, a Llama of width 512 with 4 layers, or SmolLM2-135M; random weights, no dropout."""
     import torch
     import transformers as tf
 
@@ -90,10 +92,17 @@ def model_of(setting: Setting) -> Any:
             pad_token_id=0,
         )  # fmt: skip
         return tf.T5ForConditionalGeneration(config)
+    shape: dict[str, Any] = {
+        "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8,
+    }  # fmt: skip
+    if setting.smollm2:
+        shape = {
+            "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+            "num_key_value_heads": 3, "tie_word_embeddings": True,
+        }  # fmt: skip
     llama = tf.LlamaConfig(
-        vocab_size=setting.vocabulary, hidden_size=512, intermediate_size=1376, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=8, max_position_embeddings=2048, pad_token_id=0, bos_token_id=1, eos_token_id=1,
-    )  # fmt: skip
+        vocab_size=setting.vocabulary, max_position_embeddings=2048, pad_token_id=0, bos_token_id=1, eos_token_id=1, **shape
+    )
     return tf.LlamaForCausalLM(llama)
 
 
