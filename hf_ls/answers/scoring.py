@@ -124,7 +124,7 @@ def option_scores(
     return scores
 
 
-def check_options(questions: Sequence[Question], tokenizer: Any, option_prefix: str = " ") -> None:
+def check_scorable(questions: Sequence[Question], tokenizer: Any, option_prefix: str = " ") -> None:
     """Refuse, before any model is trained, questions whose options cannot be scored.
 
     Raises: ValueError for an option whose tokens cannot be told from those of its prompt or of another option.

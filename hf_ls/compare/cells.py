@@ -24,7 +24,8 @@ from typing import Any
 from hf_ls.common.errors import read_json
 from hf_ls.common.files import locked, write_atomically
 from hf_ls.compare.worker import WITH_PARENT
-from hf_ls.run.config import Config, DataArguments, TrainingQuestions
+from hf_ls.run.arguments import DataArguments, TrainingQuestions
+from hf_ls.run.config import Config
 from hf_ls.run.manifest import Manifest
 from hf_ls.trainer.arguments import smoothing_of, without_smoothing
 from hf_ls.trainer.criterion import Criterion, parse_params

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from hf_ls.common.errors import read_json
 from hf_ls.common.files import locked, write_atomically
 from hf_ls.common.privacy import token_in_environment, without_secrets, yaml_without_secrets
+from hf_ls.common.settings import check_same, settings_of
 from hf_ls.compare.cells import Cell, Spec, cell_config, commands, run_cells
 from hf_ls.compare.comparison import TEST, Comparison
 from hf_ls.compare.data import CompareData, prepare_data
@@ -28,11 +29,11 @@ from hf_ls.losses.smoothing import Smoothing
 from hf_ls.metrics.ceiling import ceiling_warning, last_epsilon
 from hf_ls.report.calibration_report import BASELINE, REPORT, CalibrationReport
 from hf_ls.report.plots import write_plots
-from hf_ls.run.asking import ANSWERS
-from hf_ls.run.config import Config, Parser, about, parse_config
+from hf_ls.run.arguments import about
+from hf_ls.run.config import Config, Parser, parse_config
 from hf_ls.run.loading import load
+from hf_ls.run.outcome import ANSWERS
 from hf_ls.run.publish import folder_of, pictures_of
-from hf_ls.run.settings import check_same, settings_of
 from hf_ls.run.tasks import TASKS
 from hf_ls.run.training import rehearse
 from hf_ls.trainer.arguments import smoothing_of

@@ -37,10 +37,11 @@ from hf_ls.report.facts import DatasetFacts, SmoothingFacts
 from hf_ls.report.naming import CardArguments
 from hf_ls.report.sentences import asking, regime, tempering, warnings
 from hf_ls.report.table import more_tables, table
-from hf_ls.run.asking import answer, first_prompt, read_asked
-from hf_ls.run.config import Parser, about, from_config
+from hf_ls.run.arguments import about
+from hf_ls.run.config import Parser, from_config
 from hf_ls.run.launch import announce
-from hf_ls.run.outcome import OUTCOME, PREDICTIONS, Outcome, evaluate_classes, evaluate_tokens
+from hf_ls.run.loading import first_prompt, read_asked
+from hf_ls.run.outcome import OUTCOME, PREDICTIONS, Outcome, answer, evaluate_classes, evaluate_tokens
 from hf_ls.run.tasks import TASKS
 from hf_ls.trainer.arguments import LabelSmoothingArguments
 

@@ -12,12 +12,11 @@ from accelerate import PartialState
 from hf_ls.common.privacy import token_in_environment
 from hf_ls.report.calibration_report import BASELINE, CalibrationReport
 from hf_ls.report.facts import SmoothingFacts
-from hf_ls.run.asking import ANSWERS, answer
 from hf_ls.run.config import Config
 from hf_ls.run.launch import announce
 from hf_ls.run.loading import Loaded, load, looked_at
 from hf_ls.run.manifest import FOLDER, Manifest
-from hf_ls.run.outcome import OUTCOME, Outcome, evaluate_classes, evaluate_tokens, run_name
+from hf_ls.run.outcome import ANSWERS, OUTCOME, Outcome, answer, evaluate_classes, evaluate_tokens, run_name
 from hf_ls.run.output import check_output, recorded
 from hf_ls.run.publish import folder_of, publish, push
 from hf_ls.run.tasks import TASKS

@@ -10,7 +10,8 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 from transformers import AutoConfig, AutoTokenizer
 
-from hf_ls.answers.reading import QuestionData
+from hf_ls.answers.questions import continuation
+from hf_ls.answers.reading import FEW_SHOT, QuestionArguments, QuestionData, read_questions
 from hf_ls.common.errors import loading
 from hf_ls.common.models import load_weights
 from hf_ls.common.settings_file import nearest
@@ -38,7 +39,6 @@ from hf_ls.data.sequences import (
 )
 from hf_ls.data.soft_labels import with_soft_labels
 from hf_ls.data.splitting import check_overlap, sample
-from hf_ls.run.asking import as_completions, first_prompt, read_asked
 from hf_ls.run.config import Config
 from hf_ls.run.launch import announce
 from hf_ls.run.tasks import TASKS
@@ -358,3 +358,35 @@ def check_tokens(tokens: DatasetDict, tokenizer: Any, model: Any) -> None:
         raise ValueError(
             f"expected token ids below {size}, the vocabulary of the model, got {largest}; set tokenizer_name to the model's own"
         )
+
+
+def read_asked(splits: Mapping[str, Dataset], settings: QuestionArguments) -> QuestionData:
+    """The questions of some splits as the settings say, after the examples of their few-shot file.
+
+    Raises: ValueError as `read_questions`, and where most questions of test are in validation.
+    """
+    examples = read_files({FEW_SHOT: settings.few_shot_file})[FEW_SHOT] if settings.few_shot_file else None
+    data = read_questions(splits, settings, examples)
+    prompts = {split: [f"{q.prompt} {q.options}" for q in questions] for split, questions in data.splits.items()}
+    check_overlap({split: Dataset.from_dict({"text": texts}) for split, texts in prompts.items()})
+    return data
+
+
+def first_prompt(data: QuestionData, settings: QuestionArguments) -> str:
+    """The first question of the reported split as the model reads it, each line behind a bar."""
+    question = data.splits["test"][0]
+    text = "".join(continuation(question.prompt, question.options[question.answer or 0], settings.option_prefix))
+    return "\n".join(f"  | {line}" for line in text.split("\n"))
+
+
+def as_completions(data: ClassificationData, settings: QuestionArguments) -> SequenceData:
+    """Texts and their classes as what a language model learns: `source`, the prompt of the question, and `target`, its answer.
+
+    Both are the text on which the answers are scored, the blanks at the end of the prompt with the target.
+    """
+    asked = read_asked(data.splits, settings)
+    made = {}
+    for split, questions in asked.splits.items():
+        pairs = [continuation(q.prompt, q.options[q.answer or 0], settings.option_prefix) for q in questions]
+        made[split] = Dataset.from_dict({"source": [prompt for prompt, _ in pairs], "target": [answer for _, answer in pairs]})
+    return SequenceData(DatasetDict(made), (), data.name, data.hub_id, data.licence, made["test"][0]["source"])

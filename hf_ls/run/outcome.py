@@ -17,6 +17,8 @@ from datasets import Dataset, DatasetDict
 from transformers import EvalPrediction, TrainerCallback
 from transformers.trainer_utils import PredictionOutput
 
+from hf_ls.answers.reading import QuestionArguments, QuestionData
+from hf_ls.answers.scoring import option_scores
 from hf_ls.calibration.temperature import NoFiniteTemperature
 from hf_ls.common.errors import read_json
 from hf_ls.common.files import write_arrays, write_atomically
@@ -35,6 +37,7 @@ OUTCOME = "outcome.json"  # written last: a run with it is complete
 PREDICTIONS = "predictions.npz"
 DRAWS = "draws.npz"
 GENERATIONS = "generations.jsonl"
+ANSWERS = "answers"  # the folder in that of a run with what it shows on questions
 
 
 @dataclass(frozen=True)
@@ -288,3 +291,51 @@ def _save_generations(folder: Path, split: str, sources: list[str], references: 
     rows = zip(sources, references, generated, strict=True)
     lines = (json.dumps({"source": s, "reference": r, "generated": g}, ensure_ascii=False) for s, r, g in rows)
     write_atomically(folder / f"{split}_{GENERATIONS}", "\n".join(lines) + "\n")
+
+
+def answer(
+    model: Any,
+    tokenizer: Any,
+    data: QuestionData,
+    settings: QuestionArguments,
+    folder: Path | None,
+    *,
+    run: str,
+    epsilon: float | None,
+    **asked: Any,
+) -> Outcome:
+    """Rows of the answers to the test questions, with a temperature fitted on those of validation; logits into `folder`.
+
+    asked: batch_size and max_length of `option_scores`. folder: None on a process which writes nothing.
+
+    Raises: ValueError as `option_scores`.
+    """
+    scored, mass = {}, 0.0
+    for split in sorted(data.splits, key=("validation", "test").index):
+        questions = data.splits[split]
+        scores = option_scores(model, tokenizer, questions, option_prefix=settings.option_prefix, **asked)
+        logits = np.full((len(questions), len(data.label_names)), -np.inf)
+        logits[:, : scores.log_p.shape[1]] = scores.logits(settings.length_normalisation)
+        scored[split], mass = Scored.of([q.answer for q in questions], logits=logits), scores.mass
+    if folder is not None:
+        save_predictions(
+            folder, {s: found.logits for s, found in scored.items()}, {s: found.labels for s, found in scored.items()}
+        )
+    measured = measure(run, epsilon, scored["test"], scored.get("validation"))
+    if "validation" not in scored:
+        announce("No row with temperature for the answers: there are no questions of validation to fit it on")
+    elif measured.untempered:
+        announce(f"No row with temperature for the answers, {measured.untempered}")
+    facts = AnswerFacts(
+        data.template,
+        settings.score,
+        settings.option_prefix,
+        settings.length_normalisation,
+        settings.instruction,
+        data.few_shot,
+        mass,
+    )
+    names = len(data.label_names)
+    return Outcome(
+        "test", len(scored["test"].labels), None, names, measured.class_counts, measured.rows, [], measured.draws, answers=facts
+    )

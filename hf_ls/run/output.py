@@ -15,13 +15,13 @@ from accelerate.utils import gather_object
 
 from hf_ls.common.errors import disk_sentence, read_json
 from hf_ls.common.files import write_atomically
+from hf_ls.common.settings import check_same, settings_of
 from hf_ls.report.calibration_report import REPORT, SETTINGS
 from hf_ls.report.card import check_card
 from hf_ls.run.checkpoint import check_resumable, checkpoints
 from hf_ls.run.config import Config
 from hf_ls.run.manifest import Manifest
 from hf_ls.run.publish import check_push, folder_of
-from hf_ls.run.settings import check_same, settings_of
 from hf_ls.trainer.arguments import smoothing_of
 
 

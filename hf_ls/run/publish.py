@@ -37,11 +37,10 @@ from hf_ls.report.pictures import PENULTIMATE, Penultimate, write_pictures
 from hf_ls.report.plots import write_plots
 from hf_ls.report.sentences import regime, verdict, warnings
 from hf_ls.report.table import more_tables, table
-from hf_ls.run.asking import ANSWERS
 from hf_ls.run.config import Config
 from hf_ls.run.launch import announce
 from hf_ls.run.manifest import CHECKPOINT, Manifest
-from hf_ls.run.outcome import DRAWS, GENERATIONS, OUTCOME, PREDICTIONS, Outcome
+from hf_ls.run.outcome import ANSWERS, DRAWS, GENERATIONS, OUTCOME, PREDICTIONS, Outcome
 from hf_ls.run.tasks import TASKS
 from hf_ls.trainer.arguments import LabelSmoothingArguments, criterion_of, smoothing_of, techniques_of
 from hf_ls.trainer.criterion import ADAPTIVE

@@ -16,7 +16,7 @@ from transformers import (
     DataCollatorWithPadding,
 )
 
-from hf_ls.run.config import DataArguments
+from hf_ls.run.arguments import DataArguments
 from hf_ls.trainer.arguments import LabelSmoothingSeq2SeqArguments
 from hf_ls.trainer.mixin import LabelSmoothingTrainer
 from hf_ls.trainer.seq2seq import LabelSmoothingSeq2SeqTrainer

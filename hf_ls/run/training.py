@@ -21,7 +21,7 @@ from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_ls.answers.callback import AnswerCallback
-from hf_ls.answers.scoring import check_options
+from hf_ls.answers.scoring import check_scorable
 from hf_ls.common.errors import settling
 from hf_ls.common.files import TEMPORARY_FOLDER, move, tell, temporary_name, write_atomically
 from hf_ls.data.sequences import token_counts
@@ -97,7 +97,7 @@ def rehearse(config: Config, loaded: Loaded) -> Any:
             trainer = make_trainer(elsewhere, loaded)
             check_tokens(loaded.tokens, loaded.tokenizer, trainer.model)
             for questions in loaded.questions.splits.values() if loaded.questions is not None else ():
-                check_options(questions, loaded.tokenizer, config.questions.option_prefix)
+                check_scorable(questions, loaded.tokenizer, config.questions.option_prefix)
             rows = trainer._remove_unused_columns(trainer.train_dataset, description="training")
             trainer.data_collator([rows[i] for i in range(min(2, len(rows)))])
             if config.training.do_train and not trainer.is_deepspeed_enabled and not trainer.is_fsdp_enabled:

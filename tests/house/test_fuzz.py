@@ -27,7 +27,8 @@ from hf_ls.compare.experiment import CompareArguments, parse_compare
 from hf_ls.data.classification import load_classification
 from hf_ls.data.sequences import check_sequence_overlap, load_sequences
 from hf_ls.data.splitting import check_overlap
-from hf_ls.run.config import DataArguments, ModelArguments, Parser, RunArguments, parse_config
+from hf_ls.run.arguments import DataArguments, ModelArguments, RunArguments
+from hf_ls.run.config import Parser, parse_config
 from hf_ls.run.evaluate import EvaluateArguments, parse_evaluation
 from hf_ls.trainer.arguments import LabelSmoothingSeq2SeqArguments
 

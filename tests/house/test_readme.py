@@ -37,7 +37,8 @@ from sklearn.linear_model import LogisticRegression
 from torch.distributed.run import get_args_parser
 
 from hf_ls.compare.experiment import CompareArguments, parse_compare
-from hf_ls.run.config import DataArguments, ModelArguments, Parser, RunArguments, TrainingQuestions, parse_config
+from hf_ls.run.arguments import DataArguments, ModelArguments, RunArguments, TrainingQuestions
+from hf_ls.run.config import Parser, parse_config
 from hf_ls.run.evaluate import EvaluateArguments, parse_evaluation
 from hf_ls.trainer.arguments import LabelSmoothingSeq2SeqArguments
 

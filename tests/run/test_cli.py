@@ -17,7 +17,8 @@ from transformers.utils import logging
 
 from hf_ls import __version__, cli
 from hf_ls.report.naming import CardArguments
-from hf_ls.run.config import DataArguments, ModelArguments, Parser, RunArguments, parse_config
+from hf_ls.run.arguments import DataArguments, ModelArguments, RunArguments
+from hf_ls.run.config import Parser, parse_config
 from hf_ls.run.launch import silenced
 from hf_ls.trainer.arguments import LabelSmoothingArguments
 

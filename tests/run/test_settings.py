@@ -8,9 +8,9 @@ from enum import Enum
 import pytest
 
 from hf_ls import LabelSmoothingArguments
+from hf_ls.common.settings import HARMLESS, check_same, settings_of
 from hf_ls.compare.experiment import CompareArguments
-from hf_ls.run.config import DataArguments, ModelArguments, RunArguments
-from hf_ls.run.settings import HARMLESS, check_same, settings_of
+from hf_ls.run.arguments import DataArguments, ModelArguments, RunArguments
 from hf_ls.trainer.arguments import LabelSmoothingSeq2SeqArguments
 
 PARTS = (RunArguments, ModelArguments, DataArguments, LabelSmoothingSeq2SeqArguments, CompareArguments)
