@@ -287,6 +287,19 @@ def peak_bytes(run: Run, device: str) -> int:
     return peak_of(profile)
 
 
+def kept_states(width: int, path: Path | None) -> tuple[Tensor, Tensor, Tensor]:
+    """`real_states`, from a file which an earlier call has written, or written there for the next one."""
+    if path is not None and path.exists():
+        hidden, weight, labels = torch.load(path)
+        if hidden.shape[1] != width:
+            raise ValueError(f"expected states of width {width} in {path}, got {hidden.shape[1]}; name another file")
+        return hidden, weight, labels
+    states = real_states(width)
+    if path is not None:
+        torch.save(states, path)
+    return states
+
+
 def random_states(shape: str, dtype: str, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states, a head and labels as at the start of a training."""
     n, d, v = (int(part) for part in shape.split(","))
@@ -391,6 +404,9 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="N,d,V")
     parser.add_argument("--states", default="random", choices=["random", "real"])
     parser.add_argument("--width", type=int, default=576, choices=[576, 1152], help="of the real states")
+    parser.add_argument(
+        "--keep", type=Path, help="file for the real states, which is read where it is there: making them takes minutes"
+    )
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--valid", nargs="+", type=float, default=[1.0, 0.6, 0.3], help="fractions of labels not ignored")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
@@ -426,7 +442,7 @@ def main() -> None:
     print(HEADER, flush=True)
     settings: list[Callable[[], tuple[Tensor, Tensor, Tensor]]]
     if args.states == "real":
-        settings = [partial(real_states, args.width)]
+        settings = [partial(kept_states, args.width, args.keep)]
         args.valid = args.valid[:1]
     else:
         settings = [partial(random_states, shape, dtype, args.device) for shape in args.shapes for dtype in args.dtypes]
