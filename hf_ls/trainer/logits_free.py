@@ -128,7 +128,7 @@ class LogitsFreeHead:
                     bias=_one_bias(self.head.bias, final_bias, scale),
                     token_weight=token_weight,
                     num_items_in_batch=num_items_in_batch,
-                    gradient_tolerance=None if gradients is None else gradients.tolerance,
+                    gradient_tolerance=None if gradients is None else gradients.of_next_step(),
                     thresholds=None if gradients is None else gradients.thresholds,
                 )
             if gradients is not None:
@@ -241,6 +241,10 @@ class LogitsFreeHead:
             yield
 
 
+# Steps: a model which is trained from scratch is looked at again now and then.
+_LONGEST_PAUSE = 64
+
+
 class GradientWatch:
     """The tolerance of the gradients of one training; none any more, with one warning, after an error which is larger.
 
@@ -250,7 +254,15 @@ class GradientWatch:
     def __init__(self, tolerance: GradientTolerance) -> None:
         self.tolerance = tolerance
         self.thresholds: Thresholds | None = None  # where the next step begins
+        self._pause, self._waited = 0, 0  # steps without a look, those to come and the last ones
         self._since: list[GradientCertificate] = []
+
+    def of_next_step(self) -> GradientTolerance:
+        """The tolerance; None for a while after a step which needed all entries, since to find that out costs time too."""
+        if self._pause:
+            self._pause -= 1
+            return None
+        return self.tolerance
 
     def see(self, certificate: GradientCertificate | None, dtype: torch.dtype) -> None:
         """Remember what a step says of its gradients, made in `dtype`."""
@@ -258,6 +270,8 @@ class GradientWatch:
             return
         self._since.append(certificate)
         self.thresholds = certificate.thresholds
+        self._waited = min(max(1, 2 * self._waited), _LONGEST_PAUSE) if certificate.kept_entries == 1 else 0
+        self._pause = self._waited
         asked = tolerance_in(self.tolerance, dtype)
         if asked is not None and certificate.error > 2 * asked:  # as much as chance makes of a small batch
             logger.warning(

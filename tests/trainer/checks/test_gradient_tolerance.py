@@ -64,6 +64,16 @@ def test_after_too_large_an_error_gradients_are_exact(caplog):
     assert other == {"loss": 1.0}
 
 
+def test_a_model_which_needs_all_entries_is_looked_at_ever_more_rarely_until_it_does_not():
+    watch, looks = GradientWatch(0.01), []
+    for step in range(400):
+        if watch.of_next_step() is not None:
+            looks.append(step)
+            watch.see(GradientCertificate(1.0 if step < 300 else 0.1, 0.0, 0.0, 0.0, 0.0), torch.float32)
+    assert looks[:8] == [0, 2, 5, 10, 19, 36, 69, 134]  # pauses of 1, 2, 4, ... and at most 64 steps
+    assert looks[8:11] == [199, 264, 329] and looks[11:] == list(range(330, 400))
+
+
 @pytest.mark.parametrize("wrong", ["much", "0", "1.5", "nan", -0.1])
 def test_a_wrong_tolerance_is_refused_by_the_arguments(tmp_path, wrong):
     with pytest.raises(ValueError, match="expected gradient_tolerance above 0 and below 1, 'auto' or None, got"):
