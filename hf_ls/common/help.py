@@ -18,7 +18,11 @@ _USUAL = (
     "load_best_model_at_end", "metric_for_best_model", "predict_with_generate", "resume_from_checkpoint", "report_to",
     "push_to_hub",
 )  # fmt: skip
-_TITLES = {"ModelArguments": "Model", "DataArguments": "Data", "RunArguments": "What to run", "CardArguments": "Model card"}
+_TITLES = {
+    "ModelArguments": "Model", "DataArguments": "Data", "RunArguments": "What to run", "CardArguments": "Model card",
+    "TrainingQuestions": "Questions to a language model (--help_all: how they are read)",
+}  # fmt: skip
+_FEW = ("TrainingQuestions",)  # of which the short help shows what the class adds to its parent
 
 
 def show_help(parser: Any, *, everything: bool) -> str:
@@ -53,6 +57,8 @@ def _sections(parser: Any, everything: bool) -> Iterator[tuple[str, list[str]]]:
     for kind in parser.dataclass_types:
         if kind not in training:
             names = sorted((setting.name for setting in fields(kind)), key=lambda name: name not in kind.__annotations__)
+            if kind.__name__ in _FEW and not everything:
+                names = [name for name in names if name in kind.__annotations__]
             yield _TITLES.get(kind.__name__, "Settings"), names
     for kind in training:
         yield "Training (of transformers)", list(_USUAL)

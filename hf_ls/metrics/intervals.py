@@ -10,7 +10,6 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-from scipy.sparse import csr_array
 
 from hf_ls.metrics.core import PredictionStatistics, bin_index, row_chunks, smoothed
 from hf_ls.metrics.ties import aurc_from_groups, equal_mass_index, tie_groups
@@ -361,6 +360,8 @@ def classwise_interval(
     Raises:
         TypeError, ValueError: as `ece_classwise`; ValueError for level outside 0 to 1.
     """
+    from scipy.sparse import csr_array  # half a second, and only needed here
+
     p = np.minimum(check_probabilities(probabilities).astype(np.float64), 1.0)
     n, k = p.shape
     target, n_bins, level = check_labels(labels, n, k), check_count(n_bins, "n_bins"), _check_level(level)

@@ -62,6 +62,7 @@ CALLS = {
     "brier": (metrics.brier, OF_P),
     "ece_classwise": (metrics.ece_classwise, OF_P),
     "full_ece": (metrics.full_ece, OF_P),
+    "classwise_interval": (lambda *a: metrics.classwise_interval(*a, repetitions=20), OF_P),
     "summarise": (lambda *a: metrics.summarise(*a, repetitions=20), SCORES),
     "PredictionStatistics.from_logits": (PredictionStatistics.from_logits, SCORES),
     "PredictionStatistics.from_probabilities": (PredictionStatistics.from_probabilities, OF_P),
