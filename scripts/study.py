@@ -36,6 +36,7 @@ from hf_ls.compare.statistics import compare
 from hf_ls.data.classification import load_snippets
 from hf_ls.metrics.core import PredictionStatistics
 from hf_ls.metrics.paired import seed_difference
+from hf_ls.report.calibration_report import BASELINE
 from hf_ls.trainer.arguments import LabelSmoothingArguments
 from hf_ls.trainer.mixin import LabelSmoothingTrainer
 
@@ -47,7 +48,7 @@ SIZES = ((512, 512), (2048, 2048), (2048, 8192), (8192, 8192))
 REGIMES = {"repeated": (192, 120), "fresh": (1920, 120)}
 EPSILONS, SEEDS, BATCH, LENGTH = (0.0, 0.05, 0.1, 0.2), (0, 1, 2), 16, 128
 HELD_OUT = {"validation": 80, "test": 160}  # sentences
-BASELINE, TEMPERED = "baseline", "baseline + temperature"
+TEMPERED = f"{BASELINE} + temperature"
 
 
 @dataclass(frozen=True)

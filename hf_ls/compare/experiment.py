@@ -325,8 +325,7 @@ def _with_frozen_config(argv: Sequence[str], folder: Path) -> list[str]:
 
 def _settings(options: CompareArguments, config: Config, data: CompareData) -> dict[str, Any]:
     """What decides the result, as JSON holds it."""
-    parts = (options, config.run, config.model, config.data, config.training, config.questions)
-    return settings_of(*parts, data=data.hashes)
+    return settings_of(options, *config.parts, data=data.hashes)
 
 
 def _saved_settings(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:

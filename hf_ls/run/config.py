@@ -102,6 +102,18 @@ class Config:
     notes: tuple[str, ...] = ()
 
     @property
+    def parts(self) -> tuple[Any, ...]:
+        """What decides the weights and the numbers: all but the card."""
+        return self.run, self.model, self.data, self.training, self.questions
+
+    @property
+    def sources(self) -> list[str | None]:
+        """What the run reads: files, folders and Hub ids, None where one is left out."""
+        model, data, questions = self.model, self.data, self.questions
+        files = [*data.files.values(), *questions.files.values(), questions.few_shot_file]
+        return [*files, model.model_name_or_path, model.tokenizer_name, data.dataset_name, self.training.distillation_teacher]
+
+    @property
     def trains_on_soft_labels(self) -> bool:
         """Whether the published run learns distributions; the runs beside it learn labels."""
         return bool(self.data.soft_label_columns) and self.run.soft_labels == "train"

@@ -29,7 +29,7 @@ from hf_ls.data.reading import check_texts, read_files, read_hub
 from hf_ls.data.sequences import tokenise_words
 from hf_ls.data.splitting import check_overlap, sample
 from hf_ls.metrics.paired import differences
-from hf_ls.report.build import Scored, calibration_report, posthoc, write_report_files
+from hf_ls.report.build import calibration_report, posthoc, write_report_files
 from hf_ls.report.calibration_report import EVALUATED, REPORT, SETTINGS, CalibrationReport, package_versions
 from hf_ls.report.card import check_card
 from hf_ls.report.card_metadata import eval_results, with_results
@@ -41,7 +41,7 @@ from hf_ls.run.arguments import about
 from hf_ls.run.config import Parser, from_config
 from hf_ls.run.launch import announce
 from hf_ls.run.loading import first_prompt, read_asked
-from hf_ls.run.outcome import OUTCOME, PREDICTIONS, Outcome, answer, evaluate_classes, evaluate_tokens
+from hf_ls.run.outcome import OUTCOME, Outcome, answer, evaluate_classes, evaluate_tokens, kept_predictions
 from hf_ls.run.tasks import TASKS
 from hf_ls.trainer.arguments import LabelSmoothingArguments
 
@@ -226,7 +226,7 @@ def evaluate(settings: EvaluateArguments) -> CalibrationReport | None:
     if epsilon is None and known and known.published_row:
         epsilon = known.published_row.epsilon
     rows = [replace(row, run=EVALUATED, epsilon=epsilon) for row in outcome.rows]
-    kept = _kept(Path(settings.output_dir))
+    kept = kept_predictions(Path(settings.output_dir))
     if "test" in kept:
         remedy = {} if answers is None else {"remedy": "Compare the answers of the data with its options"}
         warning = permutation_warning(kept["test"].logits.argmax(1), kept["test"].labels, names, **remedy)
@@ -444,14 +444,6 @@ def _known(settings: EvaluateArguments) -> CalibrationReport | None:
     """The report beside the weights, which says how they were trained."""
     path = Path(settings.model_name_or_path or "", REPORT)
     return CalibrationReport.load(path) if path.is_file() else None
-
-
-def _kept(folder: Path) -> dict[str, Scored]:
-    """The predictions which `evaluate_classes` left, by split; none for tokens."""
-    if not (folder / PREDICTIONS).is_file():
-        return {}
-    files = {split: read_predictions(str(folder / PREDICTIONS), split) for split in splits_in(str(folder / PREDICTIONS))}
-    return {split: Scored.of(found.labels, logits=found.scores) for split, found in files.items()}
 
 
 def _evaluate_predictions(settings: EvaluateArguments, path: str) -> CalibrationReport:

@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 from transformers import AutoConfig, AutoTokenizer
 
-from hf_ls.answers.questions import continuation
+from hf_ls.answers.questions import Question, continuation
 from hf_ls.answers.reading import FEW_SHOT, QuestionArguments, QuestionData, read_questions
 from hf_ls.common.errors import loading
 from hf_ls.common.models import load_weights
@@ -374,8 +374,7 @@ def read_asked(splits: Mapping[str, Dataset], settings: QuestionArguments) -> Qu
 
 def first_prompt(data: QuestionData, settings: QuestionArguments) -> str:
     """The first question of the reported split as the model reads it, each line behind a bar."""
-    question = data.splits["test"][0]
-    text = "".join(continuation(question.prompt, question.options[question.answer or 0], settings.option_prefix))
+    text = "".join(_completed(data.splits["test"][0], settings))
     return "\n".join(f"  | {line}" for line in text.split("\n"))
 
 
@@ -387,6 +386,11 @@ def as_completions(data: ClassificationData, settings: QuestionArguments) -> Seq
     asked = read_asked(data.splits, settings)
     made = {}
     for split, questions in asked.splits.items():
-        pairs = [continuation(q.prompt, q.options[q.answer or 0], settings.option_prefix) for q in questions]
+        pairs = [_completed(question, settings) for question in questions]
         made[split] = Dataset.from_dict({"source": [prompt for prompt, _ in pairs], "target": [answer for _, answer in pairs]})
     return SequenceData(DatasetDict(made), (), data.name, data.hub_id, data.licence, made["test"][0]["source"])
+
+
+def _completed(question: Question, settings: QuestionArguments) -> tuple[str, str]:
+    """The prompt of a question and its right option, as they are scored."""
+    return continuation(question.prompt, question.options[question.answer or 0], settings.option_prefix)

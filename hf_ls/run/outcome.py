@@ -22,6 +22,7 @@ from hf_ls.answers.scoring import option_scores
 from hf_ls.calibration.temperature import NoFiniteTemperature
 from hf_ls.common.errors import read_json
 from hf_ls.common.files import write_arrays, write_atomically
+from hf_ls.data.predictions import read_predictions, splits_in
 from hf_ls.data.soft_labels import SOFT
 from hf_ls.data.splitting import longest_first
 from hf_ls.metrics.classes import CLASS_SCORES
@@ -279,6 +280,13 @@ def save_predictions(folder: Path, logits: dict[str, np.ndarray], labels: dict[s
     arrays = {f"logits_{split}": value for split, value in logits.items()}
     arrays |= {f"labels_{split}": value for split, value in labels.items()}
     write_arrays(folder / PREDICTIONS, **arrays)
+
+
+def kept_predictions(folder: Path) -> dict[str, Scored]:
+    """What `save_predictions` has left, by split; none where there was nothing to keep, as of tokens."""
+    path = str(folder / PREDICTIONS)
+    files = {split: read_predictions(path, split) for split in splits_in(path)} if Path(path).is_file() else {}
+    return {split: Scored.of(found.labels, logits=found.scores) for split, found in files.items()}
 
 
 def _decode(trainer: Any, predictions: Any) -> list[str]:

@@ -103,9 +103,7 @@ def check_deletable(config: Config, folder: Path) -> None:
     """
     if folder.is_symlink():
         raise ValueError(f"expected a folder to delete an earlier run in, got the link {folder}; give the folder it leads to")
-    names: list[str | None] = [*config.data.files.values(), *config.questions.files.values(), config.questions.few_shot_file]
-    names += [config.model.model_name_or_path, config.model.tokenizer_name, config.data.dataset_name]
-    read = [Path(name) for name in [*names, config.training.distillation_teacher] if name and Path(name).exists()]
+    read = [Path(name) for name in config.sources if name and Path(name).exists()]
     for path in (Path.cwd(), Path.home(), *read):  # `/` and the folders above these too
         if path.resolve().is_relative_to(folder.resolve()):
             raise ValueError(
@@ -116,4 +114,4 @@ def check_deletable(config: Config, folder: Path) -> None:
 def _settings(config: Config) -> dict[str, Any]:
     """What a resumed run must share with the first start."""
     facts = {"num_processes": PartialState().num_processes, "mixed_precision": config.training.mixed_precision}
-    return settings_of(config.run, config.model, config.data, config.training, config.questions, **facts)
+    return settings_of(*config.parts, **facts)

@@ -29,7 +29,7 @@ from hf_ls.data.conversations import ChatFormat
 from hf_ls.data.g2p import EMBEDDED_G2P
 from hf_ls.data.sequences import SequenceData
 from hf_ls.metrics.paired import differences
-from hf_ls.report.build import Scored, posthoc, write_report_files
+from hf_ls.report.build import posthoc, write_report_files
 from hf_ls.report.calibration_report import SETTINGS, CalibrationReport, package_versions
 from hf_ls.report.card_metadata import BENCHMARKS
 from hf_ls.report.facts import DatasetFacts, SmoothingFacts, TrainingFacts
@@ -40,7 +40,7 @@ from hf_ls.report.table import more_tables, table
 from hf_ls.run.config import Config
 from hf_ls.run.launch import announce
 from hf_ls.run.manifest import CHECKPOINT, Manifest
-from hf_ls.run.outcome import ANSWERS, DRAWS, GENERATIONS, OUTCOME, PREDICTIONS, Outcome
+from hf_ls.run.outcome import ANSWERS, DRAWS, GENERATIONS, OUTCOME, PREDICTIONS, Outcome, kept_predictions
 from hf_ls.run.tasks import TASKS
 from hf_ls.trainer.arguments import LabelSmoothingArguments, criterion_of, smoothing_of, techniques_of
 from hf_ls.trainer.criterion import ADAPTIVE
@@ -115,13 +115,7 @@ def _answered(
     if not config.training.do_predict:
         return None
     runs = {name: Outcome.load(folder / ANSWERS) for name, folder in folders.items()}
-    last, main = list(folders.values())[-1] / ANSWERS, list(runs.values())[-1]
-    with np.load(last / PREDICTIONS, allow_pickle=False) as arrays:
-        scored = {
-            split: Scored.of(arrays[f"labels_{split}"], logits=arrays[f"logits_{split}"])
-            for split in ("validation", "test")
-            if f"logits_{split}" in arrays
-        }
+    main, scored = list(runs.values())[-1], kept_predictions(list(folders.values())[-1] / ANSWERS)
     files = config.questions.files
     data = DatasetFacts(Path(files["test"]).name) if files else replace(report.dataset, n_sequences=None, counted=None)
     n_validation = len(scored["validation"].labels) if "validation" in scored else None
@@ -177,10 +171,7 @@ def push(config: Config, names: Sequence[str], folders: Collection[Path]) -> Non
     """
     training, folder = config.training, folder_of(config)
     name = training.hub_model_id or folder.absolute().name
-    model, data, questions = config.model, config.data, config.questions
-    given = (model.model_name_or_path, model.tokenizer_name, training.distillation_teacher, data.dataset_name)
-    files = (*data.files.values(), *questions.files.values(), questions.few_shot_file)
-    paths = paths_here(folder, *given, *files)
+    paths = paths_here(folder, *config.sources)
     operations, beside = [], {run.name for run in folders if run != folder}
     for found in sorted(name for name in names if name.split("/")[0] not in beside and _is_public(name)):
         content = (folder / found).read_bytes() if (folder / found).suffix in TEXTS else None
