@@ -290,7 +290,7 @@ def peak_bytes(run: Run, device: str) -> int:
 def kept_states(width: int, path: Path | None) -> tuple[Tensor, Tensor, Tensor]:
     """`real_states`, from a file which an earlier call has written, or written there for the next one."""
     if path is not None and path.exists():
-        hidden, weight, labels = torch.load(path)
+        hidden, weight, labels = torch.load(path, weights_only=True)
         if hidden.shape[1] != width:
             raise ValueError(f"expected states of width {width} in {path}, got {hidden.shape[1]}; name another file")
         return hidden, weight, labels
