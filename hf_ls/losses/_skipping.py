@@ -39,8 +39,10 @@ MOST_TAILS = 8
 # Random signs ω by which errors are measured: E‖A·ω‖² = ‖A‖² over all rows of A, at the cost of a few columns; in the first
 # chunk and every second one from there on.
 PROBES, PROBED = 8, 2
-# Rows of a chunk at a time where each leaves a mask, or where few rows times a chunk are summed in the cache.
+# Rows of a chunk at a time where few rows times a chunk are summed in the cache.
 TILE_ROWS = 16
+# Classes at a time where entries are chosen and multiplied: that many rows of W stay in the cache while the chunk needs them.
+TILE_CLASSES = 1024
 # Rows of a chunk which tell what columns are taken whole.
 SAMPLE_ROWS = 32
 
@@ -88,8 +90,9 @@ class Kept:
     gradient: Tensor  # G, from which `drop` takes the entries
     columns: Tensor  # in order
     whole: Tensor  # the columns themselves
-    at: Tensor  # places of the entries in the flat chunk, in order
+    at: Tensor  # places of the entries in the flat chunk, tile of classes after tile, in order in each
     values: Tensor
+    sizes: list[int]  # how many each tile has
     heavy: Tensor  # which entries dW takes, in the order of their classes
     light: Tensor  # and which it does not
     classes: Tensor  # of the heavy ones, in order
@@ -104,18 +107,21 @@ class Kept:
         """
         (m, classes), bound = gradient.shape, gradient.new_tensor(thresholds.hidden)
 
-        def above(rows: Tensor) -> Tensor:
-            return _places((rows.abs() if signed else rows) > bound)
+        def above(values: Tensor, bound: Tensor) -> Tensor:
+            return _places((values.abs() if signed else values) > bound)
 
         sample = gradient[:: max(1, m // SAMPLE_ROWS)]
-        counts = torch.bincount(above(sample) % classes, minlength=classes)
+        counts = torch.bincount(above(sample, bound) % classes, minlength=classes)
         often = counts > len(sample) / COST
         if _work(int(often.sum()), int(counts[~often].sum()), sample) > LARGEST_SHARE:
             return None
         often[labels] = True  # whole, so that rare classes, too, get their gradient
-        bound = torch.where(often, math.inf, bound)
-        rows = gradient.split(TILE_ROWS)
-        at = torch.cat([above(some).add_(tile * TILE_ROWS * classes) for tile, some in enumerate(rows)])
+        tiles = []
+        for start, bounds in enumerate(torch.where(often, math.inf, bound).split(TILE_CLASSES)):
+            width = len(bounds)
+            places = above(gradient.narrow(1, start * TILE_CLASSES, width), bounds)
+            tiles.append(places // width * classes + (places % width + start * TILE_CLASSES))
+        at = torch.cat(tiles)
         columns = often.nonzero().squeeze(1)
         if _work(len(columns), len(at), gradient) > LARGEST_SHARE:
             return None
@@ -125,7 +131,7 @@ class Kept:
         its, order = (at[heavy] % classes).sort()
         single, counts = torch.unique_consecutive(its, return_counts=True)
         whole = gradient.index_select(1, columns)
-        return cls(gradient, columns, whole, at, values, heavy[order], light, single, counts.cumsum(0) - counts, counts)
+        return cls(gradient, columns, whole, at, values, [len(tile) for tile in tiles], heavy[order], light, single, counts.cumsum(0) - counts, counts)
 
     @property
     def share(self) -> float:
@@ -143,8 +149,12 @@ class Kept:
     def times_classes(self, matrix: Tensor) -> Tensor:
         """The kept part of G times a matrix [K, c]: [m, c]."""
         (m, classes), block = self.gradient.shape, _block(matrix)
-        starts = torch.searchsorted(self.at, torch.arange(0, m * classes, classes))
-        product = _bags(self.at % classes, matrix, starts, self.values)
+        exact, rows = torch.promote_types(matrix.dtype, torch.float32), torch.arange(0, m * classes, classes)
+        product = matrix.new_zeros((m, matrix.shape[1]), dtype=exact)
+        tiles = zip(self.at.split(self.sizes), self.values.split(self.sizes), matrix.split(TILE_CLASSES), strict=True)
+        for tile, (at, values, part) in enumerate(tiles):
+            if len(at):
+                product += _bags(at % classes - tile * TILE_CLASSES, part, torch.searchsorted(at, rows), values)
         for some, part in zip(self.columns.split(block), self.whole.split(block, 1), strict=True):
             product += torch.mm(part, matrix.index_select(0, some))
         return product
