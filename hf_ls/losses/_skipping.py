@@ -84,9 +84,13 @@ class GradientCertificate(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """What of a chunk G [m, K] is multiplied: whole columns, and single entries, of which dW takes the heavy ones."""
+    """What of a chunk G [m, K] is multiplied: whole columns, and single entries, of which dW takes the heavy ones.
 
-    gradient: Tensor  # G, from which `drop` takes the entries
+    G itself is left without the entries, and the sums over what neither matmul takes are made on the way, as long as a tile of
+    classes is in the cache.
+    """
+
+    gradient: Tensor  # G
     columns: Tensor  # in order
     whole: Tensor  # the columns themselves
     at: Tensor  # places of the entries in the flat chunk, tile of classes after tile, in order in each
@@ -97,12 +101,17 @@ class Kept:
     classes: Tensor  # of the heavy ones, in order
     starts: Tensor  # where the entries of each of them start in `heavy`
     counts: Tensor  # and how many they are
+    of_classes: Tensor  # few · what dW does not take, [k, K]
+    of_rows: Tensor  # seen · what dH does not take, transposed, [c, m]
 
     @classmethod
-    def of(cls, gradient: Tensor, labels: Tensor, thresholds: Thresholds, *, signed: bool) -> Kept | None:
-        """The entries above the thresholds and the columns of the labels; None where that is too much work.
+    def of(
+        cls, gradient: Tensor, labels: Tensor, thresholds: Thresholds, few: Tensor, seen: Tensor, *, signed: bool
+    ) -> Kept | None:
+        """The entries above the thresholds and the columns of the labels; None, and G as it was, where that is too much work.
 
-        signed: whether rows have negative weights; without them only the entries of labels may be below 0.
+        few [k, m], seen [c, K]: what the rest is summed with, over rows and over classes. signed: whether rows have negative
+        weights; without them only the entries of labels may be below 0.
         """
         (m, classes), bound = gradient.shape, gradient.new_tensor(thresholds.hidden)
 
@@ -115,50 +124,40 @@ class Kept:
         if _work(int(often.sum()), int(counts[~often].sum()), sample) > LARGEST_SHARE:
             return None
         often[labels] = True  # whole, so that rare classes, too, get their gradient
-        tiles = []
-        for start, bounds in enumerate(torch.where(often, math.inf, bound).split(TILE_CLASSES)):
-            width = len(bounds)
-            places = above(gradient.narrow(1, start * TILE_CLASSES, width), bounds)
-            tiles.append(places // width * classes + (places % width + start * TILE_CLASSES))
-        at = torch.cat(tiles)
         columns = often.nonzero().squeeze(1)
+        seen = seen.index_fill(1, columns, 0)
+        whole = gradient.index_select(1, columns)
+        of_classes, of_rows = few.new_empty((len(few), classes)), few.new_zeros((len(seen), m))
+        flat, found = gradient.view(-1), []
+        split = (of.split(TILE_CLASSES, -1) for of in (gradient, torch.where(often, math.inf, bound), seen, of_classes))
+        for number, (tile, bounds, its_seen, out) in enumerate(zip(*split, strict=True)):
+            places, width = above(tile, bounds), len(bounds)
+            at = places // width * classes + (places % width + number * TILE_CLASSES)
+            values = flat[at]
+            is_heavy = values.abs() > thresholds.weight
+            found.append((at, values, is_heavy))
+            flat[at[is_heavy]] = 0
+            torch.mm(few, tile.to(few.dtype), out=out)
+            flat[at] = 0
+            of_rows.addmm_(its_seen, tile.to(few.dtype).t())
+        of_classes.index_fill_(1, columns, 0)
+        at, values, is_heavy = (torch.cat(parts) for parts in zip(*found, strict=True))
         if _work(len(columns), len(at), gradient) > LARGEST_SHARE:
+            flat[at] = values
             return None
-        values, sizes = gradient.view(-1)[at], [len(tile) for tile in tiles]
-        is_heavy = values.abs() > thresholds.weight
         heavy = is_heavy.nonzero().squeeze(1)
         its, order = (at[heavy] % classes).sort()
         single, counts = torch.unique_consecutive(its, return_counts=True)
-        starts, whole = counts.cumsum(0) - counts, gradient.index_select(1, columns)
-        return cls(gradient, columns, whole, at, values, sizes, is_heavy, heavy[order], single, starts, counts)
+        return cls(
+            gradient, columns, whole, at, values, [len(part[0]) for part in found], is_heavy, heavy[order], single,
+            counts.cumsum(0) - counts, counts, of_classes, of_rows,
+        )  # fmt: skip
 
     @property
     def share(self) -> float:
         """The mean share of the entries which the two matmuls take."""
         entries = (len(self.at) + len(self.heavy)) / 2
         return (len(self.columns) * len(self.gradient) + entries) / self.gradient.numel()
-
-    def rest(self, few: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """few [k, m] times what dW leaves out [m, K], and seen [c, K] times what dH leaves out, [K, m], but for the columns.
-
-        G is then without the entries.
-        """
-        flat, tiles = self.gradient.view(-1), self.gradient.split(TILE_CLASSES, 1)
-        of_classes, of_rows = few.new_empty((len(few), seen.shape[1])), few.new_zeros((len(seen), few.shape[1]))
-        parts = zip(
-            tiles,
-            seen.split(TILE_CLASSES, 1),
-            of_classes.split(TILE_CLASSES, 1),
-            self.at.split(self.sizes),
-            self.is_heavy.split(self.sizes),
-            strict=True,
-        )
-        for tile, its_seen, out, at, is_heavy in parts:
-            flat[at[is_heavy]] = 0
-            torch.mm(few, tile.to(few.dtype), out=out)
-            flat[at] = 0
-            of_rows.addmm_(its_seen, tile.to(few.dtype).t())
-        return of_classes, of_rows
 
     def put_back(self) -> None:
         """Make G whole again."""
@@ -316,12 +315,17 @@ class Skipping:
         mass, signs = float(row_scale.abs().mean()), row_scale.sign()
         if not math.isfinite(mass) or not bool(torch.isfinite(gradient[:, 0]).all()):
             return None  # the caller refuses such losses
-        probes = self._probes @ hidden.t() if self.chunks % PROBED == 0 else None
-        signed, self.chunks = bool((signs < 0).any()), self.chunks + 1
+        signed, probed = bool((signs < 0).any()), self.chunks % PROBED == 0
+        self.chunks += 1
+        # All rows, and all classes, are the last of what the rest is summed with; before them the probes, in a probed chunk.
+        few, seen = signs.to(self.dtype).unsqueeze(0), torch.ones(1, self.classes, dtype=self.dtype)
+        if probed:
+            few = torch.cat(((self._probes @ hidden.t()).to(self.dtype), few))
+            seen = torch.cat((self._weight_probes.to(self.dtype), seen))
 
         def cut() -> Cut | None:
-            kept = Kept.of(gradient, labels, self.thresholds.times(mass), signed=signed)
-            return None if kept is None else self._rest(rows, kept, probes, signs)
+            kept = Kept.of(gradient, labels, self.thresholds.times(mass), few, seen, signed=signed)
+            return None if kept is None else self._rest(rows, kept, few[:-1], signs)
 
         found = self._search(cut) if self.missed is None else cut()
         if found is None:
@@ -379,33 +383,26 @@ class Skipping:
             of_classes = _ratio(float(missed.classes_missed.norm()), float(missed.classes.norm()))
         return of_rows, of_classes
 
-    def _rest(self, rows: slice, kept: Kept, probes: Tensor | None, signs: Tensor) -> Cut:
-        """What stands for all that is not kept of a chunk; along the probes of its hidden states, also what dH and dW miss."""
-        some = 0 if probes is None else PROBES
-        few, ones = signs.to(self.dtype).unsqueeze(0), torch.ones(1, self.classes, dtype=self.dtype)
-        if probes is not None:
-            few = torch.cat((probes.to(self.dtype), few))
-        seen = torch.cat((self._weight_probes[:some].to(self.dtype), ones)).index_fill_(1, kept.columns, 0)
-        of_classes, of_rows = kept.rest(few, seen)
-        of_classes.index_fill_(1, kept.columns, 0)
+    def _rest(self, rows: slice, kept: Kept, probes: Tensor, signs: Tensor) -> Cut:
+        """What stands for all that is not kept of a chunk; along probes [k, m], if there are any, also what dH and dW miss."""
         # Both are sums over what neither takes, but that the light entries are in the sums over rows.
         light = (~kept.is_heavy).nonzero().squeeze(1)
         places, values = kept.at[light], kept.values[light].to(self.dtype)
-        row, mass, sums = places // self.classes, of_rows[some], of_classes[some]
+        row, mass, sums = places // self.classes, kept.of_rows[-1], kept.of_classes[-1]
         of_hidden = Tail.of(sums.index_add(0, places % self.classes, values * signs[row], alpha=-1), mass)
         of_weight = Tail.of(sums, mass.index_add(0, row, values))
-        if probes is None:
+        if not len(probes):
             return Cut(kept, of_hidden, of_weight, None)
-        mean_seen, mass_seen = seen[:some] @ of_hidden.mean, few[:some] @ of_weight.mass
+        mean_seen, mass_seen = self._weight_probes.to(self.dtype) @ of_hidden.mean, probes @ of_weight.mass
         all_rows = kept.times_classes(self._probes_of_classes).to(self.dtype).addr_(of_hidden.mass, mean_seen)
         all_classes = torch.outer(of_weight.mean, mass_seen)
-        kept.add_times_rows(probes.t().contiguous(), all_classes)
+        kept.add_times_rows(probes.t().to(self.weight.dtype).contiguous(), all_classes)
         if self.prior is not None:
             prior, mixing = self.prior[0], self.prior[1][rows]
             all_rows.addr_(mixing, self._weight_probes.to(self.dtype) @ prior, alpha=-1)
-            all_classes.addr_(prior, few[:some] @ mixing, alpha=-1)
-        rows_missed = of_rows[:some].addr(mean_seen, of_hidden.mass, alpha=-1)
-        classes_missed = of_classes[:some].addr_(mass_seen, of_weight.mean, alpha=-1)
+            all_classes.addr_(prior, probes @ mixing, alpha=-1)
+        rows_missed = kept.of_rows[:-1].addr(mean_seen, of_hidden.mass, alpha=-1)
+        classes_missed = kept.of_classes[:-1].addr_(mass_seen, of_weight.mean, alpha=-1)
         return Cut(kept, of_hidden, of_weight, Missed(_squares(rows_missed), _squares(all_rows), classes_missed, all_classes))
 
     def _add_tails(self) -> None:
