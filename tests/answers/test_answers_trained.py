@@ -168,12 +168,13 @@ def test_a_comparison_with_other_questions_is_another_one(done, place, tmp_path)
         compared([*argv, "--question_file", str(bad), "--output_dir", str(tmp_path / "out"), "--dry_run"])
 
 
-def test_a_run_follows_the_answers_and_reports_them_apart(place, cheap, tmp_path):
+@pytest.mark.parametrize("task", ["causal-lm", "sft"])
+def test_a_run_follows_the_answers_and_reports_them_apart(place, cheap, tmp_path, task):
     out = tmp_path / "out"
-    more = ["--validation_question_file", str(place / "dev.jsonl"), "--do_train", "--do_eval", "--do_predict", "--eval_strategy"]
-    more += ["steps", "--eval_steps", "8", "--save_strategy", "steps", "--save_steps", "8", "--load_best_model_at_end"]
-    more += ["--metric_for_best_model", "answer_nll", "--label_smoothing_factor", "0.1", "--with_baseline"]
-    report = finetune(parse_config(arguments(place, out, *more)))
+    more = ["--task", task, "--validation_question_file", str(place / "dev.jsonl"), "--do_train", "--do_eval", "--do_predict"]
+    more += ["--eval_strategy", "steps", "--eval_steps", "8", "--save_strategy", "steps", "--save_steps", "8"]
+    more += ["--load_best_model_at_end", "--metric_for_best_model", "answer_nll", "--label_smoothing_factor", "0.1"]
+    report = finetune(parse_config(arguments(place, out, *more, "--with_baseline")))
     assert report is not None and report.is_token_task
     logged = [record["eval_answer_nll"] for record in report.history["smoothed"] if "eval_answer_nll" in record]
     assert len(logged) == 2 and json.loads((out / "trainer_state.json").read_text())["best_metric"] == pytest.approx(min(logged))
