@@ -57,7 +57,11 @@ def unexplained(call) -> str | None:
 
 def settings(*classes: type) -> dict[str, list[str]]:
     parser = Parser(classes, allow_abbrev=False)
-    return {a.option_strings[0].lstrip("-"): [str(c) for c in a.choices or []] for a in parser._actions if a.dest not in ("help", "help_all", "version")}
+    return {
+        a.option_strings[0].lstrip("-"): [str(c) for c in a.choices or []]
+        for a in parser._actions
+        if a.dest not in ("help", "help_all", "version")
+    }
 
 
 def odd_name(draw: random.Random, name: str) -> str:
