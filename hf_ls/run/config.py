@@ -229,7 +229,7 @@ def _filled_in(words: list[str], *, configured: bool) -> tuple[list[str], list[s
 def _value(words: Sequence[str], name: str) -> str | None:
     """The last value of a setting among arguments."""
     found = None
-    for word, following in zip(words, [*words[1:], None], strict=True):
+    for word, following in zip(words, [*words, None][1:], strict=True):
         if word.startswith(f"--{name}="):
             found = word.split("=", 1)[1]
         elif word == f"--{name}":

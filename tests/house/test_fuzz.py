@@ -56,12 +56,10 @@ def unexplained(call) -> str | None:
 
 
 def settings(*classes: type) -> dict[str, list[str]]:
+    """The settings and their choices, without what prints a text and ends."""
     parser = Parser(classes, allow_abbrev=False)
-    return {
-        a.option_strings[0].lstrip("-"): [str(c) for c in a.choices or []]
-        for a in parser._actions
-        if a.dest not in ("help", "help_all", "version")
-    }
+    known = {a.option_strings[0].lstrip("-"): [str(c) for c in a.choices or []] for a in parser._actions}
+    return {name: choices for name, choices in known.items() if name not in ("h", "help_all", "version")}
 
 
 def odd_name(draw: random.Random, name: str) -> str:

@@ -126,6 +126,12 @@ def test_wrong_data_settings_are_refused(tmp_path, argv, match):
         parse_config(["--use_cpu", "true", "--output_dir", str(tmp_path), *argv])
 
 
+def test_a_file_which_takes_back_all_it_says_is_as_if_it_said_nothing(tmp_path):
+    (tmp_path / "c.yaml").write_text("seed: null\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="either dataset_name or train_file"):
+        parse_config(["--config", str(tmp_path / "c.yaml")])
+
+
 def test_missing_config_file(tmp_path):
     with pytest.raises(ValueError, match="no file at"):
         parse_config([*BASE, f"--config={tmp_path / 'none.yaml'}"])
