@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_ls.losses._rows import exact_dtype
+
 # The first thresholds are GUESS·tolerance^POWER of a row's mass, right for dH of SmolLM2-135M, and MORE times that for dW. What
 # the first chunk would miss by them is then measured, and they are moved until the larger error is between ENOUGH and 1
 # tolerance; later chunks follow the errors so far. Where the next call starts, in the same training, it aims a little lower.
@@ -166,8 +168,8 @@ class Kept:
     def times_classes(self, matrix: Tensor) -> Tensor:
         """The kept part of G times a matrix [K, c]: [m, c]."""
         (m, classes), block = self.gradient.shape, _block(matrix)
-        exact, rows = torch.promote_types(matrix.dtype, torch.float32), torch.arange(0, m * classes, classes)
-        product = matrix.new_zeros((m, matrix.shape[1]), dtype=exact)
+        rows = torch.arange(0, m * classes, classes)
+        product = matrix.new_zeros((m, matrix.shape[1]), dtype=exact_dtype(matrix.dtype))
         tiles = zip(self.at.split(self.sizes), self.values.split(self.sizes), matrix.split(TILE_CLASSES), strict=True)
         for tile, (at, values, part) in enumerate(tiles):
             if len(at):
@@ -253,7 +255,7 @@ class Skipping:
     ) -> None:
         (self.classes, width), self.weight, self.alpha, self.prior = weight.shape, weight, alpha, prior
         self.grad_hidden, self.grad_weight = grad_hidden, grad_weight
-        self.dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.dtype = exact_dtype(weight.dtype)
         self.tolerance = tolerance
         self.thresholds = self._needed(thresholds or Thresholds.guess(tolerance))
         self.on = True
@@ -266,8 +268,10 @@ class Skipping:
         signs = torch.randint(2, (PROBES, width), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
         self._probes = signs.to(weight)
         # A product with few columns is several times as fast with those as rows.
-        self._weight_probes = self._probes @ weight.t()
-        self._probes_of_classes = self._weight_probes.t().contiguous()
+        weight_probes = self._probes @ weight.t()
+        self._probes_of_classes = weight_probes.t().contiguous()
+        # What the rest of dH is summed with: along the probes, and last over all classes.
+        self._seen = torch.cat((weight_probes.to(self.dtype), torch.ones(1, self.classes, dtype=self.dtype)))
         if grad_weight is not None and prior is not None:
             partner = torch.mv(hidden.t().to(prior[1].dtype), prior[1]) * -alpha
             torch.outer(*(part.to(grad_weight.dtype) for part in (prior[0], partner)), out=grad_weight)
@@ -317,15 +321,14 @@ class Skipping:
             return None  # the caller refuses such losses
         signed, probed = bool((signs < 0).any()), self.chunks % PROBED == 0
         self.chunks += 1
-        # All rows, and all classes, are the last of what the rest is summed with; before them the probes, in a probed chunk.
-        few, seen = signs.to(self.dtype).unsqueeze(0), torch.ones(1, self.classes, dtype=self.dtype)
+        # The rest of dW likewise: along the probes, in a probed chunk, and last over all rows.
+        few, seen = signs.to(self.dtype).unsqueeze(0), self._seen[-1:]
         if probed:
-            few = torch.cat(((self._probes @ hidden.t()).to(self.dtype), few))
-            seen = torch.cat((self._weight_probes.to(self.dtype), seen))
+            few, seen = torch.cat(((self._probes @ hidden.t()).to(self.dtype), few)), self._seen
 
         def cut() -> Cut | None:
             kept = Kept.of(gradient, labels, self.thresholds.times(mass), few, seen, signed=signed)
-            return None if kept is None else self._rest(rows, kept, few[:-1], signs)
+            return None if kept is None else self._rest(rows, kept, few)
 
         found = self._search(cut) if self.missed is None else cut()
         if found is None:
@@ -383,8 +386,9 @@ class Skipping:
             of_classes = _ratio(float(missed.classes_missed.norm()), float(missed.classes.norm()))
         return of_rows, of_classes
 
-    def _rest(self, rows: slice, kept: Kept, probes: Tensor, signs: Tensor) -> Cut:
-        """What stands for all that is not kept of a chunk; along probes [k, m], if there are any, also what dH and dW miss."""
+    def _rest(self, rows: slice, kept: Kept, few: Tensor) -> Cut:
+        """What stands for all that is not kept of a chunk; along the probes in `few`, if any, also what dH and dW miss."""
+        probes, signs = few[:-1], few[-1]
         # Both are sums over what neither takes, but that the light entries are in the sums over rows.
         light = (~kept.is_heavy).nonzero().squeeze(1)
         places, values = kept.at[light], kept.values[light].to(self.dtype)
@@ -393,13 +397,13 @@ class Skipping:
         of_weight = Tail.of(sums, mass.index_add(0, row, values))
         if not len(probes):
             return Cut(kept, of_hidden, of_weight, None)
-        mean_seen, mass_seen = self._weight_probes.to(self.dtype) @ of_hidden.mean, probes @ of_weight.mass
-        all_rows = kept.times_classes(self._probes_of_classes).to(self.dtype).addr_(of_hidden.mass, mean_seen)
+        mean_seen, mass_seen = self._seen[:-1] @ of_hidden.mean, probes @ of_weight.mass
+        all_rows = kept.times_classes(self._probes_of_classes).addr_(of_hidden.mass, mean_seen)
         all_classes = torch.outer(of_weight.mean, mass_seen)
         kept.add_times_rows(probes.t().to(self.weight.dtype).contiguous(), all_classes)
         if self.prior is not None:
             prior, mixing = self.prior[0], self.prior[1][rows]
-            all_rows.addr_(mixing, self._weight_probes.to(self.dtype) @ prior, alpha=-1)
+            all_rows.addr_(mixing, self._seen[:-1] @ prior, alpha=-1)
             all_classes.addr_(prior, probes @ mixing, alpha=-1)
         rows_missed = kept.of_rows[:-1].addr(mean_seen, of_hidden.mass, alpha=-1)
         classes_missed = kept.of_classes[:-1].addr_(mass_seen, of_weight.mean, alpha=-1)
@@ -422,7 +426,7 @@ class Skipping:
 
 def _above(values: Tensor, bound: Tensor) -> Tensor:
     """Flat places of the values above their bounds, in order; NumPy compares in a quarter of the time of torch 2.13."""
-    wide = torch.promote_types(values.dtype, torch.float32)
+    wide = exact_dtype(values.dtype)
     return torch.from_numpy(np.flatnonzero(values.to(wide).numpy() > bound.to(wide).numpy()))
 
 
